@@ -1,0 +1,234 @@
+"""The configuration: one schema, every key described. `docs/config.md` is generated from it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class ModelConfig(Section):
+    path: str = Field(
+        description="Hugging Face folder, GGUF file, hub name (needs a network), or `package:NAME` for a GGUF file "
+        "inside an installed Python package."
+    )
+    dtype: Literal["auto", "bf16", "fp32"] = Field(
+        "auto",
+        description="Compute dtype. auto: bf16 on GPUs and on CPUs with AMX tiles, else fp32. Trainable weights and "
+        "optimizer states are kept in fp32 in any case.",
+    )
+    cache: str | None = Field(
+        None, description="Folder for converted models. Default: $MEGATUNE_CACHE or ~/.cache/megatune."
+    )
+
+
+class FullMethod(Section):
+    type: Literal["full"] = Field("full", description="Train every weight.")
+
+
+class FreezeMethod(Section):
+    type: Literal["freeze"] = Field(description="Train a part of the weights, freeze the rest.")
+    last_layers: int = Field(0, ge=0, description="Train the last N decoder layers.")
+    modules: list[str] = Field(
+        default_factory=list,
+        description="Also train parameters whose global name matches one of these shell patterns, "
+        "for example `norm.weight` or `layers.*.mlp.*`.",
+    )
+
+    @model_validator(mode="after")
+    def _something_trains(self) -> FreezeMethod:
+        if not self.last_layers and not self.modules:
+            raise ValueError("freeze trains nothing: set last_layers or modules")
+        return self
+
+
+class LoraMethod(Section):
+    type: Literal["lora"] = Field(description="Low-rank adapters (arXiv:2106.09685) beside frozen weights.")
+    rank: int = Field(16, ge=1, description="Rank r of each adapter.")
+    alpha: float = Field(32.0, gt=0, description="Scale is alpha / rank (alpha / sqrt(rank) with rslora).")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
+    targets: Literal["all-linear"] | list[str] = Field(
+        "all-linear",
+        description="Projections that get an adapter, by their Hugging Face names (q_proj, k_proj, v_proj, o_proj, "
+        "gate_proj, up_proj, down_proj), or all-linear for each of them.",
+    )
+    rslora: bool = Field(False, description="Rank-stabilised scale alpha / sqrt(rank) (arXiv:2312.03732).")
+
+
+Method = Annotated[FullMethod | FreezeMethod | LoraMethod, Field(discriminator="type")]
+
+
+class DataConfig(Section):
+    train: list[str] = Field(description="Training files: .jsonl, .json, .parquet or .csv.")
+    eval: str | list[str] | None = Field(None, description="Held-out files, evaluated on; none: no evaluation.")
+    eval_fraction: float = Field(
+        0.0, ge=0, lt=1, description="Without `eval`: hold out this share of the training rows (by a hash of the row)."
+    )
+    format: Literal["auto", "messages", "alpaca", "sharegpt", "prompt_completion", "text"] = Field(
+        "auto", description="Row format; auto looks at the first row of each file."
+    )
+    seq_length: int = Field(4096, ge=8, description="Tokens in one packed sequence, and the limit for one sample.")
+    packing: bool = Field(
+        True, description="Pack samples into sequences (best fit). Attention never crosses a sample's border."
+    )
+    train_on: Literal["assistant", "last", "all"] = Field(
+        "assistant", description="Tokens with loss: every assistant turn, the last one only, or all tokens."
+    )
+    system: str | None = Field(None, description="System message for rows that have none.")
+    chat_template: str | None = Field(
+        None, description="Path of a Jinja chat template; default: the tokenizer's own."
+    )
+    too_long: Literal["truncate", "drop", "error"] = Field(
+        "truncate", description="What to do with a sample longer than seq_length. Counted and reported."
+    )
+    on_error: Literal["error", "skip"] = Field(
+        "error", description="A row that cannot be used: stop with its file and line, or skip and count it."
+    )
+    max_samples: int | None = Field(None, ge=1, description="Use only the first N samples of the training files.")
+    cache: str | None = Field(None, description="Folder of the token cache. Default: <checkpoint.folder>/cache.")
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _one_file(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+
+class ParallelConfig(Section):
+    tensor: int = Field(1, ge=1, description="Tensor parallel size.")
+    pipeline: int = Field(1, ge=1, description="Pipeline parallel size.")
+    context: int = Field(1, ge=1, description="Context parallel size.")
+    expert: int = Field(1, ge=1, description="Expert parallel size.")
+    replicate: int = Field(
+        1, ge=1, description="Copies of the sharded model (hybrid sharding): dp_replicate x dp_shard processes."
+    )
+    zero: Literal[0, 1, 2, 3] = Field(
+        3, description="ZeRO stage: 0 replicate, 1 shard optimizer state, 2 also gradients, 3 also parameters."
+    )
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zero-bubble"] = Field(
+        "1f1b", description="Pipeline schedule."
+    )
+    recompute: Literal["none", "full"] | int = Field(
+        "none", description="Recompute activations in backward: none, full (every layer), or every n-th layer."
+    )
+
+    @field_validator("recompute")
+    @classmethod
+    def _recompute_every(cls, value: Any) -> Any:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("every n-th layer needs n >= 1")
+        return value
+
+
+class EarlyStop(Section):
+    patience: int = Field(3, ge=1, description="Stop after this many evaluations without improvement.")
+    min_delta: float = Field(0.0, ge=0, description="Smaller improvements of eval_loss do not count.")
+
+
+class TrainConfig(Section):
+    steps: int | None = Field(None, ge=1, description="Optimizer steps. Give steps or epochs.")
+    epochs: float | None = Field(None, gt=0, description="Passes over the training set, instead of steps.")
+    global_batch_size: int = Field(8, ge=1, description="Packed sequences in one optimizer step, over all processes.")
+    micro_batch_size: int = Field(1, ge=1, description="Packed sequences in one forward pass of one process.")
+    seed: int = Field(0, ge=0, description="Decides data order, initial adapter weights and dropout.")
+    eval_every: int = Field(0, ge=0, description="Evaluate each N steps; 0: only before and after.")
+    eval_first: bool = Field(True, description="Evaluate before the first step.")
+    log_every: int = Field(1, ge=1, description="Steps between lines in metrics.jsonl.")
+    early_stop: EarlyStop | None = Field(None, description="Stop when eval_loss no longer falls.")
+    samples: int = Field(0, ge=0, description="Answer this many held-out prompts before and after training.")
+    sample_tokens: int = Field(64, ge=1, description="New tokens in such an answer, at most.")
+    deterministic: bool = Field(False, description="Deterministic kernels only: bitwise repeatable on GPUs, slower.")
+    compile: bool = Field(False, description="torch.compile each decoder layer.")
+
+    @model_validator(mode="after")
+    def _steps_or_epochs(self) -> TrainConfig:
+        if self.steps is None and self.epochs is None:
+            self.epochs = 1.0
+        elif self.steps is not None and self.epochs is not None:
+            raise ValueError("give steps or epochs, not both")
+        return self
+
+
+class OptimConfig(Section):
+    name: Literal["adamw"] = Field("adamw", description="Optimizer.")
+    lr: float = Field(2.0e-5, gt=0, description="Peak learning rate.")
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
+        "cosine", description="Learning rate after the warm-up; wsd: constant, then linear decay in the last part."
+    )
+    warmup: float = Field(0.03, ge=0, description="Warm-up: below 1 a share of all steps, from 1 on a number of steps.")
+    decay: float = Field(0.2, gt=0, le=1, description="wsd: share of all steps that the final decay takes.")
+    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="The schedule ends at lr times this.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay, on matrices only.")
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW beta 1.")
+    beta2: float = Field(0.999, ge=0, lt=1, description="AdamW beta 2.")
+    eps: float = Field(1e-8, gt=0, description="AdamW epsilon.")
+    clip: float = Field(1.0, ge=0, description="Clip the global gradient norm to this; 0: off.")
+
+
+class CheckpointConfig(Section):
+    folder: str = Field(description="The run's folder: checkpoints, logs, metrics, exports.")
+    every: int = Field(0, ge=0, description="Save each N steps; 0: only at the end and when stopped.")
+    keep_last: int = Field(2, ge=1, description="Newest checkpoints to keep.")
+    export: list[Literal["adapter", "merged", "model"]] | None = Field(
+        None,
+        description="Written at the end: adapter (PEFT), merged (Hugging Face folder with the adapter merged), model "
+        "(Hugging Face folder). Default: adapter and merged for lora, else model.",
+    )
+    resume: Literal["auto", "never"] = Field(
+        "auto", description="auto: go on from the newest valid checkpoint in the folder."
+    )
+
+
+class TrackConfig(Section):
+    tensorboard: bool = Field(False, description="TensorBoard event files in <folder>/tensorboard.")
+    wandb: dict[str, Any] | None = Field(None, description="Arguments of wandb.init, for example {project: x}.")
+    swanlab: dict[str, Any] | None = Field(None, description="Arguments of swanlab.init.")
+    mlflow: dict[str, Any] | None = Field(
+        None, description="{tracking_uri, experiment, run_name} for MLflow; any may be left out."
+    )
+
+
+class LaunchConfig(Section):
+    nproc: Literal["auto"] | int = Field(
+        "auto", description="Local processes that `megatune train` starts. auto: one a GPU, else cpu_nproc."
+    )
+    cpu_nproc: int = Field(1, ge=1, description="Processes for nproc: auto on a machine without GPUs.")
+    timeout: float = Field(1800, gt=0, description="Seconds after which a collective that hangs ends the run.")
+
+
+class OpsConfig(Section):
+    backend: dict[str, str] = Field(
+        default_factory=dict,
+        description="Body to use for an op, for example {attention: reference, rms_norm: cpu}; default: automatic.",
+    )
+
+
+class Config(Section):
+    """One run of megatune."""
+
+    model: ModelConfig
+    method: Method = Field(default_factory=FullMethod, description="What is trained.")
+    data: DataConfig
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    optim: OptimConfig = Field(default_factory=OptimConfig)
+    checkpoint: CheckpointConfig
+    track: TrackConfig = Field(default_factory=TrackConfig)
+    launch: LaunchConfig = Field(default_factory=LaunchConfig)
+    ops: OpsConfig = Field(default_factory=OpsConfig)
+
+    @model_validator(mode="after")
+    def _exports_fit_the_method(self) -> Config:
+        is_lora = self.method.type == "lora"
+        if self.checkpoint.export is None:
+            self.checkpoint.export = ["adapter", "merged"] if is_lora else ["model"]
+        for what in self.checkpoint.export:
+            if (what == "model") == is_lora:
+                raise ValueError(
+                    f"checkpoint.export: {what} does not fit method.type: {self.method.type} "
+                    f"(use {'adapter and merged' if is_lora else 'model'})"
+                )
+        return self

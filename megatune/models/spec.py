@@ -1,0 +1,94 @@
+"""What a decoder-only transformer is made of: the one description that every family maps its config to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatune.parallel.shard import Fused
+
+
+@dataclass(frozen=True)
+class RopeSpec:
+    """Rotary position embedding (RoFormer, arXiv:2104.09864), half-split convention as in Hugging Face.
+
+    `dim`: rotated leading dimensions of a head (partial rotary: < head_dim). `scaling`: "none"; "linear" (positions
+    divided by `factor`); "llama3" (by-frequency interpolation, Llama 3.1); "yarn" (arXiv:2309.00071);
+    "longrope" (arXiv:2402.13753: per-frequency factors).
+    """
+
+    theta: float
+    dim: int
+    scaling: Literal["none", "linear", "llama3", "yarn", "longrope"] = "none"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float = 1.0
+    long_factors: tuple[float, ...] = ()
+    short_factors: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What differs between the layers of one model. `window`: tokens a query sees, itself included (None: all);
+    `rope`: index into `DecoderSpec.ropes` (None: no rotary embedding in this layer)."""
+
+    window: int | None = None
+    rope: int | None = 0
+
+
+@dataclass(frozen=True)
+class DecoderSpec:
+    """A decoder-only transformer. Sizes in elements; `layers` has one entry a layer.
+
+    `norm_placement`: "pre" (Llama), "post" (OLMo-2: norm on each block's output), "both" (Gemma 2/3: four norms).
+    `norm_offset`: added to norm weights in compute (Gemma: 1.0; the stored weight is the file's own).
+    `qk_norm`: "head" (per head over head_dim, Qwen3/Gemma 3) or "full" (over all heads at once, OLMo-2).
+    `attention_scale`: multiplies q.k (usually head_dim ** -0.5). Soft caps: x -> cap * tanh(x / cap).
+    `positions`: "rope", or "learned" (GPT-2: an embedding of `max_positions` rows).
+    """
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    mlp_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    layers: tuple[LayerSpec, ...]
+    ropes: tuple[RopeSpec, ...]
+    max_positions: int
+    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
+    gated_mlp: bool = True
+    norm: Literal["rms", "layer"] = "rms"
+    norm_eps: float = 1e-6
+    norm_offset: float = 0.0
+    norm_placement: Literal["pre", "post", "both"] = "pre"
+    qk_norm: Literal["none", "head", "full"] = "none"
+    qkv_bias: bool = False
+    attention_out_bias: bool = False
+    mlp_bias: bool = False
+    attention_scale: float = 1.0
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    embedding_scale: float = 1.0
+    tied_embeddings: bool = False
+    positions: Literal["rope", "learned"] = "rope"
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def qkv(self) -> Fused:
+        """Row order of the fused q, k, v projection: grouped by KV head."""
+        queries = self.num_heads // self.num_kv_heads * self.head_dim
+        return Fused((("q", queries), ("k", self.head_dim), ("v", self.head_dim)), self.num_kv_heads)
+
+    @property
+    def gate_up(self) -> Fused:
+        """Row order of the fused gate and up projection: interleaved row by row."""
+        return Fused((("gate", 1), ("up", 1)), self.mlp_size)
