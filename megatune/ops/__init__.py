@@ -1,0 +1,22 @@
+"""Ops on the flat stream of tokens: one function per op; what computes it is chosen by device, dtype and features."""
+
+from megatune.ops.attention import attention
+from megatune.ops.cross_entropy import linear_cross_entropy
+from megatune.ops.glu import glu
+from megatune.ops.lora import LoraLayout, lora_linear
+from megatune.ops.norm import layer_norm, rms_norm
+from megatune.ops.rope import rope
+from megatune.ops.segments import Segments, Targets
+
+__all__ = [
+    "LoraLayout",
+    "Segments",
+    "Targets",
+    "attention",
+    "glu",
+    "layer_norm",
+    "linear_cross_entropy",
+    "lora_linear",
+    "rms_norm",
+    "rope",
+]
