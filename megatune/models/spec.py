@@ -13,8 +13,9 @@ class RopeSpec:
     """Rotary position embedding (RoFormer, arXiv:2104.09864), half-split convention as in Hugging Face.
 
     `dim`: rotated leading dimensions of a head (partial rotary: < head_dim). `scaling`: "none"; "linear" (positions
-    divided by `factor`); "llama3" (by-frequency interpolation, Llama 3.1); "yarn" (arXiv:2309.00071);
-    "longrope" (arXiv:2402.13753: per-frequency factors).
+    divided by `factor`); "llama3" (by-frequency interpolation, Llama 3.1); "yarn" (arXiv:2309.00071; `truncate`:
+    round the borders of its ramp to whole dimensions); "longrope" (arXiv:2402.13753: per-frequency factors, the long
+    ones for documents of more than `original_max_positions` tokens). `attention_factor` multiplies cos and sin.
     """
 
     theta: float
@@ -27,6 +28,7 @@ class RopeSpec:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     attention_factor: float = 1.0
+    truncate: bool = True
     long_factors: tuple[float, ...] = ()
     short_factors: tuple[float, ...] = ()
 

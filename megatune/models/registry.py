@@ -1,0 +1,56 @@
+"""Which family a checkpoint belongs to. Adding a family: its file in families/ and its line in `FAMILIES`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatune.errors import ConfigError
+from megatune.models.families.base import Family
+from megatune.models.families.llama import Llama
+
+FAMILIES: tuple[Family, ...] = (Llama(),)
+
+
+def supported_model_types() -> list[str]:
+    """The `model_type` values that a config.json may have."""
+    return [model_type for family in FAMILIES for model_type in family.model_types]
+
+
+def family_for(hf_config: Mapping[str, Any]) -> Family:
+    """The family of a config.json, by its `model_type` and `architectures`.
+
+    Raises ConfigError, naming the supported types, for an architecture that is not known, for models with another
+    head than a language model's, and for quantised weights.
+    """
+    model_type, architectures = hf_config.get("model_type"), hf_config.get("architectures") or []
+    found = [family for family in FAMILIES if model_type in family.model_types]
+    if model_type is None:
+        found = [family for family in FAMILIES if set(architectures) & set(family.architectures)]
+    if not found:
+        raise ConfigError(
+            f"config.json: model type {model_type!r} (architectures {architectures}) is not supported; supported "
+            f"model types are {', '.join(supported_model_types())}"
+        )
+    (family,) = found
+    if architectures and not set(architectures) & set(family.architectures):
+        raise ConfigError(
+            f"config.json: architecture {architectures[0]} is not supported; of model type {model_type}, "
+            f"{family.architectures[0]} is"
+        )
+    if hf_config.get("quantization_config"):
+        method = hf_config["quantization_config"].get("quant_method", "unknown")
+        raise ConfigError(
+            f"config.json: the weights are quantised ({method}); use the model's bf16 or fp32 checkpoint instead"
+        )
+    return family
+
+
+def family_named(name: str) -> Family:
+    """The family whose `name` is `DecoderSpec.family`."""
+    for family in FAMILIES:
+        if family.name == name:
+            return family
+    raise ConfigError(
+        f"model family {name!r} is not known; known are {', '.join(family.name for family in FAMILIES)}"
+    )
