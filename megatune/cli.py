@@ -1,0 +1,145 @@
+"""The verbs of the command line; thin: parse, call, print. Everything heavy is imported inside a verb."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import click
+
+from megatune import __version__
+from megatune.errors import MegatuneError
+
+USER_ERROR = 2
+
+
+def main() -> None:
+    """Entry point: `megatune VERB ...`."""
+    commands(prog_name="megatune")
+
+
+def _verb(function: Callable[..., int | None]) -> Callable[..., None]:
+    """Print a user's mistake without a traceback and turn the verb's value into the exit code."""
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            code = function(*args, **kwargs)
+        except MegatuneError as error:
+            click.echo(f"megatune: {error}", err=True)
+            sys.exit(USER_ERROR)
+        except BrokenPipeError:
+            sys.exit(0)
+        sys.exit(code or 0)
+
+    return run
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="megatune")
+def commands() -> None:
+    """Fine-tune large language models: one YAML file, one checkpoint, one data set, any number of GPUs."""
+
+
+@commands.command()
+@click.argument("config")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--dry-run", is_flag=True, help="Print what would be run, and stop.")
+@click.option("--nproc", type=click.IntRange(min=1), help="Local processes; the same as launch.nproc=N.")
+@_verb
+def train(config: str, overrides: tuple[str, ...], dry_run: bool, nproc: int | None) -> int:
+    """Fine-tune as CONFIG (a YAML file) says; KEY=VALUE pairs override its keys.
+
+    Alone it starts one process a GPU; under torchrun, srun or mpirun it is one of the processes.
+    """
+    from megatune.config import load_config
+    from megatune.launch.local import already_launched, run_local
+
+    if nproc is not None:
+        overrides = (*overrides, f"launch.nproc={nproc}")
+    settings = load_config(config, overrides)
+    if dry_run:
+        from megatune.launch.preflight import dry_run as show
+
+        return show(settings)
+    if already_launched():
+        return _train_here(settings)
+    from megatune.launch.preflight import check, local_processes
+
+    processes = local_processes(settings)
+    if check(settings, processes):
+        return 0
+    if processes == 1:
+        return _train_here(settings)
+    return run_local(["train", config, *overrides], processes, log_folder=f"{settings.checkpoint.folder}/logs")
+
+
+def _train_here(settings: Any) -> int:
+    from megatune.training import STOPPED_EXIT_CODE
+    from megatune.training import train as run
+
+    return STOPPED_EXIT_CODE if run(settings).stopped else 0
+
+
+@commands.command()
+@click.argument("model")
+@click.option("--prompt", "-p", help="The user's message; default: standard input.")
+@click.option("--raw", is_flag=True, help="Continue the text itself, without the chat template.")
+@click.option("--system", help="System message.")
+@click.option("--max-new-tokens", default=256, show_default=True, type=click.IntRange(min=1))
+@click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(min=0.0))
+@click.option("--top-p", default=1.0, show_default=True, type=click.FloatRange(0.0, 1.0, min_open=True))
+@click.option("--seed", default=0, show_default=True)
+@click.option("--dtype", type=click.Choice(["auto", "bf16", "fp32"]), default="auto", show_default=True)
+@_verb
+def generate(model: str, prompt: str | None, raw: bool, system: str | None, **options: Any) -> None:
+    """Answer one prompt with MODEL: a Hugging Face folder, a GGUF file or a PEFT adapter folder."""
+    from megatune.serve.chat import answer
+
+    text = sys.stdin.read() if prompt is None else prompt
+    answer(model, text, raw=raw, system=system, **options)
+
+
+@commands.command()
+@click.argument("model")
+@click.option("--system", help="System message.")
+@click.option("--max-new-tokens", default=512, show_default=True, type=click.IntRange(min=1))
+@click.option("--temperature", default=0.7, show_default=True, type=click.FloatRange(min=0.0))
+@click.option("--top-p", default=0.95, show_default=True, type=click.FloatRange(0.0, 1.0, min_open=True))
+@click.option("--seed", default=0, show_default=True)
+@click.option("--dtype", type=click.Choice(["auto", "bf16", "fp32"]), default="auto", show_default=True)
+@_verb
+def chat(model: str, system: str | None, **options: Any) -> None:
+    """Talk with MODEL in the terminal; an empty line or Ctrl-D ends it."""
+    from megatune.serve.chat import converse
+
+    converse(model, system=system, **options)
+
+
+@commands.group()
+def data() -> None:
+    """Look at training data."""
+
+
+@data.command("show")
+@click.argument("config")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--count", "-n", default=3, show_default=True, type=click.IntRange(min=1))
+@_verb
+def data_show(config: str, overrides: tuple[str, ...], count: int) -> None:
+    """Print the first samples as the model sees them, tokens with loss coloured."""
+    from megatune.config import load_config
+    from megatune.launch.preflight import show_data
+
+    show_data(load_config(config, overrides), count)
+
+
+@commands.command()
+@_verb
+def env() -> None:
+    """Print versions, devices, and which body serves each op."""
+    from megatune.launch.preflight import show_environment
+
+    show_environment()

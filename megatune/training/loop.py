@@ -1,0 +1,153 @@
+"""The steps of a run: train, log, evaluate, save, stop."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from megatune import checkpoint
+from megatune.config.schema import Config, EarlyStop
+from megatune.data import DataModule
+from megatune.errors import TrainingError
+from megatune.parallel import World
+from megatune.track import Trackers
+from megatune.training.folder import RunFolder
+from megatune.training.signals import StopFlag
+from megatune.training.step import Trainer, evaluate
+
+
+@dataclass
+class Progress:
+    """What a run has done so far; saved with each checkpoint, so that a resumed run goes on as if it never stopped."""
+
+    step: int = 0
+    tokens: int = 0
+    loss: float | None = None
+    eval_before: float | None = None
+    eval_last: float | None = None
+    eval_best: float | None = None
+    evals_without_gain: int = 0
+
+    def evaluated(self, loss: float, rule: EarlyStop | None) -> bool:
+        """Take in an evaluation; True where the early-stop rule ends the run."""
+        if self.eval_before is None:
+            self.eval_before = loss
+        self.eval_last = loss
+        delta = rule.min_delta if rule else 0.0
+        if self.eval_best is None or loss < self.eval_best - delta:
+            self.eval_best = loss
+            self.evals_without_gain = 0
+        else:
+            self.evals_without_gain += 1
+        return rule is not None and self.evals_without_gain >= rule.patience
+
+
+@dataclass
+class Loop:
+    """Everything that the steps need; `fit` runs them. `state`: live tensors by checkpoint key; `flops_per_token`
+    and `peak`: for MFU; `facts`: what must not change between two starts of the run."""
+
+    config: Config
+    world: World
+    folder: RunFolder
+    trainer: Trainer
+    data: DataModule
+    trackers: Trackers
+    state: dict[str, torch.Tensor]
+    total_steps: int
+    flops_per_token: float
+    peak: float | None
+    facts: dict[str, Any]
+    progress: Progress = field(default_factory=Progress)
+    _pending: checkpoint.PendingSave | None = None
+
+    def fit(self) -> bool:
+        """Run the remaining steps; True where it was stopped before the end (a checkpoint is saved then)."""
+        train = self.config.train
+        if self.progress.step == 0 and train.eval_first and self.data.eval is not None:
+            self._evaluate()
+        with StopFlag() as flag:
+            while self.progress.step < self.total_steps:
+                stop = self._one_step(flag)
+                done = self.progress.step
+                last = done == self.total_steps
+                over = False
+                if self.data.eval is not None and (last or (train.eval_every and done % train.eval_every == 0)):
+                    over = self._evaluate()
+                every = self.config.checkpoint.every
+                if last or stop or over or (every and done % every == 0):
+                    self._save(wait=last or stop or over)
+                if over and not last:
+                    self.trackers.note(f"stopped early at step {done}: eval_loss no longer falls")
+                    return False
+                if stop and not last:
+                    return True
+        return False
+
+    def _one_step(self, flag: StopFlag) -> bool:
+        step = self.progress.step
+        loader = self.data.train
+        began = time.perf_counter()
+        if self._pending is not None:
+            self._pending.check()
+        try:
+            result = self.trainer.step(loader.step(step), loader.target_tokens(step), stop=bool(flag))
+        except TrainingError as error:
+            safe = checkpoint.newest(self.folder.checkpoints)
+            where = f"the last good checkpoint is {safe}" if safe else "no checkpoint was saved yet"
+            raise TrainingError(f"{error}; {where}; lower optim.lr or look at these sequences' data") from error
+        seconds = time.perf_counter() - began
+        tokens = loader.tokens(step)
+        self.progress.step += 1
+        self.progress.tokens += tokens
+        self.progress.loss = result.loss
+        if self.progress.step % self.config.train.log_every == 0 or self.progress.step == self.total_steps:
+            rate = tokens / seconds / self.world.world_size
+            metrics = {
+                "loss": result.loss,
+                "grad_norm": result.grad_norm,
+                "lr": result.lr,
+                "tokens": self.progress.tokens,
+                "tokens_per_second_per_gpu": rate,
+                "mfu": rate * self.flops_per_token / self.peak if self.peak else None,
+                "memory_gib": memory_gib(self.world.device),
+                "step_seconds": seconds,
+            }
+            self.trackers.log(self.progress.step, metrics)
+        return result.stop
+
+    def _evaluate(self) -> bool:
+        loss = evaluate(self.trainer.model, self.data.eval.batches(), self.data.eval.target_tokens, self.world)
+        self.trackers.log(self.progress.step, {"eval_loss": loss})
+        return self.progress.evaluated(loss, self.config.train.early_stop)
+
+    def _save(self, *, wait: bool) -> None:
+        """Start a save; the files are written behind the next steps unless the caller has to wait."""
+        if self._pending is not None:
+            self._pending.wait()
+        extra = {**self.facts, "progress": vars(self.progress)}
+        self._pending = checkpoint.save(
+            self.folder.checkpoints,
+            self.progress.step,
+            self.state,
+            extra,
+            self.world,
+            keep_last=self.config.checkpoint.keep_last,
+        )
+        if wait:
+            self._pending.wait()
+            self._pending = None
+            self.world.barrier()
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory of this process: allocated on its GPU, or resident on the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
