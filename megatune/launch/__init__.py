@@ -1,0 +1,1 @@
+"""Getting N ranks to run."""

@@ -1,0 +1,158 @@
+"""What is looked at before any worker starts, and the verbs that only print."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from megatune.config.loader import dump_config
+from megatune.config.schema import Config
+from megatune.errors import ConfigError, DataError, ParallelError
+from megatune.launch.local import gpu_count
+
+GIB = 2**30
+
+
+def local_processes(config: Config) -> int:
+    """Processes that `megatune train` starts on this machine.
+
+    Raises ParallelError where more are asked for than there are GPUs.
+    """
+    gpus = gpu_count()
+    if config.launch.nproc == "auto":
+        return gpus or config.launch.cpu_nproc
+    if gpus and config.launch.nproc > gpus:
+        raise ParallelError(
+            f"launch.nproc: {config.launch.nproc} processes need that many GPUs; this machine shows {gpus}"
+        )
+    return config.launch.nproc
+
+
+def world_size(config: Config) -> int:
+    """Processes of the whole run: the launcher's where there is one, else this machine's."""
+    return int(os.environ.get("WORLD_SIZE", 0)) or local_processes(config)
+
+
+def check(config: Config, processes: int) -> bool:
+    """Find what would fail later, cheaply and without importing torch. True where the run is already done.
+
+    Raises ConfigError, DataError or ParallelError.
+    """
+    _check_batch(config, processes)
+    _check_files(config)
+    from megatune.training.folder import RunFolder
+
+    folder = RunFolder(config.checkpoint.folder)
+    folder.claim(config)
+    summary = folder.finished(config.train.steps) if config.train.steps else None
+    if summary is None:
+        return False
+    print(f"megatune: {folder.path} is done: {summary['step']} steps", end="")
+    if summary.get("eval_after") is not None:
+        print(f", held-out loss {summary['eval_before']:.4f} -> {summary['eval_after']:.4f}", end="")
+    print(f"\n  results: {', '.join(summary['exports'].values()) or folder.path}")
+    print(f"  talk to it: megatune chat {summary['exports'].get('merged') or summary['exports'].get('model')}")
+    print("  to train again, choose another checkpoint.folder or remove this one; to go on, raise train.steps")
+    return True
+
+
+def _check_batch(config: Config, processes: int) -> None:
+    share = processes * config.train.micro_batch_size
+    if config.train.global_batch_size % share:
+        below = config.train.global_batch_size // share * share
+        choices = ", ".join(str(n) for n in (below, below + share) if n)
+        raise ParallelError(
+            f"train.global_batch_size: {config.train.global_batch_size} sequences do not split over {processes} "
+            f"processes with micro-batches of {config.train.micro_batch_size}; use {choices}"
+        )
+
+
+def _check_files(config: Config) -> None:
+    held_out = config.data.eval or []
+    for key, names in (("train", config.data.train), ("eval", [held_out] if isinstance(held_out, str) else held_out)):
+        for name in names:
+            if not Path(name).exists():
+                raise DataError(f"data.{key}: {name} does not exist (looked from {Path.cwd()})")
+    template = config.data.chat_template
+    if template and not Path(template).is_file():
+        raise ConfigError(f"data.chat_template: {template} is not a file")
+
+
+def dry_run(config: Config) -> int:
+    """Print the resolved configuration, layout, parameters, memory of one process, and tokens per step."""
+    import torch
+
+    from megatune import adapters, checkpoint, models, parallel, plan
+    from megatune.training.precision import compute_dtype
+
+    processes = world_size(config)
+    _check_batch(config, processes)
+    parallel.check_layout(config.parallel, processes)
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    dtype = compute_dtype(config.model.dtype, device)
+    source = checkpoint.resolve_model(config.model.path, config.model.cache)
+    model = models.build(source.spec)
+    adapters.attach(model, config.method)
+    trainable, total = adapters.describe(model)
+    needs = plan.estimate(config, model, source.spec, processes, dtype.itemsize)
+    replicate, shard = parallel.mesh_shape(config.parallel, processes)
+    console = Console()
+    console.print(dump_config(config), markup=False, highlight=False)
+    table = Table("what", "value", title="dry run: nothing was started")
+    table.add_row("model", f"{source.spec.family}, {source.spec.num_layers} layers, {total:,} parameters")
+    table.add_row("trainable", f"{trainable:,} ({trainable / total:.3%})")
+    table.add_row(
+        "layout",
+        f"{processes} x {device.type}: replicate {replicate} x shard {shard}, ZeRO {config.parallel.zero}, "
+        f"recompute {config.parallel.recompute}",
+    )
+    table.add_row("dtype", f"compute {str(dtype).removeprefix('torch.')}, masters and optimizer float32")
+    accumulate = config.train.global_batch_size // (processes * config.train.micro_batch_size)
+    table.add_row(
+        "tokens per step",
+        f"{needs.tokens_per_step:,} ({config.train.global_batch_size} sequences x {config.data.seq_length}; "
+        f"{accumulate} micro-batches of {config.train.micro_batch_size} on each process)",
+    )
+    table.add_section()
+    for label, size in needs.rows():
+        table.add_row(f"memory: {label}", f"{size / GIB:,.2f} GiB a process")
+    console.print(table)
+    return 0
+
+
+def show_data(config: Config, count: int) -> None:
+    """Print `count` samples of the training data as the model sees them."""
+    from megatune import checkpoint, data
+    from megatune.data.tokenizer import load_tokenizer
+
+    _check_files(config)
+    source = checkpoint.resolve_model(config.model.path, config.model.cache)
+    console = Console()
+    for text in data.show(config, load_tokenizer(source.path), count):
+        console.print(text)
+
+
+def show_environment() -> None:
+    """Print versions, devices and the body of each op."""
+    import torch
+
+    from megatune import __version__, ops
+
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    ops.configure({}, device)
+    table = Table("what", "value", title="megatune environment")
+    table.add_row("megatune", __version__)
+    table.add_row("python", f"{platform.python_version()} ({sys.executable})")
+    table.add_row("torch", f"{torch.__version__} (CUDA {torch.version.cuda or 'none'})")
+    for index in range(torch.cuda.device_count()):
+        table.add_row(f"GPU {index}", torch.cuda.get_device_name(index))
+    if device.type == "cpu":
+        table.add_row("CPU", f"{os.cpu_count()} cores, AMX {'yes' if torch.cpu._is_amx_tile_supported() else 'no'}")
+    for op, body in sorted(ops.table().items()):
+        table.add_row(f"op {op}", body)
+    Console().print(table)

@@ -1,0 +1,261 @@
+"""A run from configuration to tuned model; wires the rooms together, reads like the way of the data."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatune import adapters, checkpoint, data, models, ops, optim, parallel, track
+from megatune.config.loader import config_as_dict
+from megatune.config.schema import Config
+from megatune.data.tokenizer import Tokenizer, load_tokenizer
+from megatune.errors import CheckpointError
+from megatune.training.folder import RunFolder, read_json, write_atomically
+from megatune.training.loop import Loop, Progress
+from megatune.training.precision import compute_dtype, peak_flops
+from megatune.training.samples import answers
+from megatune.training.step import Trainer
+
+# sysexits' EX_TEMPFAIL: stopped cleanly with a committed checkpoint; start again to go on.
+STOPPED_EXIT_CODE = 75
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """`loss` of the last step, `eval_before` and `eval_after` on the held-out set (None where there is none),
+    `exports` by kind; `stopped`: ended by a signal before the last step, a checkpoint is saved."""
+
+    folder: Path
+    step: int
+    loss: float | None
+    eval_before: float | None
+    eval_after: float | None
+    stopped: bool
+    exports: dict[str, Path] = field(default_factory=dict)
+
+
+def train(config: Config) -> TrainResult:
+    """Run `config` in this process and the others of its process group (torchrun's variables; else alone).
+
+    Goes on from the newest valid checkpoint in the run's folder. Raises a MegatuneError for anything that the user
+    can mend, before a GPU is used where possible.
+    """
+    world = parallel.init(config.parallel, timeout=config.launch.timeout)
+    try:
+        return _Run(config, world).run()
+    finally:
+        world.close()
+
+
+class _Run:
+    def __init__(self, config: Config, world: parallel.World) -> None:
+        self.config = config
+        self.world = world
+        self.folder = RunFolder(config.checkpoint.folder)
+        self.dtype = compute_dtype(config.model.dtype, world.device)
+
+    def run(self) -> TrainResult:
+        config, world = self.config, self.world
+        if world.is_main:
+            self.folder.claim(config)
+        world.barrier()
+        trackers = track.build(config, self.folder.path, world)
+        try:
+            return self._run(trackers)
+        except BaseException as error:
+            trackers.failed(error)
+            raise
+        finally:
+            trackers.close()
+
+    def _run(self, trackers: track.Trackers) -> TrainResult:
+        config, world = self.config, self.world
+        if config.train.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+        torch.manual_seed(config.train.seed)
+        ops.configure(config.ops.backend, world.device)
+        source = self._first_on_node(lambda: checkpoint.resolve_model(config.model.path, config.model.cache))
+        tokenizer = load_tokenizer(source.path)
+        trackers.note("reading the training data")
+        module = self._data(tokenizer)
+        total_steps = self._total_steps(module)
+        model = self._model(source)
+        optimizer = optim.build(model, config.optim)
+        state = {f"model/{n}": p.detach() for n, p in model.named_parameters() if p.requires_grad} | optimizer.state()
+        facts = {"base": source.digest, "data": module.digest, "seed": config.train.seed}
+        progress = self._restore(state, optimizer, facts, trackers)
+        loop = self._loop(model, optimizer, module, trackers, state, total_steps, source, facts, progress)
+        self._check_space(state, model)
+        trackers.start(config_as_dict(config), progress.step, total_steps)
+        trackers.header(self._header(model, source, module, total_steps))
+        before = self._samples("before", model, tokenizer, trackers, progress.step == 0)
+        stopped = loop.fit()
+        exports: dict[str, Path] = {}
+        after: list[dict[str, str]] = []
+        if not stopped:
+            after = self._samples("after", model, tokenizer, trackers, True)
+            exports = self._export(model, source, trackers)
+        result = TrainResult(
+            self.folder.path,
+            loop.progress.step,
+            loop.progress.loss,
+            loop.progress.eval_before,
+            loop.progress.eval_last,
+            stopped,
+            exports,
+        )
+        if world.is_main:
+            self._finish(result, total_steps, before, after, trackers)
+        world.barrier()
+        return result
+
+    def _first_on_node(self, work):
+        """`work()` on the first process of each node, then on the others, which find its result in the cache."""
+        if self.world.local_rank == 0:
+            found = work()
+        self.world.barrier()
+        return found if self.world.local_rank == 0 else work()
+
+    def _data(self, tokenizer: Tokenizer) -> data.DataModule:
+        config, world = self.config, self.world
+        if world.is_main:
+            data.prepare(config, tokenizer, self.folder.path)
+        world.barrier()
+        return data.build(
+            config, tokenizer, dp_rank=world.dp_rank, dp_size=world.dp_size, folder=self.folder.path
+        )
+
+    def _total_steps(self, module: data.DataModule) -> int:
+        train = self.config.train
+        if train.steps is not None:
+            return train.steps
+        return max(1, round(train.epochs * module.train.num_sequences / train.global_batch_size))
+
+    def _model(self, source: checkpoint.ModelFolder) -> models.Decoder:
+        config, world = self.config, self.world
+        model = models.build(source.spec)
+        adapters.attach(model, config.method)
+        models.set_dtypes(model, self.dtype)
+        recompute = config.parallel.recompute
+        model.recompute = {"none": 0, "full": 1}.get(recompute, recompute)
+        if config.train.compile:
+            for layer in model.layers.values():
+                layer.compile()
+        parallel.wrap(model, world, config.parallel, self.dtype)
+        checkpoint.load_pretrained(model, source, device=world.device, seed=config.train.seed)
+        return model
+
+    def _restore(self, state, optimizer, facts: dict[str, Any], trackers: track.Trackers) -> Progress:
+        """Progress of the newest valid checkpoint, its tensors filled into `state`; a fresh one where there is none."""
+        if self.config.checkpoint.resume == "never":
+            return Progress()
+        if self.world.is_main:
+            checkpoint.clean(self.folder.checkpoints)
+        self.world.barrier()
+        newest = self.world.broadcast(checkpoint.newest(self.folder.checkpoints, warn=trackers.note))
+        if newest is None:
+            return Progress()
+        extra = checkpoint.load(newest, state)
+        for key, now in facts.items():
+            if extra.get(key) != now:
+                what = {"base": "model.path has other weights", "data": "the training data or tokenizer changed"}
+                raise CheckpointError(
+                    f"{newest} was trained from something else: {what.get(key, key)}; restore it, or choose another "
+                    f"checkpoint.folder"
+                )
+        progress = Progress(**extra["progress"])
+        optimizer.load_steps(progress.step)
+        trackers.note(f"resuming from {newest} (step {progress.step})")
+        return progress
+
+    def _loop(self, model, optimizer, module, trackers, state, total_steps, source, facts, progress) -> Loop:
+        config = self.config
+        return Loop(
+            config=config,
+            world=self.world,
+            folder=self.folder,
+            trainer=Trainer(model, optimizer, self.world, config, total_steps),
+            data=module,
+            trackers=trackers,
+            state=state,
+            total_steps=total_steps,
+            flops_per_token=models.flops_per_token(
+                source.spec, config.data.seq_length, frozen=config.method.type == "lora"
+            ),
+            peak=peak_flops(self.world.device),
+            facts=facts,
+            progress=progress,
+        )
+
+    def _check_space(self, state: dict[str, torch.Tensor], model: models.Decoder) -> None:
+        """Refuse before the first step what would fill the disk at the last one."""
+        if not self.world.is_main:
+            return
+        weights = sum(p.numel() for p in model.parameters()) * (2 if self.dtype == torch.bfloat16 else 4)
+        whole = [w for w in self.config.checkpoint.export if w != "adapter"]
+        needed = checkpoint.required_bytes(state) * (self.config.checkpoint.keep_last + 1) + weights * len(whole)
+        checkpoint.check_space(self.folder.path, needed)
+
+    def _header(self, model, source, module, total_steps: int) -> dict[str, str]:
+        config, world = self.config, self.world
+        trainable, total = adapters.describe(model)
+        replicate, shard = parallel.mesh_shape(config.parallel, world.world_size)
+        bodies = ops.table()
+        return {
+            "model": f"{config.model.path} ({source.spec.family}, {total / 1e6:,.1f} M parameters)",
+            "method": f"{config.method.type}, {trainable / 1e6:,.2f} M trainable ({trainable / total:.2%})",
+            "layout": f"{world.world_size} x {world.device.type}, ZeRO {config.parallel.zero}, "
+            f"replicate {replicate} x shard {shard}, recompute {config.parallel.recompute}",
+            "compute": f"{str(self.dtype).removeprefix('torch.')}, masters fp32; "
+            + ", ".join(f"{op} {body}" for op, body in sorted(bodies.items())),
+            "data": module.describe(),
+            "steps": f"{total_steps} of {config.train.global_batch_size} sequences x {config.data.seq_length} tokens",
+            "folder": str(self.folder.path),
+        }
+
+    def _samples(self, when: str, model, tokenizer, trackers, make: bool) -> list[dict[str, str]]:
+        """Answers to held-out prompts, before or after; those of before are kept for a resumed run."""
+        if not self.config.train.samples:
+            return []
+        if not make:
+            return (read_json(self.folder.samples) or {}).get(when, [])
+        found = answers(model, tokenizer, self.config, self.world)
+        if self.world.is_main:
+            kept = read_json(self.folder.samples) or {}
+            write_atomically(self.folder.samples, json.dumps({**kept, when: found}, indent=1, ensure_ascii=False))
+        return found
+
+    def _export(self, model, source, trackers: track.Trackers) -> dict[str, Path]:
+        config = self.config
+        exports: dict[str, Path] = {}
+        for what in config.checkpoint.export:
+            target = self.folder.export(what)
+            trackers.note(f"writing {target}")
+            if what == "adapter":
+                checkpoint.export_peft(model, target, method=config.method, base_path=str(source.path))
+            else:
+                checkpoint.export_hf(model, target, source=source, merge=what == "merged", dtype=self.dtype)
+            exports[what] = target
+        return exports
+
+    def _finish(self, result: TrainResult, total_steps: int, before, after, trackers: track.Trackers) -> None:
+        trackers.plot(self.folder.loss_plot)
+        summary = {
+            "finished": not result.stopped,
+            "step": result.step,
+            "total_steps": total_steps,
+            "loss": result.loss,
+            "eval_before": result.eval_before,
+            "eval_after": result.eval_after,
+            "exports": {k: str(v) for k, v in result.exports.items()},
+            "free_gib": shutil.disk_usage(self.folder.path).free // 2**30,
+        }
+        write_atomically(self.folder.summary, json.dumps(summary, indent=1))
+        trackers.finish(summary, before, after)
