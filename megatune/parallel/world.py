@@ -21,7 +21,7 @@ class World:
     """This process's place in the run.
 
     `mesh` has the dimensions (dp_replicate, dp_shard), outermost first. Data parallel rank and size count both:
-    every process sees its own share of the global batch.
+    every process sees its own share of the global batch. `owns_group`: `init` started the process group.
     """
 
     rank: int
@@ -29,6 +29,7 @@ class World:
     local_rank: int
     device: torch.device
     mesh: DeviceMesh
+    owns_group: bool = True
 
     @property
     def is_main(self) -> bool:
@@ -75,8 +76,8 @@ class World:
         return box[0]
 
     def close(self) -> None:
-        """End the process groups; the object is of no use afterwards."""
-        if dist.is_initialized():
+        """End the process groups, unless a caller had started them before `init`; of no use afterwards."""
+        if self.owns_group and dist.is_initialized():
             dist.destroy_process_group()
 
 
@@ -92,11 +93,12 @@ def init(config: ParallelConfig, *, device: str | None = None, timeout: float = 
     check_layout(config, world_size)
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     where = _device(kind, local_rank)
-    if not dist.is_initialized():
+    owns_group = not dist.is_initialized()
+    if owns_group:
         _start_process_group(kind, where, rank, world_size, timeout)
     shape = mesh_shape(config, world_size)
     mesh = init_device_mesh(kind, shape, mesh_dim_names=("dp_replicate", "dp_shard"))
-    return World(rank, world_size, local_rank, where, mesh)
+    return World(rank, world_size, local_rank, where, mesh, owns_group)
 
 
 def check_layout(config: ParallelConfig, world_size: int) -> None:

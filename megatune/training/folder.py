@@ -21,7 +21,7 @@ _FREE_TRAIN |= {"micro_batch_size", "compile", "deterministic"}
 
 
 class RunFolder:
-    """Paths of one run (../DESIGN: `config.yaml`, `metrics.jsonl`, `loss.png`, `logs/`, `checkpoints/`, exports)."""
+    """Paths of one run (`config.yaml`, `metrics.jsonl`, `loss.png`, `logs/`, `checkpoints/`, exports)."""
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.path = Path(folder)

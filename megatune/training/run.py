@@ -22,9 +22,6 @@ from megatune.training.precision import compute_dtype, peak_flops
 from megatune.training.samples import answers
 from megatune.training.step import Trainer
 
-# sysexits' EX_TEMPFAIL: stopped cleanly with a committed checkpoint; start again to go on.
-STOPPED_EXIT_CODE = 75
-
 
 @dataclass(frozen=True)
 class TrainResult:
