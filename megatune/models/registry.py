@@ -7,9 +7,27 @@ from typing import Any
 
 from megatune.errors import ConfigError
 from megatune.models.families.base import Family
+from megatune.models.families.gemma2 import Gemma2
+from megatune.models.families.gemma3 import Gemma3
+from megatune.models.families.gpt2 import GPT2
 from megatune.models.families.llama import Llama
+from megatune.models.families.mistral import Mistral
+from megatune.models.families.olmo2 import Olmo2
+from megatune.models.families.phi3 import Phi3
+from megatune.models.families.qwen2 import Qwen2
+from megatune.models.families.qwen3 import Qwen3
 
-FAMILIES: tuple[Family, ...] = (Llama(),)
+FAMILIES: tuple[Family, ...] = (
+    Llama(),
+    Mistral(),
+    Qwen2(),
+    Qwen3(),
+    Gemma2(),
+    Gemma3(),
+    Phi3(),
+    Olmo2(),
+    GPT2(),
+)
 
 
 def supported_model_types() -> list[str]:

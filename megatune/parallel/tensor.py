@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatune.parallel.shard import Fused, ShardSpec
+from megatune.parallel.shard import Fused
 
 
 class Linear(nn.Module):
@@ -41,37 +41,19 @@ class Linear(nn.Module):
             return self.adapter(x, self)
         return F.linear(x, self.weight, self.bias)
 
-    def shard_specs(self, name: str) -> dict[str, ShardSpec]:
-        """Specs of `{name}.weight` and `{name}.bias`. A row-parallel bias is added after the sum over ranks, where
-        each rank holds a slice of the tokens (sequence parallelism): its gradient is a partial sum."""
-        column = self.shard == "column"
-        weight = f"{name}.weight"
-        specs = {weight: ShardSpec(weight, tuple(self.weight.shape), 0 if column else 1, self.fused)}
-        if self.bias is not None:
-            bias = f"{name}.bias"
-            specs[bias] = ShardSpec(bias, (self.out_features,), 0 if column else None, self.fused, not column)
-        return specs
-
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, {self.shard}, bias={self.bias is not None}"
 
 
 class Embedding(nn.Module):
-    """Rows of `weight` [rows, H] by index: int64 [T] -> [T, H]. Tensor parallelism cuts the rows when `sharded`."""
+    """Rows of `weight` [rows, H] by index: int64 [T] -> [T, H], in the weight's dtype."""
 
-    def __init__(self, rows: int, size: int, *, sharded: bool = True) -> None:
+    def __init__(self, rows: int, size: int) -> None:
         super().__init__()
-        self.sharded = sharded
         self.weight = nn.Parameter(torch.empty(rows, size))
 
     def forward(self, index: Tensor) -> Tensor:
         return F.embedding(index, self.weight)
-
-    def shard_specs(self, name: str) -> dict[str, ShardSpec]:
-        """Spec of `{name}.weight`; a replicated table sees a slice of the tokens: its gradient is a partial sum."""
-        weight = f"{name}.weight"
-        dim = 0 if self.sharded else None
-        return {weight: ShardSpec(weight, tuple(self.weight.shape), dim, partial=not self.sharded)}
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]} x {self.weight.shape[1]}"

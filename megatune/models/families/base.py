@@ -51,12 +51,14 @@ class Piece:
 class Family:
     """One model family. Class attributes: `name` (`DecoderSpec.family`), `model_types` and `architectures` as in
     config.json, `prefix` (Hugging Face's name of the part below the head; files saved from the bare model lack it),
-    `defaults` (transformers' values of keys that a config may leave out)."""
+    `layers_name` and `activation_key` (what it calls these), `defaults` (transformers' values of keys that a config
+    may leave out)."""
 
     name: ClassVar[str]
     model_types: ClassVar[tuple[str, ...]]
     architectures: ClassVar[tuple[str, ...]]
     prefix: ClassVar[str] = "model."
+    layers_name: ClassVar[str] = "layers"
     defaults: ClassVar[dict[str, Any]] = {}
     activation_key: ClassVar[str] = "hidden_act"
 
@@ -144,7 +146,7 @@ class Family:
         """For each of our global names, the pieces of Hugging Face tensors that it is made of."""
         names = {"embed.weight": [Piece(f"{self.prefix}embed_tokens.weight")]}
         for index in range(spec.num_layers):
-            for ours, pieces in self.layer_map(spec, f"{self.prefix}layers.{index}.").items():
+            for ours, pieces in self.layer_map(spec, f"{self.prefix}{self.layers_name}.{index}.").items():
                 names[f"layers.{index}.{ours}"] = pieces
         names["norm.weight"] = [Piece(f"{self.prefix}norm.weight")]
         if not spec.tied_embeddings:

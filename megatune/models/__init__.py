@@ -1,0 +1,34 @@
+"""Models: one decoder, one file a family, weights by global names."""
+
+from megatune.models.build import build, initialise, materialise_random, set_dtypes
+from megatune.models.causal_lm import CausalLM
+from megatune.models.convert import from_hf_state, fuse_parts, split_parts, to_hf_state
+from megatune.models.decoder import Decoder
+from megatune.models.families.base import Family, Piece
+from megatune.models.layout import count_parameters, flops_per_token, shard_specs
+from megatune.models.registry import family_for, family_named, supported_model_types
+from megatune.models.spec import DecoderSpec, LayerSpec, RopeSpec
+
+__all__ = [
+    "CausalLM",
+    "Decoder",
+    "DecoderSpec",
+    "Family",
+    "LayerSpec",
+    "Piece",
+    "RopeSpec",
+    "build",
+    "count_parameters",
+    "family_for",
+    "family_named",
+    "flops_per_token",
+    "from_hf_state",
+    "fuse_parts",
+    "initialise",
+    "materialise_random",
+    "set_dtypes",
+    "shard_specs",
+    "split_parts",
+    "supported_model_types",
+    "to_hf_state",
+]

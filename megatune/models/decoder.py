@@ -1,0 +1,136 @@
+"""The decoder-only transformer that every family is an instance of. Reads as single-device code.
+
+There is no batch dimension: tokens are one flat stream of packed documents. Shapes: T tokens, H hidden size,
+V vocabulary, S scored tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megatune import ops
+from megatune.models.attention import Attention
+from megatune.models.cache import KVCache
+from megatune.models.layout import shard_specs
+from megatune.models.mlp import MLP, GatedMLP
+from megatune.models.norm import Norm
+from megatune.models.rope import Rotary, inverse_frequencies, rotary
+from megatune.models.spec import DecoderSpec
+from megatune.ops import Segments, Targets
+from megatune.parallel.shard import ShardSpec
+from megatune.parallel.tensor import Embedding, Linear
+
+
+class Layer(nn.Module):
+    """Attention and feed-forward block with their residual connections and norms: x [T, H] -> [T, H]."""
+
+    def __init__(self, spec: DecoderSpec, index: int) -> None:
+        super().__init__()
+        before, after = spec.norm_placement != "post", spec.norm_placement != "pre"
+
+        def norm(wanted: bool) -> Norm | None:
+            return Norm(spec, spec.hidden_size) if wanted else None
+
+        self.attn_norm = norm(before)
+        self.attn = Attention(spec, index)
+        self.attn_post_norm = norm(after)
+        self.mlp_norm = norm(before)
+        self.mlp = GatedMLP(spec) if spec.gated_mlp else MLP(spec)
+        self.mlp_post_norm = norm(after)
+
+    def forward(
+        self, x: Tensor, segments: Segments, rotary: Rotary | None, cache: KVCache | None = None
+    ) -> Tensor:
+        y = self.attn_norm(x) if self.attn_norm is not None else x
+        y = self.attn(y, segments, rotary, cache)
+        x = x + (self.attn_post_norm(y) if self.attn_post_norm is not None else y)
+        y = self.mlp_norm(x) if self.mlp_norm is not None else x
+        y = self.mlp(y)
+        return x + (self.mlp_post_norm(y) if self.mlp_post_norm is not None else y)
+
+
+class Decoder(nn.Module):
+    """Embedding, layers, final norm and head.
+
+    `layers`: the part of the layers that this process holds (a pipeline stage); the first stage also has the
+    embedding, the last one the norm and the head. Modules and parameters keep their global names. `recompute`: every
+    n-th layer keeps only its input and is computed again in backward; 0: none.
+    """
+
+    def __init__(self, spec: DecoderSpec, layers: range | None = None) -> None:
+        super().__init__()
+        self.spec = spec
+        self.layer_range = range(spec.num_layers) if layers is None else layers
+        self.is_first = self.layer_range.start == 0
+        self.is_last = self.layer_range.stop == spec.num_layers
+        self.recompute = 0
+        if self.is_first or (self.is_last and spec.tied_embeddings):
+            self.embed = Embedding(spec.vocab_size, spec.hidden_size)
+        if self.is_first and spec.positions == "learned":
+            self.positions = Embedding(spec.max_positions, spec.hidden_size)
+        self.layers = nn.ModuleDict({str(index): Layer(spec, index) for index in self.layer_range})
+        if self.is_last:
+            self.norm = Norm(spec, spec.hidden_size)
+            if not spec.tied_embeddings:
+                self.head = Linear(spec.hidden_size, spec.vocab_size, shard="column")
+        for (
+            rope
+        ) in spec.ropes:  # computed here, where tensors are real, for forward passes where they are not
+            inverse_frequencies(rope)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        segments: Segments,
+        targets: Targets | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Logits [T, V] in compute dtype, or with `targets` the fp32 sum of the cross-entropy over them.
+
+        `tokens`: int64 [T]; on a later pipeline stage the hidden states [T, H] of the stage before. A stage that is
+        not the last gives its hidden states. `cache`: for generation; `tokens` then continue the one document in it,
+        and are added to it.
+        """
+        seen = 0 if cache is None else cache.length
+        positions = segments.positions + seen
+        lengths = tuple(length + seen for length in segments.lengths)
+        rotaries = [rotary(rope, positions, lengths) for rope in self.spec.ropes]
+        x = self._embed(tokens, positions) if self.is_first else tokens
+        for index, layer in zip(self.layer_range, self.layers.values(), strict=True):
+            rope = self.spec.layers[index].rope
+            inputs = (x, segments, None if rope is None else rotaries[rope])
+            if self.recompute and index % self.recompute == 0 and torch.is_grad_enabled():
+                x = checkpoint(layer, *inputs, use_reentrant=False)
+            else:
+                x = layer(*inputs, cache)
+        if cache is not None:
+            cache.advance(tokens.shape[0])
+        return self._head(x, targets) if self.is_last else x
+
+    def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        if self.spec.embedding_scale != 1.0:
+            x = x * x.new_full(
+                (), self.spec.embedding_scale
+            )  # the factor is rounded to x's dtype, as in Gemma
+        if self.spec.positions == "learned":
+            x = x + self.positions(positions)
+        return x
+
+    def _head(self, x: Tensor, targets: Targets | None) -> Tensor:
+        """Norm, projection to the vocabulary, loss. A tied head uses the embedding's weight, which is why weights
+        are taken here, in the root's forward, where a sharding wrapper has made them whole."""
+        weight = self.embed.weight if self.spec.tied_embeddings else self.head.weight
+        cap = self.spec.logit_softcap
+        if targets is not None:
+            scored_SH = self.norm(x.index_select(0, targets.index))
+            return ops.linear_cross_entropy(scored_SH, weight, targets.labels, softcap=cap)
+        logits_TV = F.linear(self.norm(x), weight)
+        return logits_TV if cap is None else cap * torch.tanh(logits_TV / cap)
+
+    def shard_specs(self) -> dict[str, ShardSpec]:
+        """Global shape and slicing of each parameter of the base model, by global name."""
+        return shard_specs(self.spec, self.layer_range)
