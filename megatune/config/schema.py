@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -64,14 +64,21 @@ Method = Annotated[FullMethod | FreezeMethod | LoraMethod, Field(discriminator="
 
 class DataConfig(Section):
     train: list[str] = Field(description="Training files: .jsonl, .json, .parquet or .csv.")
-    eval: str | list[str] | None = Field(None, description="Held-out files, evaluated on; none: no evaluation.")
+    eval: str | list[str] | None = Field(
+        None, description="Held-out files, evaluated on; none: no evaluation."
+    )
     eval_fraction: float = Field(
-        0.0, ge=0, lt=1, description="Without `eval`: hold out this share of the training rows (by a hash of the row)."
+        0.0,
+        ge=0,
+        lt=1,
+        description="Without `eval`: hold out this share of the training rows (by a hash of the row).",
     )
     format: Literal["auto", "messages", "alpaca", "sharegpt", "prompt_completion", "text"] = Field(
         "auto", description="Row format; auto looks at the first row of each file."
     )
-    seq_length: int = Field(4096, ge=8, description="Tokens in one packed sequence, and the limit for one sample.")
+    seq_length: int = Field(
+        4096, ge=8, description="Tokens in one packed sequence, and the limit for one sample."
+    )
     packing: bool = Field(
         True, description="Pack samples into sequences (best fit). Attention never crosses a sample's border."
     )
@@ -88,8 +95,12 @@ class DataConfig(Section):
     on_error: Literal["error", "skip"] = Field(
         "error", description="A row that cannot be used: stop with its file and line, or skip and count it."
     )
-    max_samples: int | None = Field(None, ge=1, description="Use only the first N samples of the training files.")
-    cache: str | None = Field(None, description="Folder of the token cache. Default: <checkpoint.folder>/cache.")
+    max_samples: int | None = Field(
+        None, ge=1, description="Use only the first N samples of the training files."
+    )
+    cache: str | None = Field(
+        None, description="Folder of the token cache. Default: <checkpoint.folder>/cache."
+    )
 
     @field_validator("train", mode="before")
     @classmethod
@@ -103,16 +114,20 @@ class ParallelConfig(Section):
     context: int = Field(1, ge=1, description="Context parallel size.")
     expert: int = Field(1, ge=1, description="Expert parallel size.")
     replicate: int = Field(
-        1, ge=1, description="Copies of the sharded model (hybrid sharding): dp_replicate x dp_shard processes."
+        1,
+        ge=1,
+        description="Copies of the sharded model (hybrid sharding): dp_replicate x dp_shard processes.",
     )
     zero: Literal[0, 1, 2, 3] = Field(
-        3, description="ZeRO stage: 0 replicate, 1 shard optimizer state, 2 also gradients, 3 also parameters."
+        3,
+        description="ZeRO stage: 0 replicate, 1 shard optimizer state, 2 also gradients, 3 also parameters.",
     )
     schedule: Literal["gpipe", "1f1b", "interleaved", "zero-bubble"] = Field(
         "1f1b", description="Pipeline schedule."
     )
     recompute: Literal["none", "full"] | int = Field(
-        "none", description="Recompute activations in backward: none, full (every layer), or every n-th layer."
+        "none",
+        description="Recompute activations in backward: none, full (every layer), or every n-th layer.",
     )
 
     @field_validator("recompute")
@@ -131,7 +146,9 @@ class EarlyStop(Section):
 class TrainConfig(Section):
     steps: int | None = Field(None, ge=1, description="Optimizer steps. Give steps or epochs.")
     epochs: float | None = Field(None, gt=0, description="Passes over the training set, instead of steps.")
-    global_batch_size: int = Field(8, ge=1, description="Packed sequences in one optimizer step, over all processes.")
+    global_batch_size: int = Field(
+        8, ge=1, description="Packed sequences in one optimizer step, over all processes."
+    )
     micro_batch_size: int = Field(1, ge=1, description="Packed sequences in one forward pass of one process.")
     seed: int = Field(0, ge=0, description="Decides data order, initial adapter weights and dropout.")
     eval_every: int = Field(0, ge=0, description="Evaluate each N steps; 0: only before and after.")
@@ -140,7 +157,9 @@ class TrainConfig(Section):
     early_stop: EarlyStop | None = Field(None, description="Stop when eval_loss no longer falls.")
     samples: int = Field(0, ge=0, description="Answer this many held-out prompts before and after training.")
     sample_tokens: int = Field(64, ge=1, description="New tokens in such an answer, at most.")
-    deterministic: bool = Field(False, description="Deterministic kernels only: bitwise repeatable on GPUs, slower.")
+    deterministic: bool = Field(
+        False, description="Deterministic kernels only: bitwise repeatable on GPUs, slower."
+    )
     compile: bool = Field(False, description="torch.compile each decoder layer.")
 
     @model_validator(mode="after")
@@ -156,9 +175,12 @@ class OptimConfig(Section):
     name: Literal["adamw"] = Field("adamw", description="Optimizer.")
     lr: float = Field(2.0e-5, gt=0, description="Peak learning rate.")
     schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
-        "cosine", description="Learning rate after the warm-up; wsd: constant, then linear decay in the last part."
+        "cosine",
+        description="Learning rate after the warm-up; wsd: constant, then linear decay in the last part.",
     )
-    warmup: float = Field(0.03, ge=0, description="Warm-up: below 1 a share of all steps, from 1 on a number of steps.")
+    warmup: float = Field(
+        0.03, ge=0, description="Warm-up: below 1 a share of all steps, from 1 on a number of steps."
+    )
     decay: float = Field(0.2, gt=0, le=1, description="wsd: share of all steps that the final decay takes.")
     min_lr_ratio: float = Field(0.0, ge=0, le=1, description="The schedule ends at lr times this.")
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay, on matrices only.")
@@ -184,7 +206,9 @@ class CheckpointConfig(Section):
 
 class TrackConfig(Section):
     tensorboard: bool = Field(False, description="TensorBoard event files in <folder>/tensorboard.")
-    wandb: dict[str, Any] | None = Field(None, description="Arguments of wandb.init, for example {project: x}.")
+    wandb: dict[str, Any] | None = Field(
+        None, description="Arguments of wandb.init, for example {project: x}."
+    )
     swanlab: dict[str, Any] | None = Field(None, description="Arguments of swanlab.init.")
     mlflow: dict[str, Any] | None = Field(
         None, description="{tracking_uri, experiment, run_name} for MLflow; any may be left out."
@@ -192,11 +216,13 @@ class TrackConfig(Section):
 
 
 class LaunchConfig(Section):
-    nproc: Literal["auto"] | int = Field(
+    nproc: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
         "auto", description="Local processes that `megatune train` starts. auto: one a GPU, else cpu_nproc."
     )
     cpu_nproc: int = Field(1, ge=1, description="Processes for nproc: auto on a machine without GPUs.")
-    timeout: float = Field(1800, gt=0, description="Seconds after which a collective that hangs ends the run.")
+    timeout: float = Field(
+        1800, gt=0, description="Seconds after which a collective that hangs ends the run."
+    )
 
 
 class OpsConfig(Section):
