@@ -1,0 +1,352 @@
+"""Checkpoints of a run: one folder a step, sharded, written in the background, without any layout.
+
+`state` is a dict of global tensors by name, plain or DTensor. What was saved under one sharding loads under any other:
+each process reads just the boxes that it holds. Names of folders: `step-000120` is a checkpoint; anything that starts
+with a dot is unfinished or left by a dead process, and no reader looks at it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from megatune import __version__
+from megatune.checkpoint import files
+from megatune.checkpoint.boxes import local_part
+from megatune.checkpoint.manifest import RUN, DamagedError, Manifest, TensorEntry, read_manifest
+from megatune.checkpoint.reader import CheckpointFile, ShardFile
+from megatune.checkpoint.writer import Job, PendingSave, plan, snapshot
+from megatune.errors import CheckpointError
+
+_log = logging.getLogger(__name__)
+
+_STEP = re.compile(r"step-(\d{6,})")
+_READ_THREADS = 4
+
+_in_flight: PendingSave | None = None
+
+
+class Processes(Protocol):
+    """What of `World` is used here."""
+
+    rank: int
+    world_size: int
+
+    @property
+    def is_main(self) -> bool: ...
+
+    def broadcast(self, value: Any) -> Any: ...
+
+    def max(self, values: list[float]) -> list[float]: ...
+
+
+def save(
+    folder: str | Path,
+    step: int,
+    state: dict[str, Tensor | DTensor],
+    extra: dict[str, Any],
+    world: Processes,
+    *,
+    keep_last: int | None = None,
+    background: bool = True,
+    timeout: float = 1800.0,
+) -> PendingSave:
+    """Save `state` as `<folder>/step-<step>`; every process calls it, with the same names.
+
+    When it returns, the state is copied and may change; the files follow in the background (`background=False`: they
+    are there when it returns, and host tensors are not copied). `extra`: JSON values, rank 0's are kept. `keep_last`:
+    then prune to that many. Waits for the save before this one. Each file is read back before the checkpoint counts.
+
+    Plain tensors must be the same on all processes. `timeout`: seconds in which each process has to finish its file.
+    Raises CheckpointError where the folder cannot be written, or an earlier save failed and nobody looked.
+    """
+    global _in_flight
+    folder = Path(folder)
+    if _in_flight is not None:
+        _in_flight.wait()
+    parts, shared_digest = plan(state, world.rank, world.world_size)
+    versions = {"megatune": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
+    run_text = json.dumps({"step": step, "versions": versions, "extra": extra}, indent=1).encode()
+    final = folder / f"step-{step:06d}"
+    pieces = snapshot(parts, copy=background)
+    name, problem = world.broadcast(_make_temporary(folder, final.name) if world.is_main else None)
+    if problem:
+        raise CheckpointError(problem)
+
+    def after() -> None:
+        if keep_last is not None:
+            prune(folder, keep_last)
+
+    job = Job(
+        temporary=folder / name,
+        final=final,
+        step=step,
+        rank=world.rank,
+        world_size=world.world_size,
+        pieces=pieces,
+        shared_digest=shared_digest,
+        run_text=run_text,
+        after=after,
+        timeout=timeout,
+    )
+    _in_flight = pending = PendingSave(job, background=background)
+    if not background:
+        pending.check()
+    return pending
+
+
+def _make_temporary(folder: Path, name: str) -> tuple[str, str | None]:
+    """(name of a new hidden folder, None) or ("", what is wrong): the other processes wait for either."""
+    hidden = f".{name}.{secrets.token_hex(4)}"
+    try:
+        files.make_folder(folder / hidden)
+    except OSError as error:
+        return (
+            "",
+            f"{name} cannot be saved: {folder} cannot be written ({error.strerror}); earlier ones are whole",
+        )
+    return hidden, None
+
+
+def steps(folder: str | Path) -> list[Path]:
+    """Checkpoint folders by step, oldest first, valid or not."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _STEP.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def problem(step_folder: str | Path) -> str | None:
+    """What is wrong with a checkpoint at a quick look (manifest, files, sizes; not their bytes); None: nothing."""
+    try:
+        _quick_check(Path(step_folder))
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def newest(folder: str | Path, warn: Callable[[str], None] | None = None) -> Path | None:
+    """The newest checkpoint that is whole at a quick look, or None. `warn` gets a sentence for each one passed over
+    (default: the log). Files' bytes are verified as they are loaded."""
+    for path in reversed(steps(folder)):
+        wrong = problem(path)
+        if wrong is None:
+            return path
+        (warn or _log.warning)(f"checkpoint {path.name} is passed over: {wrong}")
+    return None
+
+
+def verify(step_folder: str | Path) -> None:
+    """Read every byte of a checkpoint. Raises DamagedError (a CheckpointError) that names what is wrong."""
+    step_folder = Path(step_folder)
+    manifest = _quick_check(step_folder)
+    for name, entry in manifest.files.items():
+        CheckpointFile(step_folder / name, entry).verify_all()
+
+
+def _quick_check(step_folder: Path) -> Manifest:
+    manifest = read_manifest(step_folder)
+    for name, entry in manifest.files.items():
+        try:
+            size = (step_folder / name).stat().st_size
+        except OSError as error:
+            raise DamagedError(f"{step_folder / name} is missing ({error.strerror})") from error
+        if size != entry.size:
+            raise DamagedError(f"{step_folder / name} has {size} bytes instead of {entry.size}")
+    return manifest
+
+
+def load(
+    step_folder: str | Path,
+    state: dict[str, Tensor | DTensor],
+    *,
+    strict: bool = True,
+    verify: bool = True,
+) -> dict[str, Any]:
+    """Fill `state`'s tensors in place, under whatever sharding they have; returns `extra`. No communication.
+
+    `strict`: the names in the checkpoint and in `state` must be the same; else only those in both are filled.
+    `verify`: check the checksum of every block that is read. Raises CheckpointError for a name, shape or dtype that
+    does not fit, before anything is filled; DamagedError (a CheckpointError) where bytes are missing or wrong, when
+    some tensors may already be filled.
+    """
+    step_folder = Path(step_folder)
+    manifest = read_manifest(step_folder)
+    names = _matching_names(step_folder, manifest, state, strict)
+    run = CheckpointFile(step_folder / RUN, manifest.files[RUN], verify=verify)
+    extra = json.loads(run.read_all())["extra"]
+    work = [(name, state[name], manifest.tensors[name]) for name in names]
+    needed = {chunk.file for item in work for chunk in _chunks_here(*item)}
+    shards = {
+        name: ShardFile(step_folder / name, manifest.files[name], verify=verify) for name in sorted(needed)
+    }
+    with ThreadPoolExecutor(min(_READ_THREADS, os.cpu_count() or 1)) as pool:
+        for _ in pool.map(lambda item: _fill(*item, shards), work):
+            pass
+    return extra
+
+
+def restore(
+    folder: str | Path,
+    state: dict[str, Tensor | DTensor],
+    world: Processes,
+    warn: Callable[[str], None] | None = None,
+) -> tuple[Path, dict[str, Any]] | None:
+    """What a start does: `clean`, then `load` the newest checkpoint that is whole to the last byte, on all processes
+    together. Returns (its folder, extra), or None where there is no checkpoint at all.
+
+    A damaged checkpoint is passed over with a sentence to `warn`, on every process for the same older one. Raises
+    CheckpointError where there are checkpoints and none is whole, or where one does not fit `state`.
+    """
+    folder = Path(folder)
+    if world.is_main:
+        clean(folder)
+        candidates = [str(path) for path in reversed(steps(folder))]
+    candidates = world.broadcast(candidates if world.is_main else None)
+    for text in candidates:
+        path, extra, wrong = Path(text), {}, None
+        try:
+            _quick_check(path)
+            extra = load(path, state)
+        except DamagedError as error:
+            wrong = str(error)
+        if not world.max([float(wrong is not None)])[0]:
+            return path, extra
+        (warn or _log.warning)(
+            f"checkpoint {path.name} is passed over: {wrong or 'another process found it damaged'}"
+        )
+    if candidates:
+        raise CheckpointError(
+            f"{folder}: none of the {len(candidates)} checkpoints is whole (see the log for each); restore one, or "
+            f"remove the folder to start anew"
+        )
+    return None
+
+
+def _matching_names(
+    step_folder: Path, manifest: Manifest, state: dict[str, Tensor], strict: bool
+) -> list[str]:
+    missing = sorted(state.keys() - manifest.tensors.keys())
+    unexpected = sorted(manifest.tensors.keys() - state.keys())
+    if strict and missing:
+        raise CheckpointError(
+            f"{step_folder} lacks {_some(missing)}; it was saved from another model or method"
+        )
+    if strict and unexpected:
+        raise CheckpointError(
+            f"{step_folder} holds {_some(unexpected)} too; it was saved from another model or method"
+        )
+    names = [name for name in state if name in manifest.tensors]
+    for name in names:
+        stored, wanted = manifest.tensors[name], state[name]
+        for what, there, here in (
+            ("shape", stored.shape, tuple(wanted.shape)),
+            ("dtype", stored.dtype, wanted.dtype),
+        ):
+            if there != here:
+                raise CheckpointError(
+                    f"{step_folder}: {name} has {what} {there}, this run needs {here}; it was saved from another model"
+                )
+    return names
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more tensors" if len(names) > 3 else "")
+
+
+def _chunks_here(name: str, tensor: Tensor, entry: TensorEntry) -> Iterable[Any]:
+    local = local_part(name, tensor)
+    if local is None:
+        return ()
+    return (chunk for chunk in entry.chunks if local.box & chunk.box is not None)
+
+
+def _fill(name: str, tensor: Tensor, entry: TensorEntry, shards: dict[str, ShardFile]) -> None:
+    local = local_part(name, tensor)
+    if local is None:
+        return
+    with torch.no_grad():  # per thread
+        filled = sum(
+            shards[chunk.file].fill(local.tensor, local.box, chunk, entry)
+            for chunk in _chunks_here(name, tensor, entry)
+        )
+    if filled != local.box.numel:
+        raise DamagedError(f"{name}: the checkpoint's chunks fill {filled} of {local.box.numel} elements")
+
+
+def prune(folder: str | Path, keep_last: int) -> list[Path]:
+    """Remove all but the newest `keep_last` valid checkpoints; returns what was removed.
+
+    Every published checkpoint was read back by its writers. Nothing is removed that is newer than the oldest one kept,
+    and nothing at all where none is valid. A folder gets a hidden name before its files go.
+    """
+    if keep_last < 1:
+        raise ValueError("keep_last must be at least 1: the only checkpoint is never removed")
+    kept: list[Path] = []
+    removed: list[Path] = []
+    for path in reversed(steps(folder)):
+        if len(kept) < keep_last:
+            if problem(path) is None:
+                kept.append(path)
+            continue
+        hidden = path.with_name(f".{path.name}.{secrets.token_hex(4)}.pruned")
+        files.rename(path, hidden)
+        files.remove_tree(hidden)
+        removed.append(path)
+    return removed
+
+
+def clean(folder: str | Path) -> list[Path]:
+    """Remove what dead processes left (one process, before the run's first save); returns what was removed.
+
+    A checkpoint whose replacement never came gets its name back.
+    """
+    folder = Path(folder)
+    removed = []
+    for path in sorted(folder.glob(".step-*")) if folder.is_dir() else []:
+        original = folder / path.name.split(".")[1]
+        if path.name.endswith(".replaced") and not original.exists():
+            files.rename(path, original)
+            continue
+        if path.is_dir():
+            files.remove_tree(path)
+        else:
+            files.remove_file(path)
+        removed.append(path)
+    return removed
+
+
+def required_bytes(state: dict[str, Tensor | DTensor]) -> int:
+    """Bytes of one checkpoint of `state`, all processes together (global shapes; headers are under 1 %)."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+
+
+def check_space(folder: str | Path, bytes_needed: int) -> None:
+    """Raise CheckpointError where `folder` (it need not exist) cannot be written or has less space than needed."""
+    folder = Path(folder).absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise CheckpointError(
+            f"{existing} cannot be written; choose another checkpoint.folder or change its rights"
+        )
+    free = shutil.disk_usage(existing).free
+    if free < bytes_needed:
+        raise CheckpointError(
+            f"{existing} has {free / 2**30:.2f} GiB free and this run's checkpoints and exports need "
+            f"{bytes_needed / 2**30:.2f} GiB; free space, choose another checkpoint.folder, or lower "
+            f"checkpoint.keep_last or checkpoint.export"
+        )
