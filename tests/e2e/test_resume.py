@@ -1,0 +1,149 @@
+"""A run that is killed or stopped goes on as if nothing had happened."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatune.config.loader import dump_config
+from megatune.training import STOPPED_EXIT_CODE
+from tests.helpers.runs import LORA, losses, metrics, tiny_config
+
+STEPS = 12
+
+
+def start(config, path: Path, *overrides: str) -> subprocess.Popen:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(dump_config(config))
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "megatune", "train", str(path), *overrides],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        lines = (folder / "metrics.jsonl").read_text().splitlines() if (folder / "metrics.jsonl").exists() else []
+        if len(lines) >= step:
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    raise AssertionError(f"step {step} not reached in {seconds} s")
+
+
+@pytest.fixture(scope="module", params=["full", "lora"])
+def uninterrupted(request, tiny_llama, tiny_data, tmp_path_factory):
+    import megatune
+
+    method = {"type": "full"} if request.param == "full" else LORA
+    base = tmp_path_factory.mktemp("uninterrupted")
+
+    def make(folder):
+        return tiny_config(
+            tiny_llama,
+            tiny_data,
+            folder,
+            method=method,
+            train__steps=STEPS,
+            train__eval_every=5,
+            train__global_batch_size=4,
+            checkpoint={"folder": str(folder), "every": 3},
+        )
+
+    megatune.train(make(base / "run"))
+    return make, base / "run"
+
+
+def comparable(folder):
+    return [(row["step"], row.get("loss"), row.get("grad_norm"), row.get("eval_loss")) for row in metrics(folder)]
+
+
+@pytest.mark.parametrize("kill_at", [2, 5, 10])
+def test_killed_run_resumes_bitwise(uninterrupted, kill_at, tmp_path):
+    make, whole = uninterrupted
+    config = make(tmp_path / "run")
+    process = start(config, tmp_path / "run.yaml")
+    wait_for_step(tmp_path / "run", kill_at, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    again = start(config, tmp_path / "run.yaml")
+    output = again.communicate(timeout=120)[0]
+    assert again.returncode == 0, output
+    assert comparable(tmp_path / "run") == comparable(whole)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_at_the_steps_edge(uninterrupted, signum, tmp_path):
+    make, whole = uninterrupted
+    config = make(tmp_path / "run")
+    config.checkpoint.every = 0
+    process = start(config, tmp_path / "run.yaml")
+    wait_for_step(tmp_path / "run", 2, process)
+    process.send_signal(signum)
+    output = process.communicate(timeout=60)[0]
+    done = len(losses(tmp_path / "run"))
+    if done < STEPS:  # a very fast machine may have finished
+        assert process.returncode == STOPPED_EXIT_CODE, output
+        assert (tmp_path / "run" / "checkpoints" / f"step-{done:06d}" / "manifest.json").exists()
+    again = start(config, tmp_path / "run.yaml")
+    output = again.communicate(timeout=120)[0]
+    assert again.returncode == 0, output
+    assert comparable(tmp_path / "run") == comparable(whole)
+
+
+def test_resume_on_other_numbers_of_processes(uninterrupted, tmp_path):
+    make, whole = uninterrupted
+    config = make(tmp_path / "run")
+    for steps, processes in ((3, 1), (6, 2), (9, 4), (STEPS, 2)):
+        config.launch.nproc = processes
+        config.train.steps = STEPS
+        process = start(config, tmp_path / "run.yaml")
+        if steps < STEPS:
+            wait_for_step(tmp_path / "run", steps, process)
+            process.send_signal(signal.SIGTERM)
+        output = process.communicate(timeout=180)[0]
+        assert process.returncode in (0, STOPPED_EXIT_CODE), output
+    assert losses(tmp_path / "run") == pytest.approx(losses(whole), rel=1e-6)
+
+
+def test_a_finished_run_says_so_and_changes_nothing(uninterrupted):
+    make, whole = uninterrupted
+    before = (whole / "metrics.jsonl").read_bytes()
+    process = start(make(whole), whole.parent / "run.yaml")
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 0
+    assert "is done" in output
+    assert (whole / "metrics.jsonl").read_bytes() == before
+
+
+def test_more_steps_go_on_from_the_last_checkpoint(tiny_llama, tiny_data, tmp_path):
+    import megatune
+
+    def run(steps):
+        config = tiny_config(
+            tiny_llama, tiny_data, tmp_path, train__steps=steps, optim__schedule="constant", optim__warmup=0
+        )
+        return megatune.train(config)
+
+    assert run(2).step == 2
+    assert run(4).step == 4
+    assert len(losses(tmp_path)) == 4
+
+
+def test_another_runs_folder_is_refused(tiny_llama, tiny_data, tmp_path):
+    import megatune
+
+    megatune.train(tiny_config(tiny_llama, tiny_data, tmp_path))
+    with pytest.raises(megatune.ConfigError, match=r"another run.*optim\.lr: 0\.001 there, 0\.5 here"):
+        megatune.train(tiny_config(tiny_llama, tiny_data, tmp_path, optim__lr=0.5))
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["optim"]["lr"] == 0.001
