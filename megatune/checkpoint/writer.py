@@ -200,6 +200,8 @@ def _write_and_publish(job: Job) -> None:
         else:
             _wait_for_publication(job)
     except Exception as error:
+        if job.rank and job.failed.exists():  # rank 0 gave up and removed the folder under this one's hands
+            raise CheckpointError(job.failed.read_text("utf-8")) from error
         _report_failure(job, error)
         raise
     if job.rank == 0:
