@@ -78,7 +78,8 @@ def describe(node: Node) -> str:
     if variants(node):
         return f"a mapping with `type`: {either(list(variants(node)))}"
     if "anyOf" in node:
-        return either([describe(option) for option in node["anyOf"]])
+        words = [option["enum"] if "enum" in option else [describe(option)] for option in node["anyOf"]]
+        return either([str(word) for some in words for word in some])
     if "enum" in node:
         return f"one of {either([str(value) for value in node['enum']])}"
     if "const" in node:

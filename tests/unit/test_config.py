@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -356,3 +358,15 @@ def test_every_key_is_described() -> None:
                 f"{key} needs a description that ends in a full stop"
             )
         assert describe.describe(node)
+
+
+def test_the_page_on_the_configuration_is_up_to_date(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    fresh = tmp_path / "config.md"
+    subprocess.run(
+        [sys.executable, str(root / "tools/make_config_docs.py"), str(fresh)], check=True, timeout=60
+    )
+    assert fresh.read_text() == (root / "docs/config.md").read_text(), "run `make docs`"
+    for key in describe.all_keys():
+        node = describe.find(tuple(key.split(".")))
+        assert describe.sections(node) or f"`{key}`" in fresh.read_text() or key == "method.type"
