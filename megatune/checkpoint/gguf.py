@@ -1,0 +1,128 @@
+"""A GGUF file (llama.cpp's format) as a Hugging Face folder: dequantised to fp32, converted once into the cache."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+
+from megatune.checkpoint.gguf_config import ROPE_TENSORS, Architecture, Metadata, architecture_of, hf_config
+from megatune.checkpoint.safetensors_file import SafetensorsWriter
+from megatune.checkpoint.sources import SINGLE
+from megatune.errors import CheckpointError
+
+
+def convert_gguf(path: Path, folder: Path) -> None:
+    """Write `path` as a Hugging Face folder: config, fp32 safetensors, tokenizer, chat template, generation config.
+
+    One tensor is in memory at a time. CheckpointError for a damaged file, an architecture or a tensor type that is not
+    supported, or a tokenizer that transformers cannot rebuild.
+    """
+    reader = _open(path)
+    meta = _metadata(reader, path)
+    architecture, config = architecture_of(meta), hf_config(meta)
+    _write_weights(reader, meta, architecture, config, folder / SINGLE)
+    _write_json(folder / "config.json", config)
+    tokens = {key: value for key, value in config.items() if key.endswith("_token_id") and value is not None}
+    _write_json(folder / "generation_config.json", {"_from_model_config": True, **tokens})
+    _write_tokenizer(path, folder, config["max_position_embeddings"])
+
+
+def _open(path: Path) -> gguf.GGUFReader:
+    try:
+        return gguf.GGUFReader(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, IndexError, KeyError) as error:
+        raise CheckpointError(
+            f"{path}: not a GGUF file, or truncated ({error}); download it again"
+        ) from error
+
+
+def _metadata(reader: gguf.GGUFReader, path: Path) -> Metadata:
+    scalars = {
+        name: value.contents()
+        for name, value in reader.fields.items()
+        if value.types and value.types[0] != gguf.GGUFValueType.ARRAY
+    }
+    shapes = {tensor.name: tuple(int(n) for n in reversed(tensor.shape)) for tensor in reader.tensors}
+    meta = Metadata(scalars, shapes, str(path))
+    if "token_embd.weight" not in shapes:
+        raise CheckpointError(
+            f"{path}: has no tensor token_embd.weight; is it a language model, and in one file?"
+        )
+    meta.ropes = {t.name: _dequantize(t, path) for t in reader.tensors if t.name in ROPE_TENSORS}
+    return meta
+
+
+def _write_weights(
+    reader: gguf.GGUFReader, meta: Metadata, architecture: Architecture, config: dict[str, Any], to: Path
+) -> None:
+    tensors = {}
+    for tensor in reader.tensors:
+        name = architecture.hf_name(tensor.name)
+        if name is not None:
+            tensors[name] = tensor
+        elif tensor.name not in ROPE_TENSORS:
+            raise CheckpointError(
+                f"{meta.where}: tensor {tensor.name} is not known for architecture {meta.architecture}; use the "
+                "model's safetensors"
+            )
+    entries = [(name, torch.float32, meta.tensors[tensor.name]) for name, tensor in tensors.items()]
+    with SafetensorsWriter(to, entries) as writer:
+        for name, tensor in tensors.items():
+            values = _dequantize(tensor, Path(meta.where))
+            if architecture.permuted and ".self_attn.q_proj." in name:
+                values = unpermute(values, config["num_attention_heads"])
+            elif architecture.permuted and ".self_attn.k_proj." in name:
+                values = unpermute(values, config["num_key_value_heads"])
+            elif architecture.norm_offset and name.endswith("norm.weight"):
+                values = values - np.float32(1)
+            writer.write(name, torch.from_numpy(np.ascontiguousarray(values)))
+
+
+def _dequantize(tensor: gguf.ReaderTensor, path: Path) -> np.ndarray:
+    """A tensor's values in fp32, of its own shape."""
+    try:
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+    except NotImplementedError as error:
+        raise CheckpointError(
+            f"{path}: tensor {tensor.name} has type {tensor.tensor_type.name}, which cannot be read; use another GGUF"
+        ) from error
+    shape = tuple(int(n) for n in reversed(tensor.shape))
+    return np.array(values, dtype=np.float32).reshape(shape)  # a copy: not a view of the mapped file
+
+
+def unpermute(values: np.ndarray, heads: int) -> np.ndarray:
+    """Undo llama.cpp's order of the rows of q and k: in each head it stores row i of the first half next to row i of
+    the second half (rotary pairs side by side); Hugging Face has the halves one after the other."""
+    pairs = values.reshape(heads, -1, 2, *values.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(values.shape)
+
+
+def _write_tokenizer(path: Path, folder: Path, max_length: int) -> None:
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name).save_pretrained(folder)
+    except Exception as error:  # whatever transformers raises means one thing here
+        raise CheckpointError(f"{path}: transformers cannot rebuild its tokenizer ({error})") from error
+    finally:
+        logging.set_verbosity(verbosity)
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    for key in ("name_or_path", "is_local", "local_files_only", "backend"):  # of this machine and version
+        settings.pop(key, None)
+    # The class's name in every version of transformers, and the length that the file states.
+    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length}
+    _write_json(folder / "tokenizer_config.json", settings)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
