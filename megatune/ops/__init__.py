@@ -5,18 +5,25 @@ from megatune.ops.cross_entropy import linear_cross_entropy
 from megatune.ops.glu import glu
 from megatune.ops.lora import LoraLayout, lora_linear
 from megatune.ops.norm import layer_norm, rms_norm
+from megatune.ops.registry import OPS, chosen, configure, table
 from megatune.ops.rope import rope
 from megatune.ops.segments import Segments, Targets
 
+BODIES = {name: tuple(op.bodies) for name, op in OPS.items()}  # the bodies of each op, the best first
+
 __all__ = [
+    "BODIES",
     "LoraLayout",
     "Segments",
     "Targets",
     "attention",
+    "chosen",
+    "configure",
     "glu",
     "layer_norm",
     "linear_cross_entropy",
     "lora_linear",
     "rms_norm",
     "rope",
+    "table",
 ]

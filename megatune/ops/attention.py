@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from megatune.ops.norm import accumulate_dtype
+from megatune.ops import attention_bodies as bodies
+from megatune.ops.checks import floating, same_device
+from megatune.ops.registry import Body, add_op
 from megatune.ops.segments import Segments
+
+_OP = add_op(
+    "attention",
+    [
+        Body(
+            "varlen",
+            bodies.varlen,
+            ("cuda",),
+            bodies.HALF,
+            bodies.varlen_features(),
+            problem=bodies.varlen_problem,
+        ),
+        Body("flex", bodies.flex, ("cuda",), bodies.HALF, ("window", "softcap"), problem=bodies.flex_problem),
+        Body("sdpa", bodies.sdpa, None, None, ("window", "cache")),
+        Body("reference", bodies.reference),
+    ],
+)
 
 
 def attention(
@@ -26,51 +44,53 @@ def attention(
     the first two dimensions -> [T, Q, D] of q's dtype; softmax in fp32. `window`: tokens a query sees, itself
     included. `softcap`: scores become cap * tanh(score / cap) before the mask. `key_segments`: borders of k and v
     where they hold more tokens than q (decoding with a cache): the queries of a document are its last tokens.
-    ValueError where the shapes do not fit.
+    ValueError where shapes, dtypes or devices do not fit, or the body asked for cannot do this.
     """
     keys = segments if key_segments is None else key_segments
-    _check(q, k, v, segments, keys, window)
-    outputs = [
-        _dense(*document, scale, window, softcap)
-        for document in zip(
-            q.split(segments.lengths), k.split(keys.lengths), v.split(keys.lengths), strict=True
-        )
-    ]
-    return torch.cat(outputs) if outputs else torch.empty_like(q)
+    _check(q, k, v, segments, keys, window, softcap)
+    if window is not None and window >= keys.max_seqlen:
+        window = None
+    features = ()
+    if window is not None:
+        features += ("window",)
+    if softcap is not None:
+        features += ("softcap",)
+    if key_segments is not None:
+        features += ("cache",)
+    if q.shape[0] == 0:
+        return q.new_empty(q.shape) + 0 * q  # keeps the graph
+    return _OP.pick(q.device.type, q.dtype, features).run(q, k, v, segments, keys, scale, window, softcap)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, segments: Segments, keys: Segments, window: int | None) -> None:
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: Segments,
+    keys: Segments,
+    window: int | None,
+    softcap: float | None,
+) -> None:
     if q.dim() != 3 or k.dim() != 3 or k.shape != v.shape or q.shape[2] != k.shape[2]:
         raise ValueError(
             f"attention: q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} must be [T, heads, D] with "
-            "equal k and v and one D"
+            "k and v alike and one D"
         )
     if q.shape[1] % k.shape[1]:
-        raise ValueError(f"attention: q has {q.shape[1]} heads, which is no multiple of k's {k.shape[1]}")
+        raise ValueError(
+            f"attention: q has {q.shape[1]} heads, which is no multiple of the {k.shape[1]} of k"
+        )
     if q.shape[0] != segments.tokens or k.shape[0] != keys.tokens:
         raise ValueError(
-            f"attention: q has {q.shape[0]} and k {k.shape[0]} tokens, their segments "
-            f"{segments.tokens} and {keys.tokens}"
+            f"attention: q has {q.shape[0]} and k {k.shape[0]} tokens, segments {segments.tokens} and {keys.tokens}"
         )
-    if window is not None and window < 1:
-        raise ValueError(f"attention: window must be at least 1, got {window}")
-
-
-def _dense(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None
-) -> Tensor:
-    """One document: q [L, Q, D], k and v [M, K, D] with M >= L, the queries being the last L of M tokens."""
-    length, heads, dim = q.shape
-    total, kv_heads, _ = k.shape
-    wide = accumulate_dtype(q.dtype)
-    grouped = q.to(wide).reshape(length, kv_heads, heads // kv_heads, dim)
-    scores = torch.einsum("lkgd,mkd->kglm", grouped, k.to(wide)) * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    query_at = torch.arange(total - length, total, device=q.device)[:, None]
-    key_at = torch.arange(total, device=q.device)
-    hidden = key_at > query_at
-    if window is not None:
-        hidden |= key_at <= query_at - window
-    probabilities = torch.softmax(scores.masked_fill(hidden, float("-inf")), -1)
-    return torch.einsum("kglm,mkd->lkgd", probabilities, v.to(wide)).reshape(length, heads, dim).to(q.dtype)
+    if len(segments.lengths) != len(keys.lengths):
+        raise ValueError(
+            f"attention: segments has {len(segments.lengths)} documents, key_segments {len(keys.lengths)}"
+        )
+    if (window is not None and window < 1) or (softcap is not None and softcap <= 0):
+        raise ValueError(f"attention: window ({window}) and softcap ({softcap}) must be positive")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"attention: q is {q.dtype}, k {k.dtype}, v {v.dtype}; they must have one dtype")
+    floating("attention", q=q)
+    same_device("attention", q, k=k, v=v)

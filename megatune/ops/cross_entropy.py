@@ -2,36 +2,141 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from megatune.ops.norm import accumulate_dtype
+from megatune.ops.checks import accumulate_dtype, floating, same_device
+from megatune.ops.registry import Body, add_op, compiled_body, cpu_body, define
+
+# Logits in one chunk, unless the caller says how many rows: 128 MiB in bf16 on a CPU, 512 MiB elsewhere, where small
+# products do not fill the device.
+CHUNK_LOGITS = {"cpu": 2**26}
+CHUNK_LOGITS_ELSEWHERE = 2**28
+
+
+def _reference(logits: Tensor, labels: Tensor, softcap: float, write_grad: bool) -> Tensor:
+    """logits [rows, V], labels int64 [rows] -> loss fp32 [rows]; with write_grad the logits become their gradient.
+
+    softcap 0: none; else logits count as cap * tanh(logit / cap).
+    """
+    capped = logits.to(accumulate_dtype(logits.dtype))
+    if softcap:
+        capped = softcap * torch.tanh(capped / softcap)
+    log_sum = torch.logsumexp(capped, 1)
+    loss = log_sum - capped.gather(1, labels[:, None]).squeeze(1)
+    if write_grad:
+        grad = torch.exp(capped - log_sum[:, None])
+        grad = grad - torch.zeros_like(grad).scatter_(1, labels[:, None], 1.0)
+        if softcap:
+            grad = grad * (1 - (capped / softcap).square())
+        logits.copy_(grad)
+    return loss
+
+
+def _fake(logits: Tensor, labels: Tensor, softcap: float, write_grad: bool) -> Tensor:
+    return logits.new_empty(labels.shape, dtype=accumulate_dtype(logits.dtype))
+
+
+_ROWS = define(
+    "cross_entropy_rows(Tensor(a!) logits, Tensor labels, float softcap, bool write_grad) -> Tensor",
+    _reference,
+    _fake,
+)
+_OP = add_op(
+    "linear_cross_entropy", [cpu_body(_ROWS), compiled_body(_reference), Body("reference", (_reference,))]
+)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """hidden [S, H], weight [V, H], labels [S] -> scalar. Saved: the finished gradients, of hidden (and of the weight
+    if it is trained), so that backward only scales them: three matrix products instead of four."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float, chunk: int, train: bool
+    ) -> Tensor:
+        grads_wanted = tuple(wanted and train for wanted in ctx.needs_input_grad[:2])
+        loss, *grads = _forward(hidden, weight, labels, softcap, chunk, *grads_wanted)
+        ctx.save_for_backward(*grads)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = (None if saved is None else saved * grad for saved in ctx.saved_tensors)
+        return *scaled, None, None, None, None
+
+
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    softcap: float,
+    chunk: int,
+    hidden_grad: bool,
+    weight_grad: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(loss, gradient of hidden or None, gradient of weight or None)."""
+    rows_body = _OP.pick(hidden.device.type, hidden.dtype).run[0]
+    head = weight.to(hidden.dtype)
+    grad_hidden = torch.empty_like(hidden) if hidden_grad else None
+    total = None  # gradient of the weight, summed over chunks in fp32
+    loss = hidden.new_zeros((), dtype=accumulate_dtype(hidden.dtype))
+    for start in range(0, hidden.shape[0], chunk):
+        rows = hidden[start : start + chunk]
+        logits = rows @ head.t()
+        loss = (
+            loss + rows_body(logits, labels[start : start + chunk], softcap, hidden_grad or weight_grad).sum()
+        )
+        if grad_hidden is not None:
+            torch.mm(logits, head, out=grad_hidden[start : start + chunk])
+        if weight_grad:
+            total = _add_product(total, logits, rows, single=hidden.shape[0] <= chunk)
+    if weight_grad:
+        total = torch.zeros_like(weight) if total is None else total.to(weight.dtype)
+    return loss, grad_hidden, total
+
+
+def _add_product(total: Tensor | None, grad_logits: Tensor, rows: Tensor, single: bool) -> Tensor:
+    """total + grad_logits^T @ rows, in fp32 where several chunks are summed."""
+    if total is None:
+        product = grad_logits.t() @ rows
+        return product if single else product.to(accumulate_dtype(rows.dtype))
+    if total.dtype == rows.dtype:
+        return total.addmm_(grad_logits.t(), rows)
+    return total.add_(grad_logits.t() @ rows)
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, softcap: float | None = None, chunk: int = 1024
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, softcap: float | None = None, chunk: int | None = None
 ) -> Tensor:
     """Sum over rows of -log softmax(cap(hidden @ weight^T))[label].
 
-    hidden [S, H] (the scored rows only), weight [V, H], labels int64 [S] -> scalar, fp32 (fp64 for fp64 inputs).
-    Products in hidden's dtype, softmax in fp32. `softcap`: logits become cap * tanh(logit / cap).
-    `chunk`: rows whose logits exist at the same time. ValueError where shapes or dtypes do not fit.
+    hidden [S, H] (the scored rows only), weight [V, H], labels int64 [S], each in [0, V) -> scalar, fp32 (fp64 for
+    fp64 inputs). Products in hidden's dtype, softmax and sums in fp32. `softcap`: logits become
+    cap * tanh(logit / cap). `chunk`: rows whose logits exist at the same time (default: by memory). The gradients
+    are computed in the forward pass, for what requires them and where autograd is on. ValueError where shapes,
+    dtypes or devices do not fit.
     """
+    op = "linear_cross_entropy"
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
-            f"linear_cross_entropy: hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be [S, H], [V, H]"
+            f"{op}: hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be [S, H], [V, H]"
         )
     if labels.shape != hidden.shape[:1] or labels.dtype != torch.int64:
         raise ValueError(
-            f"linear_cross_entropy: labels must be int64 [{hidden.shape[0]}], got {labels.dtype} {tuple(labels.shape)}"
+            f"{op}: labels {labels.dtype} {tuple(labels.shape)} must be int64 [{hidden.shape[0]}]"
         )
-    wide = accumulate_dtype(hidden.dtype)
-    loss = hidden.new_zeros((), dtype=wide)
-    weight = weight.to(hidden.dtype)
-    for rows, row_labels in zip(hidden.split(chunk), labels.split(chunk), strict=True):
-        logits = (rows @ weight.t()).to(wide)
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        target = logits.gather(1, row_labels[:, None]).squeeze(1)
-        loss = loss + (torch.logsumexp(logits, 1) - target).sum()
-    return loss
+    if (softcap is not None and softcap <= 0) or (chunk is not None and chunk < 1):
+        raise ValueError(f"{op}: softcap ({softcap}) and chunk ({chunk}) must be positive")
+    floating(op, hidden=hidden, weight=weight)
+    same_device(op, hidden, weight=weight, labels=labels)
+    if chunk is None:
+        logits = CHUNK_LOGITS.get(hidden.device.type, CHUNK_LOGITS_ELSEWHERE)
+        chunk = max(1, logits // max(1, weight.shape[0]))
+    return _LinearCrossEntropy.apply(
+        hidden, weight, labels.contiguous(), softcap or 0.0, chunk, torch.is_grad_enabled()
+    )

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatune.ops.checks import floating, same_device
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class LoraLayout:
         return self.groups * sum(rows for rows, index in self.parts if index is not None)
 
     def scatter(self, b: Tensor) -> Tensor:
-        """b [adapted_rows, r] -> block matrix [rows, adapters * r] whose product with lora_a is the weight's change."""
+        """b [adapted_rows, r] -> block matrix [rows, adapters * r]; its product with lora_a is the weight's change."""
         if len(self.parts) == 1:
             return b
         rank = b.shape[1]
@@ -68,7 +72,7 @@ class LoraLayout:
         return block.view(self.rows, -1)
 
     def gather(self, block: Tensor) -> Tensor:
-        """The reverse of `scatter`: [rows, adapters * r] -> [adapted_rows, r]; entries outside the blocks are dropped."""
+        """The reverse of `scatter`: [rows, adapters * r] -> [adapted_rows, r]; the rest is dropped."""
         if len(self.parts) == 1:
             return block
         rank = block.shape[1] // self.adapters
@@ -87,6 +91,61 @@ class LoraLayout:
         return slices
 
 
+class _LoraLinear(torch.autograd.Function):
+    """out = x @ weight^T + bias + dropped @ a^T @ block^T, with block = scale * scatter(b) [out, adapters * r].
+
+    | tensor | shape | |
+    | --- | --- | --- |
+    | x, dropped | [T, in] | dropped is x itself where there is no dropout |
+    | low = dropped @ a^T | [T, adapters * r] | saved |
+    | grad_low = grad @ block | [T, adapters * r] | |
+    | grad_x = grad @ weight (+ grad_low @ a if x is dropped) | [T, in] | one buffer |
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        x_dropped: Tensor | None,
+        layout: LoraLayout,
+        scale: float,
+    ) -> Tensor:
+        dropped = x if x_dropped is None else x_dropped
+        low = F.linear(dropped, a.to(x.dtype))
+        out = F.linear(x, weight, bias)
+        out.addmm_(low, layout.scatter(b.to(x.dtype) * scale).t())
+        # x itself is needed only for the gradient of a weight that is trained beside its adapter.
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, dropped, low, weight, a, b)
+        ctx.layout, ctx.scale, ctx.has_dropped = layout, scale, x_dropped is not None
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, dropped, low, weight, a, b = ctx.saved_tensors
+        need_x, need_weight, need_bias, need_a, need_b, need_dropped = ctx.needs_input_grad[:6]
+        grad_x = grad_dropped = grad_a = grad_b = None
+        if need_x:
+            grad_x = grad @ weight
+        if need_a or need_dropped or (need_x and not ctx.has_dropped):
+            grad_low = grad @ ctx.layout.scatter(b.to(grad.dtype) * ctx.scale)
+            if need_a:
+                grad_a = (grad_low.t() @ dropped).to(a.dtype)
+            if need_dropped:
+                grad_dropped = grad_low @ a.to(grad.dtype)
+            elif need_x and not ctx.has_dropped:
+                grad_x.addmm_(grad_low, a.to(grad.dtype))
+        if need_b:
+            grad_b = ctx.layout.gather(grad.t() @ low).to(b.dtype) * ctx.scale
+        grad_weight = grad.t() @ x if need_weight else None
+        grad_bias = grad.sum(0) if need_bias else None
+        return grad_x, grad_weight, grad_bias, grad_a, grad_b, grad_dropped, None, None
+
+
 def lora_linear(
     x: Tensor,
     weight: Tensor,
@@ -100,19 +159,24 @@ def lora_linear(
     """x @ weight^T + bias + scale * x_dropped @ a^T @ scatter(b)^T.
 
     x [T, in], weight [out, in], bias [out] or None, a [adapters * r, in], b [adapted_rows, r] -> [T, out] of x's
-    dtype. `x_dropped`: x after the adapter's dropout, where there is one (None: x itself). a and b may be fp32 beside
-    a bf16 x; products are in x's dtype. ValueError where the shapes do not fit.
+    dtype. `x_dropped` [T, in]: x after the adapter's dropout, where there is one (None: x itself). a and b may be
+    fp32 beside a bf16 x; products are in x's dtype, the gradients of a and b are rounded to it before the cast back.
+    ValueError where shapes, dtypes or devices do not fit.
     """
-    if weight.shape != (layout.rows, x.shape[-1]):
+    op = "lora_linear"
+    if x.dim() != 2 or weight.shape != (layout.rows, x.shape[1]) or weight.dtype != x.dtype:
         raise ValueError(
-            f"lora_linear: weight {tuple(weight.shape)} does not fit x {tuple(x.shape)}, layout rows {layout.rows}"
+            f"{op}: x {x.dtype} {tuple(x.shape)} must be [T, in] and weight {weight.dtype} {tuple(weight.shape)} "
+            f"[{layout.rows}, in] of the same dtype"
         )
-    if a.shape[0] % layout.adapters or a.shape[1] != x.shape[-1]:
-        raise ValueError(f"lora_linear: a {tuple(a.shape)} must be [{layout.adapters} * rank, {x.shape[-1]}]")
+    if a.dim() != 2 or a.shape[0] % layout.adapters or a.shape[1] != x.shape[1]:
+        raise ValueError(f"{op}: a {tuple(a.shape)} must be [{layout.adapters} * rank, {x.shape[1]}]")
     if b.shape != (layout.adapted_rows, a.shape[0] // layout.adapters):
         raise ValueError(
-            f"lora_linear: b {tuple(b.shape)} must be [{layout.adapted_rows}, {a.shape[0] // layout.adapters}]"
+            f"{op}: b {tuple(b.shape)} must be [{layout.adapted_rows}, {a.shape[0] // layout.adapters}]"
         )
-    base = F.linear(x, weight, bias)
-    low = F.linear(x if x_dropped is None else x_dropped, a.to(x.dtype))
-    return base + F.linear(low, layout.scatter(b.to(x.dtype))) * scale
+    if x_dropped is not None and (x_dropped.shape != x.shape or x_dropped.dtype != x.dtype):
+        raise ValueError(f"{op}: x_dropped {tuple(x_dropped.shape)} must be like x {tuple(x.shape)}")
+    floating(op, a=a, b=b)
+    same_device(op, x, weight=weight, bias=bias, a=a, b=b, x_dropped=x_dropped)
+    return _LoraLinear.apply(x, weight, bias, a, b, x_dropped, layout, scale)

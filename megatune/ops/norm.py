@@ -2,44 +2,126 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatune.ops.checks import accumulate_dtype, floating, same_device
+from megatune.ops.registry import Body, add_op, compiled_body, cpu_body, define
 
 
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What sums and functions are computed in for tensors of `dtype`: fp32, or fp64 for fp64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def _reference(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
+    """(y like x, contiguous; rstd [..] in fp32)."""
+    wide = x.to(accumulate_dtype(x.dtype))
+    rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    normed = wide * rstd
+    if offset == 0.0:
+        y = normed.to(x.dtype) * weight
+    else:
+        y = normed * (offset + weight.to(wide.dtype))
+    return y.to(x.dtype).contiguous(), rstd.squeeze(-1).contiguous()
+
+
+def _reference_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: float, weight_grad: bool
+) -> tuple[Tensor, Tensor]:
+    """(gradient of x; gradient of the weight in fp32, [0] if not wanted).
+
+    With h = x * rstd and g = grad * (offset + weight): grad_x = rstd * (g - h * mean(g * h)).
+    """
+    wide = grad.to(rstd.dtype)
+    normed = x.to(rstd.dtype) * rstd.unsqueeze(-1)
+    scaled = wide * (offset + weight.to(rstd.dtype))
+    grad_x = (scaled - normed * (scaled * normed).mean(-1, keepdim=True)) * rstd.unsqueeze(-1)
+    if weight_grad:
+        grad_weight = (wide * normed).flatten(0, -2).sum(0)
+    else:
+        grad_weight = rstd.new_empty(0)
+    return grad_x.to(x.dtype).contiguous(), grad_weight
+
+
+def _fake(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=accumulate_dtype(x.dtype))
+
+
+def _fake_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: float, weight_grad: bool
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), rstd.new_empty(weight.shape[0] if weight_grad else 0)
+
+
+_FORWARD = define(
+    "rms_norm(Tensor x, Tensor weight, float eps, float offset) -> (Tensor, Tensor)", _reference, _fake
+)
+_BACKWARD = define(
+    "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor rstd, float offset, bool weight_grad) "
+    "-> (Tensor, Tensor)",
+    _reference_backward,
+    _fake_backward,
+)
+_OP = add_op(
+    "rms_norm",
+    [
+        cpu_body(_FORWARD, _BACKWARD),
+        compiled_body(_reference, _reference_backward),
+        Body("reference", (_reference, _reference_backward)),
+    ],
+)
+
+
+class _RmsNorm(torch.autograd.Function):
+    """x [.., H], weight [H] -> y [.., H]. Saved: x, weight, rstd [..]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+        body = _OP.pick(x.device.type, x.dtype)
+        y, rstd = body.run[0](x, weight, eps, offset)
+        ctx.save_for_backward(x, weight, rstd)
+        ctx.offset = offset
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        x, weight, rstd = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[1]
+        body = _OP.pick(x.device.type, x.dtype)
+        grad_x, grad_weight = body.run[1](grad.contiguous(), x, weight, rstd, ctx.offset, wanted)
+        return grad_x, grad_weight.to(weight.dtype) if wanted else None, None, None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
     """x * rsqrt(mean(x^2) + eps) * (offset + weight) over the last dimension, computed in fp32.
 
-    x [.., H], weight [H] -> [.., H] of x's dtype. With offset 0 the normalised x is rounded to x's dtype before it is
-    multiplied by the weight (Llama's order of casts); with another offset it is rounded after (Gemma's).
-    ValueError where the shapes do not fit.
+    x [.., H] with up to three leading dimensions of any strides, weight [H] -> contiguous [.., H] of x's dtype. With
+    offset 0 the normalised x is rounded to x's dtype before it is multiplied by the weight (Llama's order of casts);
+    with another offset it is rounded after (Gemma's). ValueError where shapes, dtypes or devices do not fit.
     """
-    if x.shape[-1:] != weight.shape:
+    if weight.dim() != 1 or x.shape[-1:] != weight.shape or not 2 <= x.dim() <= 4:
         raise ValueError(
-            f"rms_norm: weight has shape {tuple(weight.shape)}, x has last dimension {x.shape[-1]}"
+            f"rms_norm: x {tuple(x.shape)} must have two to four dimensions and weight {tuple(weight.shape)} the "
+            "size of the last one"
         )
-    wide = x.to(accumulate_dtype(x.dtype))
-    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    if offset == 0.0:
-        return (normed.to(x.dtype) * weight).to(x.dtype)
-    return (normed * (offset + weight.to(wide.dtype))).to(x.dtype)
+    floating("rms_norm", x=x, weight=weight)
+    same_device("rms_norm", x, weight=weight)
+    return _RmsNorm.apply(x if x.stride(-1) == 1 else x.contiguous(), weight, eps, offset)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    """(x - mean) * rsqrt(var + eps) * weight + bias over the last dimension, computed in fp32.
+    """(x - mean) * rsqrt(var + eps) * weight + bias over the last dimension, computed in fp32 (PyTorch's kernel).
 
-    x [.., H], weight and bias [H] -> [.., H] of x's dtype. ValueError where the shapes do not fit.
+    x [.., H], weight and bias [H] -> [.., H] of x's dtype. ValueError where shapes, dtypes or devices do not fit.
     """
-    if x.shape[-1:] != weight.shape:
+    if weight.dim() != 1 or x.shape[-1:] != weight.shape:
         raise ValueError(
-            f"layer_norm: weight has shape {tuple(weight.shape)}, x has last dimension {x.shape[-1]}"
+            f"layer_norm: weight {tuple(weight.shape)} must have the size of x's last dimension {x.shape}"
         )
     if bias is not None and bias.shape != weight.shape:
-        raise ValueError(f"layer_norm: bias has shape {tuple(bias.shape)}, weight {tuple(weight.shape)}")
+        raise ValueError(f"layer_norm: bias {tuple(bias.shape)} must be like weight {tuple(weight.shape)}")
+    floating("layer_norm", x=x, weight=weight, bias=bias)
+    same_device("layer_norm", x, weight=weight, bias=bias)
     bias = None if bias is None else bias.to(x.dtype)
     return F.layer_norm(x, weight.shape, weight.to(x.dtype), bias, eps)

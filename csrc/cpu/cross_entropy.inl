@@ -1,0 +1,41 @@
+// loss = logsumexp(cap(logits)) - cap(logits)[label]; the gradient takes the place of the logits.
+
+// cap * tanh(x / cap), and its derivative 1 - tanh^2.
+INLINE f32x16 capped(f32x16 x, float cap) { return cap == 0.0f ? x : cap * tanh(x / cap); }
+
+INLINE f32x16 cap_slope(f32x16 value, float cap) {
+  const f32x16 t = value / cap;
+  return 1.0f - t * t;
+}
+
+template <class T>
+void cross_entropy(const CrossEntropy<T>& args, int64_t begin, int64_t end) {
+  const float cap = args.softcap;
+  for (int64_t row = begin; row < end; ++row) {
+    T* logits = args.logits + row * args.vocab;
+    const int64_t label = args.labels[row];
+    f32x16 most = splat(-std::numeric_limits<float>::infinity());
+    each_vector(args.vocab, [&](int64_t i, auto n) {
+      most = max(most, keep(load(logits + i, n), n, -std::numeric_limits<float>::infinity()));
+    });
+    const float top = capped(splat(max(most)), cap)[0];  // the cap is monotonic
+    f32x16 sums{};
+    each_vector(args.vocab, [&](int64_t i, auto n) {
+      sums += keep(exp(capped(load(logits + i, n), cap) - top), n, 0.0f);
+    });
+    const float log_sum = top + std::log(sum(sums));
+    const float target = capped(load(logits + label, 1), cap)[0];
+    args.loss[row] = log_sum - target;
+    if (!args.write_grad) continue;
+    each_vector(args.vocab, [&](int64_t i, auto n) {
+      const f32x16 value = capped(load(logits + i, n), cap);
+      f32x16 grad = exp(value - log_sum);
+      if (cap != 0.0f) grad *= cap_slope(value, cap);
+      store(logits + i, grad, n);
+    });
+    // The label's own entry again, with full precision: probability - 1.
+    f32x16 grad = exp(splat(target - log_sum)) - 1.0f;
+    if (cap != 0.0f) grad *= cap_slope(splat(target), cap);
+    store(logits + label, grad, 1);
+  }
+}

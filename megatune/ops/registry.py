@@ -1,0 +1,184 @@
+"""Which body computes an op: chosen by device and dtype, overridable, printed once at the start of a run.
+
+An op has one name and several bodies: "reference" (plain PyTorch, the truth, runs everywhere), "cpu" (compiled,
+csrc/cpu), "compiled" (the reference through torch.compile, on CUDA), and for attention PyTorch's own kernels. The
+kernels with a compiled body are operators of the torch library `megatune`, defined here in Python with the reference
+as their implementation on every device; `_cpu.so` adds its own for the CPU. So FakeTensor, meta tensors and
+torch.compile see one operator, whatever is built.
+
+Autograd is one `torch.autograd.Function` per op, in eager mode and under torch.compile alike: measured on a CPU, an
+operator called inside a Function costs 13 us, with `torch.library.register_autograd` 25 us.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+
+from megatune.errors import ConfigError
+from megatune.ops._load import cpu_isa, cpu_problem
+
+LIBRARY = torch.library.Library("megatune", "DEF")
+LOW_AND_SINGLE = (torch.float32, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Body:
+    """One way to compute an op.
+
+    `run`: the functions that do it (an op's own convention). `devices`, `dtypes`: what it takes (None: any).
+    `features`: what it can do of what a call may ask for (None: all; only attention has features). `problem`: says
+    why it cannot run on this machine, None if it can.
+    """
+
+    name: str
+    run: Any
+    devices: tuple[str, ...] | None = None
+    dtypes: tuple[torch.dtype, ...] | None = None
+    features: tuple[str, ...] | None = None
+    problem: Callable[[], str | None] = lambda: None
+
+    def unfit(
+        self, device_type: str, dtype: torch.dtype | None = None, features: tuple[str, ...] = ()
+    ) -> str | None:
+        """Why this body cannot compute on that device (with that dtype and those features), None if it can."""
+        if self.devices is not None and device_type not in self.devices:
+            return f"it runs on {' and '.join(self.devices)}, not on {device_type}"
+        if dtype is not None and self.dtypes is not None and dtype not in self.dtypes:
+            return f"it takes {' and '.join(str(known)[6:] for known in self.dtypes)}, not {str(dtype)[6:]}"
+        if self.features is not None and any(feature not in self.features for feature in features):
+            return f"it cannot do {' and '.join(sorted(set(features) - set(self.features)))}"
+        return self.problem()
+
+
+@dataclass
+class Op:
+    """The bodies of one op, the best first; the last one, "reference", runs everywhere."""
+
+    name: str
+    bodies: dict[str, Body]
+    wanted: dict[str, str] = field(default_factory=dict)  # device type -> body asked for with configure()
+    picked: dict[tuple[str, torch.dtype, tuple[str, ...]], Body] = field(default_factory=dict)
+
+    def pick(self, device_type: str, dtype: torch.dtype, features: tuple[str, ...] = ()) -> Body:
+        """The body for tensors of this device and dtype. ValueError where the one asked for cannot take them."""
+        body = self.picked.get((device_type, dtype, features))
+        return self._pick(device_type, dtype, features) if body is None else body
+
+    def _pick(self, device_type: str, dtype: torch.dtype, features: tuple[str, ...]) -> Body:
+        fitting = [body for body in self.bodies.values() if body.unfit(device_type, dtype, features) is None]
+        if device_type in self.wanted:
+            body = self.bodies[self.wanted[device_type]]
+            if body not in fitting:
+                raise ValueError(
+                    f"{self.name}: body {body.name!r} was asked for (ops.backend), but here "
+                    f"{body.unfit(device_type, dtype, features)}; choose from {', '.join(b.name for b in fitting)}"
+                )
+        else:
+            body = fitting[0]
+        self.picked[device_type, dtype, features] = body
+        return body
+
+
+OPS: dict[str, Op] = {}
+
+
+def add_op(name: str, bodies: Sequence[Body]) -> Op:
+    """Registers an op with its bodies, the best first."""
+    assert bodies[-1].name == "reference", "the reference is the last choice"
+    OPS[name] = Op(name, {body.name: body for body in bodies})
+    return OPS[name]
+
+
+def define(schema: str, reference: Callable, fake: Callable) -> Any:
+    """Defines the operator megatune::<schema>, computed by `reference` until a library adds a kernel; returns it."""
+    name = LIBRARY.define(schema)
+    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"megatune::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.megatune, name).default
+
+
+def cpu_body(*run: Any) -> Body:
+    """The compiled CPU kernels as a body: `run` are operators made with `define`."""
+    return Body("cpu", run, ("cpu",), LOW_AND_SINGLE, problem=cpu_problem)
+
+
+def compiled_body(*references: Callable) -> Body:
+    """The references through torch.compile, one Triton kernel or two instead of many, on CUDA."""
+    run = tuple(_compiled(reference) for reference in references)
+    return Body("compiled", run, ("cuda",), problem=inductor_problem)
+
+
+def _compiled(reference: Callable) -> Callable:
+    fused = torch.compile(reference, dynamic=True)
+
+    def run(*args: Any) -> Any:
+        # Inside someone else's torch.compile the reference is traced and fused with what surrounds it.
+        return reference(*args) if torch.compiler.is_compiling() else fused(*args)
+
+    return run
+
+
+@cache
+def inductor_problem() -> str | None:
+    """Why torch.compile cannot make CUDA kernels on this machine, None if it can."""
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    try:
+        from torch.utils._triton import has_triton
+
+        return None if has_triton() else "Triton is not installed or does not know this GPU"
+    except ImportError as error:
+        return f"Triton cannot be imported ({error})"
+
+
+def configure(backend: dict[str, str], device: torch.device | str) -> dict[str, str]:
+    """Sets the body of some ops on a device type ({"attention": "reference"}); the others are chosen automatically.
+
+    Returns {op: body} of all ops there for bfloat16, or float32 on a CPU: what `table` prints. ConfigError for an op
+    or body that does not exist or cannot run on that device.
+    """
+    device_type = torch.device(device).type
+    for name, body_name in backend.items():
+        if name not in OPS:
+            raise ConfigError(f"ops.backend: there is no op {name!r}, choose from {', '.join(sorted(OPS))}.")
+        usable = [body.name for body in OPS[name].bodies.values() if body.unfit(device_type) is None]
+        body = OPS[name].bodies.get(body_name)
+        reason = "there is no such body" if body is None else body.unfit(device_type)
+        if reason is not None:
+            raise ConfigError(
+                f"ops.backend.{name}: {body_name!r} cannot be used on {device_type}: {reason}; "
+                f"choose from {', '.join(usable)}."
+            )
+    for op in OPS.values():
+        op.picked.clear()
+        op.wanted.pop(device_type, None)
+        if op.name in backend:
+            op.wanted[device_type] = backend[op.name]
+    return chosen(device_type)
+
+
+def chosen(device: torch.device | str, dtype: torch.dtype | None = None) -> dict[str, str]:
+    """{op: name of the body} that tensors of this device and dtype (default bfloat16; CPU: float32) get."""
+    device_type = torch.device(device).type
+    dtype = dtype or (torch.float32 if device_type == "cpu" else torch.bfloat16)
+    return {name: op.pick(device_type, dtype).name for name, op in sorted(OPS.items())}
+
+
+def table(device: torch.device | str, dtype: torch.dtype | None = None) -> list[tuple[str, str, str]]:
+    """(op, chosen body, the other bodies with the reason why they cannot run here, if so) for printing."""
+    device_type = torch.device(device).type
+    lines = []
+    for name, picked in chosen(device, dtype).items():
+        others = []
+        for body in OPS[name].bodies.values():
+            reason = body.unfit(device_type, dtype)
+            if body.name != picked and (body.devices is None or device_type in body.devices):
+                others.append(body.name if reason is None else f"{body.name} ({reason})")
+        label = f"cpu ({cpu_isa()})" if picked == "cpu" else picked
+        lines.append((name, label, ", ".join(others)))
+    return lines
