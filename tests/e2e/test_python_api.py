@@ -49,6 +49,13 @@ def test_adapter_folder_loads_with_its_base(tiny_llama, tiny_data, tmp_path):
 
 
 def test_names_of_the_package():
-    assert set(megatune.__all__) >= {"load_config", "train", "load_model", "export_hf", "TrainResult", "Config"}
+    assert set(megatune.__all__) >= {
+        "load_config",
+        "train",
+        "load_model",
+        "export_hf",
+        "TrainResult",
+        "Config",
+    }
     for name in megatune.__all__:
         assert getattr(megatune, name) is not None

@@ -33,7 +33,9 @@ def start(config, path: Path, *overrides: str) -> subprocess.Popen:
 def wait_for_step(folder: Path, step: int, process: subprocess.Popen, seconds: float = 90) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        lines = (folder / "metrics.jsonl").read_text().splitlines() if (folder / "metrics.jsonl").exists() else []
+        lines = (
+            (folder / "metrics.jsonl").read_text().splitlines() if (folder / "metrics.jsonl").exists() else []
+        )
         if len(lines) >= step:
             return
         assert process.poll() is None, process.communicate()[0]
@@ -65,7 +67,9 @@ def uninterrupted(request, tiny_llama, tiny_data, tmp_path_factory):
 
 
 def comparable(folder):
-    return [(row["step"], row.get("loss"), row.get("grad_norm"), row.get("eval_loss")) for row in metrics(folder)]
+    return [
+        (row["step"], row.get("loss"), row.get("grad_norm"), row.get("eval_loss")) for row in metrics(folder)
+    ]
 
 
 @pytest.mark.parametrize("kill_at", [2, 5, 10])
