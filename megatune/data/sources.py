@@ -77,11 +77,12 @@ def parse_json_row(data: bytes) -> Any:
     if b"\0" in data:
         raise RowError("encoding", "a NUL byte: the file is damaged or no text")
     try:
-        return json.loads(data.decode("utf-8"))
+        return json.loads(data.rstrip().decode("utf-8"))
     except UnicodeDecodeError as error:
         raise RowError("encoding", f"not UTF-8 (byte {error.start} of the line)") from error
     except json.JSONDecodeError as error:
-        raise RowError("json", f"not valid JSON ({error.msg}, column {error.colno})") from error
+        reason = error.msg.removesuffix(" at").removesuffix(" starting")
+        raise RowError("json", f"not valid JSON ({reason}, column {error.colno})") from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; nesting without end
         raise RowError("json", f"not usable JSON ({str(error)[:80]})") from error
 

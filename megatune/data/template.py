@@ -30,7 +30,7 @@ from megatune.errors import ConfigError
 MAX_OUTPUT = (
     16 * 2**20
 )  # characters of one rendered conversation, and of any text a template makes on the way
-_MAX_EXPONENT = 64
+_MAX_BITS = 4096
 _WIDE_FORMAT = re.compile(r"\d{6,}|\*")
 _MARKERS = (
     "data.chat_template to a template that puts {% generation %} and {% endgeneration %} around what the assistant "
@@ -68,7 +68,9 @@ class _Generation(jinja2.ext.Extension):
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """jinja2's sandbox does not stop an expression that makes a huge value; this one does."""
+    """jinja2's sandbox lets a template multiply itself out of memory; this one stops the operators that do so. A
+    guard against accidents and cheap tricks, not against everything: `~` and some filters can still make large texts,
+    which only the limit on the output catches."""
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
@@ -80,9 +82,11 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             for sequence, times in ((left, right), (right, left)):
                 if hasattr(sequence, "__len__") and isinstance(times, int):
                     size = len(sequence) * times
-        elif operator == "**" and isinstance(right, (int, float)) and abs(right) > _MAX_EXPONENT:
-            raise SecurityError(f"a power with exponent {right} is too large")
-        elif operator == "%" and isinstance(left, str) and _WIDE_FORMAT.search(left):
+        if operator in ("*", "**") and isinstance(left, int) and isinstance(right, int):
+            bits = left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
+            if bits > _MAX_BITS:
+                raise SecurityError("a number is too large")
+        if operator == "%" and isinstance(left, str) and _WIDE_FORMAT.search(left):
             raise SecurityError("a format with such a width is too large")
         if size > MAX_OUTPUT:
             raise SecurityError(f"an expression makes a value of {size} items")
