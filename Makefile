@@ -36,6 +36,7 @@ docs: venv
 	@$(BIN)/python tools/make_config_docs.py
 
 venv: $(VENV)/.installed
+	@:
 
 $(VENV)/.installed: tools/make_venv.sh $(SOURCES)
 	@tools/make_venv.sh $(VENV)

