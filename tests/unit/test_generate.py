@@ -35,6 +35,22 @@ def test_greedy_equals_transformers_and_a_run_without_cache(name: str) -> None:
     assert found == theirs[0, len(PROMPT) :].tolist()
 
 
+@pytest.mark.parametrize("name", ["gemma3", "phi3-long"])
+def test_every_step_has_the_logits_of_a_run_without_cache(name: str) -> None:
+    """More than the most likely token: a key rotated or left out wrongly may not change that one."""
+    one = pair(name)
+    steps: list[torch.Tensor] = []
+    hook = one.ours.register_forward_hook(lambda _module, _inputs, logits: steps.append(logits[-1]))
+    found = list(generate(one.ours, PROMPT, max_new_tokens=20))
+    hook.remove()
+    for length, logits in enumerate(steps, start=len(PROMPT)):
+        ids = torch.tensor(PROMPT + found)[:length]
+        with torch.no_grad():
+            expected = one.ours(ids, Segments.from_lengths((length,)))[-1]
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+    assert len(steps) == 20
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
 def test_cache_in_pieces_gives_the_same_logits(name: str) -> None:
     one = pair(name)

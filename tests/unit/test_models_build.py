@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,9 +18,11 @@ from megatune.models import (
     build,
     count_parameters,
     flops_per_token,
+    initialise,
     materialise_random,
     set_dtypes,
 )
+from megatune.models.generate import generate
 from megatune.ops import Segments
 from tests.helpers.dist import run_ranks
 from tests.helpers.families import CASES, documents, pair
@@ -62,24 +65,24 @@ def test_parameters_of_a_published_model() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2", "mistral"])
-def test_flops_are_those_of_the_forward_pass(name: str) -> None:
-    """The products of one forward pass, counted by torch; attention in the reference multiplies the whole square."""
+def test_flops_are_those_of_the_forward_pass(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products with matrices as torch counts them; attention by counting the keys that each query sees."""
     from torch.utils.flop_counter import FlopCounterMode
 
+    from megatune import ops
+
+    monkeypatch.setattr(ops, "attention", lambda q, k, v, segments, **_: q)
     one, length = pair(name), 32
     tokens, segments, _ = documents((length,), one.spec.vocab_size)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         one.ours(tokens, segments)
+    matrices = counter.get_total_flops() / length
     spec = one.spec
-    square = 4 * spec.num_heads * spec.head_dim * length * spec.num_layers
-    visible = (
-        sum(sum(min(i, layer.window or i) for i in range(1, length + 1)) for layer in spec.layers) / length
-    )
-    causal = 4 * spec.num_heads * spec.head_dim * visible
-    forward = counter.get_total_flops() / length - square + causal
-    assert flops_per_token(spec, length) == pytest.approx(3 * forward)
-    # Frozen: one of three products with the matrices is left out, attention's backward is not.
-    assert flops_per_token(spec, length, frozen=True) == pytest.approx(2 * (forward - causal) + 3 * causal)
+    keys = sum(min(i, layer.window or i) for layer in spec.layers for i in range(1, length + 1)) / length
+    attention = 4 * spec.num_heads * spec.head_dim * keys
+    assert flops_per_token(spec, length) == pytest.approx(3 * (matrices + attention))
+    # Frozen: the gradients of matrices are left out, attention's backward is not.
+    assert flops_per_token(spec, length, frozen=True) == pytest.approx(2 * matrices + 3 * attention)
 
 
 def test_dtypes() -> None:
@@ -107,6 +110,14 @@ def test_random_weights_are_as_documented() -> None:
         assert value.dtype == torch.bfloat16 and torch.equal(value, state[name].bfloat16())
     assert not torch.equal(other.head.weight, model.head.weight)
     assert not torch.equal(model.embed.weight, model.head.weight)
+
+
+@pytest.mark.parametrize("first, last", [(0, 1), (1000, 1050), (1024, 2048), (1100, 3000)])
+def test_any_rows_of_a_random_matrix_are_those_of_the_whole(first: int, last: int) -> None:
+    whole, rows = torch.empty(3000, 4), torch.empty(last - first, 4)
+    initialise("embed.weight", SPEC, whole, 7)
+    initialise("embed.weight", SPEC, rows, 7, first)
+    assert torch.equal(rows, whole[first:last])
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gpt2"])
@@ -148,12 +159,8 @@ def _run(model: nn.Module, recompute: int) -> tuple[float, torch.Tensor, list[in
 
 
 def _sharded(rank: int, world_size: int, tied: bool, recompute: int) -> tuple[float, torch.Tensor, list[int]]:
-    from dataclasses import replace
-
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
-
-    from megatune.models.generate import generate
 
     model = build(replace(SPEC, tied_embeddings=tied))
     mesh = init_device_mesh("cpu", (world_size,))
@@ -166,22 +173,17 @@ def _sharded(rank: int, world_size: int, tied: bool, recompute: int) -> tuple[fl
     return loss, gradients, tokens + answer
 
 
-@pytest.mark.parametrize("tied, recompute", [(False, 0), (True, 1)])
-def test_sharded_model_equals_the_whole_one(tied: bool, recompute: int) -> None:
-    """1100 rows of vocabulary cut in 2 and 3: shards are not whole blocks of the random numbers' 1024 rows."""
-    from dataclasses import replace
-
-    from megatune.models.generate import generate
-
+@pytest.mark.parametrize("tied, recompute, world_size", [(False, 0, 2), (True, 1, 3)])
+def test_sharded_model_equals_the_whole_one(tied: bool, recompute: int, world_size: int) -> None:
+    """1100 rows of vocabulary cut in 2 or 3: shards are not whole blocks of the random numbers' 1024 rows."""
     whole = build(replace(SPEC, tied_embeddings=tied))
     materialise_random(whole, 5, "cpu")
     loss, gradients, tokens = _run(whole, recompute)
     tokens += list(generate(whole, [1, 2, 3], max_new_tokens=4))
-    for world_size in (2, 3):
-        for found in run_ranks(_sharded, world_size, tied, recompute):
-            assert found[0] == pytest.approx(loss, rel=1e-6)
-            torch.testing.assert_close(found[1], gradients, rtol=1e-4, atol=1e-6)
-            assert found[2] == tokens
+    for found in run_ranks(_sharded, world_size, tied, recompute):
+        assert found[0] == pytest.approx(loss, rel=1e-6)
+        torch.testing.assert_close(found[1], gradients, rtol=1e-4, atol=1e-6)
+        assert found[2] == tokens
 
 
 def test_layers_are_called_as_modules() -> None:

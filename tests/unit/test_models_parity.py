@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
@@ -164,3 +166,18 @@ def test_bf16_logits_are_bf16_and_close_to_fp32() -> None:
         exact = one.ours(tokens, segments)
     assert logits.dtype == torch.bfloat16
     assert_close(logits.float(), exact, "bf16 logits", tolerance=0.06)
+
+
+def test_the_embedding_scale_is_rounded_as_by_transformers() -> None:
+    one = pair("gemma3")
+    tokens, segments, _ = documents((29,), one.spec.vocab_size)
+    ours = build(one.spec).to_empty(device="cpu").to(torch.bfloat16)
+    ours.load_state_dict(one.ours.state_dict())
+    seen = []
+    ours.layers["0"].register_forward_pre_hook(lambda _layer, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        ours(tokens, segments)
+        theirs = copy.deepcopy(one.hf.model.embed_tokens).to(torch.bfloat16)
+        exact = one.hf.model.embed_tokens(tokens)
+        assert torch.equal(seen[0], theirs(tokens))
+        assert not torch.equal(seen[0], exact.bfloat16())

@@ -68,7 +68,7 @@ def spec_of(scaling: dict[str, Any]) -> RopeSpec:
     )
 
 
-@pytest.mark.parametrize("length", [100, 40000])
+@pytest.mark.parametrize("length", [100, 4096, 40000])
 @pytest.mark.parametrize("scaling", SCALINGS, ids=lambda scaling: scaling["rope_type"])
 def test_tables_equal_transformers(scaling: dict[str, Any], length: int) -> None:
     from transformers import LlamaConfig
@@ -84,8 +84,9 @@ def test_tables_equal_transformers(scaling: dict[str, Any], length: int) -> None
     cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1), positions[None])
     tables = rotary(spec_of(scaling), positions, (length,))
     assert tables.cos.dtype == torch.float32 and tables.cos.shape == (5, DIM // 2)
-    # Frequencies equal to the last bit but one: at position 39,999 that is up to 0.005 radians.
-    tolerance = 1e-6 if length == 100 else 5e-3
+    # Frequencies equal to the last bit but one: at position 39,999 that is up to 0.005 radians. 4096 is
+    # LongRoPE's original context: the last length with the short factors.
+    tolerance = {100: 1e-6, 4096: 5e-4, 40000: 5e-3}[length]
     torch.testing.assert_close(tables.cos, cos[0, :, : DIM // 2], rtol=0, atol=tolerance)
     torch.testing.assert_close(tables.sin, sin[0, :, : DIM // 2], rtol=0, atol=tolerance)
 
