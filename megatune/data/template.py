@@ -311,6 +311,11 @@ def _difference_spans(
     Right where each of these texts is the beginning of the whole text; a template that writes earlier turns in
     another way once they are past (Qwen3 drops their thoughts) is refused.
     """
+    if learnt[0] == 0:
+        raise RowError(
+            "no_prompt",
+            "the conversation begins with what the assistant says; put a message before it or give it weight 0",
+        )
     text = template.render(messages[: learnt[-1] + 1], tools=tools)
     spans = []
     for turn in learnt:

@@ -16,6 +16,7 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
 from typing import IO, Any
@@ -38,7 +39,10 @@ class Pool:
         hello = {"settings": settings.as_dict(), "tokenizer": str(tokenizer.folder)}
         self._size = processes
         self._free: SimpleQueue[subprocess.Popen[bytes]] = SimpleQueue()
-        self._all = [_start(hello) for _ in range(processes)]
+        try:
+            self._all = [_start(hello) for _ in range(processes)]
+        except OSError as error:
+            raise DataError(f"tokenising processes cannot be started: {error.strerror or error}") from error
         for process in self._all:
             self._free.put(process)
         self._threads = ThreadPoolExecutor(processes, thread_name_prefix="tokenise")
@@ -62,7 +66,8 @@ class Pool:
         for process in self._all:
             process.kill()
             process.wait()
-            process.stdin.close()
+            with suppress(BrokenPipeError):  # what it was not told any more
+                process.stdin.close()
             process.stdout.close()
         self._threads.shutdown(wait=True)
 
