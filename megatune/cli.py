@@ -25,13 +25,20 @@ def _verb(function: Callable[..., int | None]) -> Callable[..., None]:
 
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
+        from megatune.launch.report import record
+
         try:
             code = function(*args, **kwargs)
         except MegatuneError as error:
-            click.echo(f"megatune: {error}", err=True)
+            if not record(error):  # a launcher prints the first rank's error, once
+                click.echo(f"megatune: {error}", err=True)
             sys.exit(USER_ERROR)
         except BrokenPipeError:
             sys.exit(0)
+        except Exception as error:
+            if record(error):
+                sys.exit(1)
+            raise
         sys.exit(code or 0)
 
     return run
@@ -54,8 +61,10 @@ def train(config: str, overrides: tuple[str, ...], dry_run: bool, nproc: int | N
 
     Alone it starts one process a GPU; under torchrun, srun or mpirun it is one of the processes.
     """
+    import os
+
     from megatune.config import load_config
-    from megatune.launch.local import already_launched, run_local
+    from megatune.launch.local import already_launched, rank_variables, run_local
 
     if nproc is not None:
         overrides = (*overrides, f"launch.nproc={nproc}")
@@ -65,6 +74,7 @@ def train(config: str, overrides: tuple[str, ...], dry_run: bool, nproc: int | N
 
         return show(settings)
     if already_launched():
+        os.environ.update(rank_variables())
         return _train_here(settings)
     from megatune.launch.preflight import check, local_processes
 

@@ -153,6 +153,6 @@ def show_environment() -> None:
         table.add_row(f"GPU {index}", torch.cuda.get_device_name(index))
     if device.type == "cpu":
         table.add_row("CPU", f"{os.cpu_count()} cores, AMX {'yes' if torch.cpu._is_amx_tile_supported() else 'no'}")
-    for op, body in sorted(ops.table().items()):
-        table.add_row(f"op {op}", body)
+    for op, body, others in ops.table(device):
+        table.add_row(f"op {op}", f"{body} (also there: {others})" if others else body)
     Console().print(table)

@@ -204,14 +204,13 @@ class _Run:
         config, world = self.config, self.world
         trainable, total = adapters.describe(model)
         replicate, shard = parallel.mesh_shape(config.parallel, world.world_size)
-        bodies = ops.table()
+        bodies = ", ".join(f"{op} {body}" for op, body, _ in ops.table(world.device, self.dtype))
         return {
             "model": f"{config.model.path} ({source.spec.family}, {total / 1e6:,.1f} M parameters)",
             "method": f"{config.method.type}, {trainable / 1e6:,.2f} M trainable ({trainable / total:.2%})",
             "layout": f"{world.world_size} x {world.device.type}, ZeRO {config.parallel.zero}, "
             f"replicate {replicate} x shard {shard}, recompute {config.parallel.recompute}",
-            "compute": f"{str(self.dtype).removeprefix('torch.')}, masters fp32; "
-            + ", ".join(f"{op} {body}" for op, body in sorted(bodies.items())),
+            "compute": f"{str(self.dtype).removeprefix('torch.')}, masters fp32; {bodies}",
             "data": module.describe(),
             "steps": f"{total_steps} of {config.train.global_batch_size} sequences x {config.data.seq_length} tokens",
             "folder": str(self.folder.path),
