@@ -14,6 +14,7 @@ from megatune.checkpoint.gguf_config import ROPE_TENSORS, Architecture, Metadata
 from megatune.checkpoint.safetensors_file import SafetensorsWriter
 from megatune.checkpoint.sources import SINGLE
 from megatune.errors import CheckpointError
+from megatune.models.registry import family_for
 
 
 def convert_gguf(path: Path, folder: Path) -> None:
@@ -51,6 +52,8 @@ def _metadata(reader: gguf.GGUFReader, path: Path) -> Metadata:
     }
     shapes = {tensor.name: tuple(int(n) for n in reversed(tensor.shape)) for tensor in reader.tensors}
     meta = Metadata(scalars, shapes, str(path))
+    if (parts := meta("split.count", 1)) > 1:
+        raise CheckpointError(f"{path}: is one of {parts} parts; join them first (llama-gguf-split --merge)")
     if "token_embd.weight" not in shapes:
         raise CheckpointError(
             f"{path}: has no tensor token_embd.weight; is it a language model, and in one file?"
@@ -72,6 +75,12 @@ def _write_weights(
                 f"{meta.where}: tensor {tensor.name} is not known for architecture {meta.architecture}; use the "
                 "model's safetensors"
             )
+    family = family_for(config)
+    wanted = {piece.hf_name for pieces in family.name_map(family.spec(config)).values() for piece in pieces}
+    if missing := sorted(wanted - tensors.keys()):
+        raise CheckpointError(
+            f"{meta.where}: {len(missing)} tensors are missing, the first is {missing[0]}; is it complete?"
+        )
     entries = [(name, torch.float32, meta.tensors[tensor.name]) for name, tensor in tensors.items()]
     with SafetensorsWriter(to, entries) as writer:
         for name, tensor in tensors.items():
@@ -94,7 +103,8 @@ def _dequantize(tensor: gguf.ReaderTensor, path: Path) -> np.ndarray:
             f"{path}: tensor {tensor.name} has type {tensor.tensor_type.name}, which cannot be read; use another GGUF"
         ) from error
     shape = tuple(int(n) for n in reversed(tensor.shape))
-    return np.array(values, dtype=np.float32).reshape(shape)  # a copy: not a view of the mapped file
+    # Writable means a copy where it would be a view of the mapped file.
+    return np.require(values, np.float32, ["C_CONTIGUOUS", "WRITEABLE"]).reshape(shape)
 
 
 def unpermute(values: np.ndarray, heads: int) -> np.ndarray:

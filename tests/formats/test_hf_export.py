@@ -132,12 +132,12 @@ def _export_sharded(rank: int, world_size: int, folder: Path, out: Path) -> str:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     load_pretrained(model, source, device="cpu")
+    export_hf(model, out / "base", source=source, merge=False)  # before any forward pass
     _set_adapters(model)
     tokens, segments, _ = documents((5,), source.spec.vocab_size)
     with torch.no_grad():
         model(tokens, segments)  # leaves the root unsharded
     export_hf(model, out / "merged", source=source, merge=True)
-    export_hf(model, out / "base", source=source, merge=False)
     if rank == 0:
         SafetensorsWriter.write = _no_space
     try:
