@@ -20,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -210,7 +211,7 @@ def _digests(files: list[Path], root: Path, trust: bool) -> list[str]:
     if changed:
         try:
             root.mkdir(parents=True, exist_ok=True)
-            temporary = root / f"files.json.{os.getpid()}"
+            temporary = root / f"files.json.{socket.gethostname()}.{os.getpid()}"
             temporary.write_text(json.dumps(memory))
             temporary.replace(memory_path)
         except OSError as error:

@@ -9,6 +9,7 @@ number of processes sees the same micro-batches, and resuming needs nothing but 
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import numpy as np
 
 from megatune.config.schema import Config
 from megatune.data.batch import Batch, empty_batch, make_batch
-from megatune.data.cache import TokenCache, open_cache, splits
+from megatune.data.cache import TokenCache, cache_root, open_cache, splits
 from megatune.data.cache_builder import prepare
 from megatune.data.tokenizer import Tokenizer
 from megatune.errors import DataError, ParallelError
@@ -167,19 +168,30 @@ def build(
     dp_rank: int = 0,
     dp_size: int = 1,
     folder: str | Path | None = None,
+    wait: float = 60.0,
 ) -> DataModule:
-    """Loaders over the token cache, which is made first where `prepare` was not called.
+    """Loaders over the token cache that `prepare` made.
 
-    `folder`: the run's folder (default: checkpoint.folder). Raises as `prepare` and TrainLoader.
+    `folder`: the run's folder (default: checkpoint.folder). A cache that is not there is made by dp_rank 0; the others
+    wait for it up to `wait` seconds (a network file system may show it late), then raise DataError. Raises as
+    `prepare` and TrainLoader.
     """
     caches = {}
     for split in splits(config.data):
         cache = open_cache(config, tokenizer, split, folder)
-        if cache is None:
+        if cache is None and dp_rank == 0:
             prepare(config, tokenizer, folder)
             cache = open_cache(config, tokenizer, split, folder)
+        deadline = time.monotonic() + wait
+        while cache is None and dp_rank > 0 and time.monotonic() < deadline:
+            time.sleep(min(1.0, wait / 10))
+            cache = open_cache(config, tokenizer, split, folder)
         if cache is None:
-            raise DataError(f"data.{split}: the files changed while they were read; start again")
+            root = cache_root(config, folder)
+            raise DataError(
+                f"data.{split}: process {dp_rank} finds no token cache in {root}; data.cache must be a folder that all "
+                "machines share, data files must not change at the start, and `prepare` runs in one process first"
+            )
         caches[split] = cache
     train = config.train
     loader = TrainLoader(

@@ -138,6 +138,7 @@ class ChatTemplate:
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
         )
         environment.filters["tojson"] = _tojson
+        environment.globals.pop("lipsum", None)  # makes texts of any length
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = self.today.strftime
         start, end = environment.generation_marks

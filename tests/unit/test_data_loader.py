@@ -254,6 +254,17 @@ def test_more_processes_than_sequences(folder: Path, tokenizer: Tokenizer) -> No
         module(folder, tokenizer, 0, size, global_batch_size=size)
 
 
+def test_other_processes_do_not_make_the_cache(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    train = write_lines(tmp_path / "train.jsonl", tiny_rows(9))
+    settings = config(tmp_path, train, seq_length=96, train_section={"global_batch_size": 2})
+    with pytest.raises(
+        DataError, match=r"process 1 finds no token cache in .*folder that all machines share"
+    ):
+        build(settings, tokenizer, dp_rank=1, dp_size=2, wait=0.05)
+    assert build(settings, tokenizer, dp_rank=0, dp_size=2).train.cache.num_samples == 9
+    assert build(settings, tokenizer, dp_rank=1, dp_size=2, wait=0).train.cache.num_samples == 9
+
+
 def test_a_batch_moves_with_all_it_has(folder: Path, tokenizer: Tokenizer) -> None:
     batch = module(folder, tokenizer).train.step(0)[0]
     moved = batch.to("meta")

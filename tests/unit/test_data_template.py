@@ -145,6 +145,18 @@ def test_a_template_whose_opening_is_not_in_the_answer_is_refused(smol: Tokenize
         encode_chat(ONE, smol, "assistant", compiled(OPENS_A_THOUGHT))
 
 
+def test_a_template_without_an_opening(smol: Tokenizer) -> None:
+    # As Mistral's: the answer follows [/INST] directly, with a space of its own.
+    template = compiled(
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
+        "{% else %}{{ ' ' + m.content + '<|im_end|>' }}{% endif %}{% endfor %}"
+    )
+    assert learnt(smol, *encode_chat(TWO, smol, "assistant", template)) == [
+        " In the barn.<|im_end|>",
+        " Yes.<|im_end|>",
+    ]
+
+
 def test_white_space_stays_where_nothing_else_ends_the_turn(smol: Tokenizer) -> None:
     template = compiled(
         "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
