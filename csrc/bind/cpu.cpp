@@ -5,6 +5,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <bit>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -236,6 +238,66 @@ Tensor cross_entropy_rows(Tensor logits, const Tensor& labels, double softcap, b
   return loss;
 }
 
+cpu::Attention attention_args(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& borders, double scale,
+                              int64_t window, double softcap, const char* op) {
+  check(q.dim() == 3 && k.dim() == 3 && v.dim() == 3 && borders.dim() == 1, op, "q, k and v must be [tokens, heads, D]");
+  for (const Tensor* x : {&q, &k, &v}) {
+    check(x->scalar_type() == ScalarType::BFloat16, op, "the CPU body takes bfloat16");
+    check(x->stride(2) == 1, op, "the last dimension must be contiguous");
+    check(x->size(0) == q.size(0) && x->size(2) == q.size(2), op, "q, k and v must have the same tokens and width");
+  }
+  check(k.size(1) == v.size(1) && q.size(1) % k.size(1) == 0, op, "heads of q must be a multiple of those of k and v");
+  check(borders.scalar_type() == ScalarType::Int && borders.is_contiguous(), op, "cu_seqlens must be int32");
+  const int32_t* border = data<int32_t>(borders);
+  const int64_t documents = borders.size(0) - 1;
+  check(documents >= 0 && border[0] == 0 && border[documents] == q.size(0), op, "cu_seqlens must span the tokens");
+  for (int64_t i = 0; i < documents; ++i) check(border[i] <= border[i + 1], op, "cu_seqlens must not fall");
+  check(cpu::has_amx(), op, "this CPU has no AMX tiles");
+  return {data<cpu::bf16>(q), data<cpu::bf16>(k), data<cpu::bf16>(v), q.stride(0), q.stride(1), k.stride(0),
+          k.stride(1),        v.stride(0),        v.stride(1),        q.size(0),   q.size(1),   k.size(1),
+          q.size(2),          border,             static_cast<float>(scale),       window,
+          static_cast<float>(softcap),            nullptr,            nullptr};
+}
+
+// window 0 and softcap 0: none.
+std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& borders,
+                                     double scale, int64_t window, double softcap) {
+  cpu::Attention args = attention_args(q, k, v, borders, scale, window, softcap, "attention");
+  Tensor out = empty(q, sizes(q));
+  Tensor lse = empty(q, {args.heads, args.tokens}, ScalarType::Float);
+  args.out = mutable_data<cpu::bf16>(out);
+  args.lse = mutable_data<float>(lse);
+  torch::stable::parallel_for(0, (borders.size(0) - 1) * args.kv_heads, 1,
+                              [&](int64_t begin, int64_t end) { cpu::attention(args, begin, end); });
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& grad, const Tensor& q, const Tensor& k,
+                                                      const Tensor& v, const Tensor& out, const Tensor& lse,
+                                                      const Tensor& borders, double scale, int64_t window,
+                                                      double softcap) {
+  const char* op = "attention_backward";
+  cpu::AttentionBackward args{attention_args(q, k, v, borders, scale, window, softcap, op), nullptr, nullptr, nullptr,
+                              nullptr};
+  for (const Tensor* x : {&grad, &out})
+    check(x->is_contiguous() && x->numel() == q.numel() && x->scalar_type() == ScalarType::BFloat16, op,
+          "grad and out must be contiguous and like q");
+  check(lse.is_contiguous() && lse.numel() == q.size(0) * q.size(1) && lse.scalar_type() == ScalarType::Float, op,
+        "lse must be fp32 [heads, tokens]");
+  Tensor grad_q = empty(q, sizes(q)), grad_k = empty(k, sizes(k)), grad_v = empty(v, sizes(v));
+  args.forward.out = static_cast<cpu::bf16*>(const_cast<void*>(out.const_data_ptr()));
+  args.forward.lse = static_cast<float*>(const_cast<void*>(lse.const_data_ptr()));
+  args.grad = data<cpu::bf16>(grad);
+  args.grad_q = mutable_data<cpu::bf16>(grad_q);
+  args.grad_k = mutable_data<cpu::bf16>(grad_k);
+  args.grad_v = mutable_data<cpu::bf16>(grad_v);
+  torch::stable::parallel_for(0, (borders.size(0) - 1) * args.forward.kv_heads, 1,
+                              [&](int64_t begin, int64_t end) { cpu::attention_backward(args, begin, end); });
+  return {grad_q, grad_k, grad_v};
+}
+
+bool cpu_has_amx() { return cpu::has_amx(); }
+
 int64_t cpu_isa() { return static_cast<int64_t>(cpu::isa()); }
 
 }  // namespace
@@ -247,8 +309,16 @@ STABLE_TORCH_LIBRARY_IMPL(megatune, CPU, m) {
   m.impl("glu", TORCH_BOX(&glu));
   m.impl("glu_backward", TORCH_BOX(&glu_backward));
   m.impl("cross_entropy_rows", TORCH_BOX(&cross_entropy_rows));
+  m.impl("attention", TORCH_BOX(&attention));
+  m.impl("attention_backward", TORCH_BOX(&attention_backward));
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(megatune, m) { m.def("cpu_isa() -> int"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(megatune, m) {
+  m.def("cpu_isa() -> int");
+  m.def("cpu_has_amx() -> bool");
+}
 
-STABLE_TORCH_LIBRARY_IMPL(megatune, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&cpu_isa)); }
+STABLE_TORCH_LIBRARY_IMPL(megatune, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+  m.impl("cpu_has_amx", TORCH_BOX(&cpu_has_amx));
+}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-CPU_ABI = "1"
+CPU_ABI = "2"
 TORCH_NEEDED = (2, 11)  # what _cpu.so is compiled for (setup.py); later versions run it too
 ISA_NAMES = ("plain", "avx2", "avx512")
 

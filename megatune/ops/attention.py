@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from megatune.ops import attention_bodies as bodies
+from megatune.ops.attention_packed import packed, packed_problem
 from megatune.ops.checks import floating, same_device
 from megatune.ops.registry import Body, add_op
 from megatune.ops.segments import Segments
@@ -21,6 +23,7 @@ _OP = add_op(
             problem=bodies.varlen_problem,
         ),
         Body("flex", bodies.flex, ("cuda",), bodies.HALF, ("window", "softcap"), problem=bodies.flex_problem),
+        Body("cpu", packed, ("cpu",), (torch.bfloat16,), ("window", "softcap"), problem=packed_problem),
         Body("sdpa", bodies.sdpa, None, None, ("window", "cache")),
         Body("reference", bodies.reference),
     ],

@@ -85,9 +85,10 @@ def _forward(
     grad_hidden = torch.empty_like(hidden) if hidden_grad else None
     total = None  # gradient of the weight, summed over chunks in fp32
     loss = hidden.new_zeros((), dtype=accumulate_dtype(hidden.dtype))
+    buffer = hidden.new_empty(min(chunk, hidden.shape[0]), weight.shape[0])
     for start in range(0, hidden.shape[0], chunk):
         rows = hidden[start : start + chunk]
-        logits = rows @ head.t()
+        logits = torch.mm(rows, head.t(), out=buffer[: rows.shape[0]])
         loss = (
             loss + rows_body(logits, labels[start : start + chunk], softcap, hidden_grad or weight_grad).sum()
         )

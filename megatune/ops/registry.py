@@ -67,21 +67,21 @@ class Op:
     def pick(self, device_type: str, dtype: torch.dtype, features: tuple[str, ...] = ()) -> Body:
         """The body for tensors of this device and dtype. ValueError where the one asked for cannot take them."""
         body = self.picked.get((device_type, dtype, features))
-        return self._pick(device_type, dtype, features) if body is None else body
-
-    def _pick(self, device_type: str, dtype: torch.dtype, features: tuple[str, ...]) -> Body:
-        fitting = [body for body in self.bodies.values() if body.unfit(device_type, dtype, features) is None]
-        if device_type in self.wanted:
-            body = self.bodies[self.wanted[device_type]]
-            if body not in fitting:
-                raise ValueError(
-                    f"{self.name}: body {body.name!r} was asked for (ops.backend), but here "
-                    f"{body.unfit(device_type, dtype, features)}; choose from {', '.join(b.name for b in fitting)}"
-                )
-        else:
-            body = fitting[0]
-        self.picked[device_type, dtype, features] = body
+        if body is None:
+            body = self.choices(device_type, dtype, features)[0]
+            reason = body.unfit(device_type, dtype, features)
+            if reason is not None:
+                raise ValueError(f"{self.name}: ops.backend asks for body {body.name!r}, but here {reason}")
+            self.picked[device_type, dtype, features] = body
         return body
+
+    def choices(
+        self, device_type: str, dtype: torch.dtype | None, features: tuple[str, ...] = ()
+    ) -> list[Body]:
+        """The body asked for with `configure` (whether it can or not), or else all that can, the best first."""
+        if device_type in self.wanted:
+            return [self.bodies[self.wanted[device_type]]]
+        return [body for body in self.bodies.values() if body.unfit(device_type, dtype, features) is None]
 
 
 OPS: dict[str, Op] = {}
@@ -136,19 +136,21 @@ def inductor_problem() -> str | None:
         return f"Triton cannot be imported ({error})"
 
 
-def configure(backend: dict[str, str], device: torch.device | str) -> dict[str, str]:
+def configure(
+    backend: dict[str, str], device: torch.device | str, dtype: torch.dtype | None = None
+) -> dict[str, str]:
     """Sets the body of some ops on a device type ({"attention": "reference"}); the others are chosen automatically.
 
-    Returns {op: body} of all ops there for bfloat16, or float32 on a CPU: what `table` prints. ConfigError for an op
-    or body that does not exist or cannot run on that device.
+    `dtype`: what the model computes in, None if not known. Returns {op: body} of all ops there, for printing.
+    ConfigError for an op or body that does not exist or cannot compute on that device (in that dtype).
     """
     device_type = torch.device(device).type
     for name, body_name in backend.items():
         if name not in OPS:
             raise ConfigError(f"ops.backend: there is no op {name!r}, choose from {', '.join(sorted(OPS))}.")
-        usable = [body.name for body in OPS[name].bodies.values() if body.unfit(device_type) is None]
+        usable = [body.name for body in OPS[name].bodies.values() if body.unfit(device_type, dtype) is None]
         body = OPS[name].bodies.get(body_name)
-        reason = "there is no such body" if body is None else body.unfit(device_type)
+        reason = "there is no such body" if body is None else body.unfit(device_type, dtype)
         if reason is not None:
             raise ConfigError(
                 f"ops.backend.{name}: {body_name!r} cannot be used on {device_type}: {reason}; "
@@ -159,18 +161,17 @@ def configure(backend: dict[str, str], device: torch.device | str) -> dict[str, 
         op.wanted.pop(device_type, None)
         if op.name in backend:
             op.wanted[device_type] = backend[op.name]
-    return chosen(device_type)
+    return chosen(device_type, dtype)
 
 
 def chosen(device: torch.device | str, dtype: torch.dtype | None = None) -> dict[str, str]:
-    """{op: name of the body} that tensors of this device and dtype (default bfloat16; CPU: float32) get."""
+    """{op: name of the body} that tensors of this device and dtype (None: any) get, as far as features allow."""
     device_type = torch.device(device).type
-    dtype = dtype or (torch.float32 if device_type == "cpu" else torch.bfloat16)
-    return {name: op.pick(device_type, dtype).name for name, op in sorted(OPS.items())}
+    return {name: op.choices(device_type, dtype)[0].name for name, op in sorted(OPS.items())}
 
 
 def table(device: torch.device | str, dtype: torch.dtype | None = None) -> list[tuple[str, str, str]]:
-    """(op, chosen body, the other bodies with the reason why they cannot run here, if so) for printing."""
+    """(op, chosen body, the device's other bodies, with the reason where one cannot be used) for printing."""
     device_type = torch.device(device).type
     lines = []
     for name, picked in chosen(device, dtype).items():

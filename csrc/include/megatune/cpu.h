@@ -89,6 +89,33 @@ struct CrossEntropy {
   float* loss;  // [rows]
 };
 
+// Causal attention inside documents, bf16, on AMX tiles. Token t, head h of q starts at q + t * q_token + h * q_head.
+struct Attention {
+  const bf16 *q, *k, *v;
+  int64_t q_token, q_head, k_token, k_head, v_token, v_head;
+  int64_t tokens, heads, kv_heads, width;
+  const int32_t* borders;  // [documents + 1]
+  float scale;
+  int64_t window;  // tokens a query sees, itself included; 0: all
+  float softcap;   // 0: none
+  bf16* out;       // [tokens, heads, width]
+  float* lse;      // [heads, tokens], natural logarithm
+};
+
+struct AttentionBackward {
+  Attention forward;  // out and lse as the forward pass left them
+  const bf16* grad;   // [tokens, heads, width]
+  bf16* grad_q;       // [tokens, heads, width]
+  bf16 *grad_k, *grad_v;  // [tokens, kv_heads, width]
+};
+
+// Whether this machine and the operating system let us use AMX tiles.
+bool has_amx();
+
+// begin, end: tasks, of which there are documents * kv_heads.
+void attention(const Attention& args, int64_t begin, int64_t end);
+void attention_backward(const AttentionBackward& args, int64_t begin, int64_t end);
+
 // T is float or bf16 in all of these.
 template <class T>
 void rms_norm(const RmsNorm<T>& args, int64_t begin, int64_t end);
