@@ -213,10 +213,13 @@ class Workers:
         if worker is None:  # killed after a second Ctrl-C
             return 128 + signal.SIGINT
         code = worker.ended[1]
+        if failure is not None and worker.was_told_to_end:
+            # It had left its report and was on its way out when the launcher ended it for a peer's failure.
+            code = USER_ERROR if failure.is_user_error else 1
         if code == USER_ERROR:
             self._print_user_error(worker, failure)
         elif code - 128 not in self._received:  # else it did as it was asked to
-            self._print_failure(worker, failure)
+            self._print_failure(worker, failure, code)
         return code
 
     def _first_failure(self) -> tuple[Worker | None, Failure | None]:
@@ -242,8 +245,7 @@ class Workers:
         elif self.all[0].ended[1] != USER_ERROR:  # else rank 0 has said it on the terminal
             print("\n".join(_tail(worker)[-1:]), file=sys.stderr)
 
-    def _print_failure(self, worker: Worker, failure: Failure | None) -> None:
-        code = worker.ended[1]
+    def _print_failure(self, worker: Worker, failure: Failure | None, code: int) -> None:
         how = (
             f"was killed by {signal.Signals(code - 128).name}"
             if code > 128

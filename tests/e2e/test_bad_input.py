@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -83,7 +85,7 @@ def test_bad_json_line_and_skipping_it(tiny_data, tiny_llama, tmp_path):
     refused(train(config, tmp_path), "bad.jsonl:7")
     skipping = train(config, tmp_path, "data.on_error=skip", f"checkpoint.folder={tmp_path / 'run2'}")
     assert skipping.exit_code == 0, skipping.output
-    assert "1 row" in skipping.output or "1 skipped" in skipping.output
+    assert "1 left out (json)" in skipping.output
 
 
 def test_row_without_an_assistant_turn(tiny_llama, tiny_data, tmp_path):
@@ -160,15 +162,13 @@ def test_more_processes_than_sequences(tiny_llama, tiny_data, tmp_path):
     config.launch.nproc = 4
     path = tmp_path / "config.yaml"
     path.write_text(dump_config(config))
-    import subprocess
-    import sys
-
     done = subprocess.run(
         [sys.executable, "-m", "megatune", "train", str(path)], capture_output=True, text=True
     )
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
-    assert "2" in done.stderr and "4 processes" in done.stderr, done.stderr
+    assert "2 packed sequences are fewer than the 4 data-parallel processes" in done.stderr
+    assert done.stderr.count("megatune: ") == 1
 
 
 def test_batch_that_does_not_split(tiny_llama, tiny_data, tmp_path):
