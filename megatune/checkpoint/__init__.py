@@ -5,7 +5,17 @@ from megatune.checkpoint.load import load_pretrained
 from megatune.checkpoint.peft import export_peft, load_peft, merge_peft, peft_method
 from megatune.checkpoint.resolve import ModelFolder, resolve_model
 from megatune.checkpoint.sources import SafetensorsFolder, TensorSource, weights_digest
-from megatune.checkpoint.store import check_space, clean, load, newest, required_bytes, save
+from megatune.checkpoint.store import (
+    check_space,
+    clean,
+    load,
+    newest,
+    prune,
+    required_bytes,
+    restore,
+    save,
+    verify,
+)
 from megatune.checkpoint.writer import PendingSave
 
 __all__ = [
@@ -24,8 +34,11 @@ __all__ = [
     "merge_peft",
     "newest",
     "peft_method",
+    "prune",
     "required_bytes",
     "resolve_model",
+    "restore",
     "save",
+    "verify",
     "weights_digest",
 ]

@@ -151,9 +151,12 @@ def test_a_killed_rank_is_the_first_even_if_its_peers_report_before(worker, tmp_
     assert "Connection closed" not in said
 
 
-def test_the_first_report_counts_not_the_first_death(worker, tmp_path: Path, capfd) -> None:
+@pytest.mark.parametrize("ignores_sigterm", [True, False])
+def test_the_first_report_counts_not_the_first_death(
+    worker, tmp_path: Path, capfd, ignores_sigterm: bool
+) -> None:
     command = worker(
-        """
+        f"""
         from megatune.launch import report
         here_all("up")
         if rank == 0:
@@ -161,9 +164,9 @@ def test_the_first_report_counts_not_the_first_death(worker, tmp_path: Path, cap
                 raise RuntimeError("the cause")
             except RuntimeError as error:
                 report.record(error)
-            here_all_done = here / "cause-is-known"
-            here_all_done.write_text("")
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            if {ignores_sigterm}:
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            (here / "cause-is-known").write_text("")
             time.sleep(0.5)  # a slow end, as with many threads
             sys.exit(1)
         while not (here / "cause-is-known").exists():

@@ -118,7 +118,10 @@ def main(base: Path) -> None:
 
 
 def test_kill_at_every_operation(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.getenv("PYTHONPATH")])),
+    }
     subprocess.run([sys.executable, __file__, str(tmp_path)], check=True, env=environment, timeout=120)
     results = json.loads((tmp_path / "results.json").read_text())
     assert all(result["right"] for result in results), [r for r in results if not r["right"]]
