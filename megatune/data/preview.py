@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from megatune.data.cache_builder import detect_format
 from megatune.data.encode import (
     OTHER_SPLIT,
     USED,
+    EncodedRows,
     Encoder,
     EncodeSettings,
     as_chat,
@@ -31,35 +33,28 @@ Piece = tuple[str, bool]  # text, and whether it is learnt
 _LEARNT_STYLE = "bold green"
 
 
+def encoded_samples(config: Config, tokenizer: Tokenizer) -> Iterator[tuple[list[int], list[bool]]]:
+    """(token ids, which of them are learnt) of each training sample, in the order of the files, without a cache.
+    DataError for a row that cannot be used, unless data.on_error is skip."""
+    for _, encoded in _encoded(config, tokenizer):
+        if encoded.fates[0] in USED:
+            yield encoded.tokens.tolist(), encoded.mask.tolist()
+
+
 def samples(config: Config, tokenizer: Tokenizer, count: int) -> Iterator[tuple[str, list[Piece]]]:
-    """The first `count` training samples: ("file:line, 57 tokens, 21 learnt", pieces of text in order).
+    """The first `count` training rows: ("file:line: 57 tokens, 21 with loss", pieces of text in order).
 
     Tokens are joined into pieces of equal flag before they are decoded, so that characters of several tokens stay
     whole. DataError for a row that cannot be used, unless data.on_error is skip.
     """
-    data = config.data
-    files = list_files(data.train, "train")
-    formats = [detect_format(path, number, data.format, data.on_error) for number, path in enumerate(files)]
-    settings = EncodeSettings.from_config(data, "train", formats, template_for(data, formats, tokenizer))
-    encoder = Encoder(settings, tokenizer)
-    left = count
-    for row in _rows(files):
-        encoded = encoder.encode([row])
+    for name, encoded in islice(_encoded(config, tokenizer), count):
         fate = encoded.fates[0]
-        if encoded.errors and data.on_error == "error":
-            raise row_error(str(files[row.file]), row, encoded.errors[0])
-        if fate == OTHER_SPLIT:
-            continue
-        title = f"{where(files[row.file], row.line)}: "
         if fate in USED:
             cut = ", truncated" if fate != USED[0] else ""
-            title += f"{len(encoded.tokens)} tokens, {int(encoded.mask.sum())} with loss{cut}"
+            title = f"{name}: {len(encoded.tokens)} tokens, {int(encoded.mask.sum())} with loss{cut}"
         else:
-            title += f"left out ({encoded.errors.get(0) or fate.replace('_', ' ')})"
+            title = f"{name}: left out ({encoded.errors.get(0) or fate.replace('_', ' ')})"
         yield title, _pieces(tokenizer, encoded.tokens, encoded.mask)
-        left -= 1
-        if not left:
-            return
 
 
 def show(config: Config, tokenizer: Tokenizer, count: int) -> list[Text]:
@@ -98,6 +93,21 @@ def prompts(config: Config, count: int) -> list[tuple[list[dict[str, Any]], str]
         if len(found) == count:
             break
     return found
+
+
+def _encoded(config: Config, tokenizer: Tokenizer) -> Iterator[tuple[str, EncodedRows]]:
+    """("file:line", tokens) of each training row, one by one."""
+    data = config.data
+    files = list_files(data.train, "train")
+    formats = [detect_format(path, number, data.format, data.on_error) for number, path in enumerate(files)]
+    settings = EncodeSettings.from_config(data, "train", formats, template_for(data, formats, tokenizer))
+    encoder = Encoder(settings, tokenizer)
+    for row in _rows(files):
+        encoded = encoder.encode([row])
+        if encoded.errors and data.on_error == "error":
+            raise row_error(str(files[row.file]), row, encoded.errors[0])
+        if encoded.fates[0] != OTHER_SPLIT:
+            yield where(files[row.file], row.line), encoded
 
 
 def _rows(files: list[Path]) -> Iterator[RawRow]:

@@ -20,6 +20,7 @@ from megatune.data import (
     TokenCache,
     Tokenizer,
     encode_chat,
+    encoded_samples,
     load_tokenizer,
     open_cache,
     prepare,
@@ -58,6 +59,9 @@ def test_samples_are_those_of_encode_chat(tokenizer: Tokenizer, tmp_path: Path) 
     rows = tiny_rows(40)
     cache = made(config(tmp_path, write_lines(tmp_path / "a.jsonl", rows), seq_length=96), tokenizer)
     assert contents(cache) == [encode_chat(row["messages"], tokenizer) for row in rows]
+    assert list(
+        encoded_samples(config(tmp_path, tmp_path / "a.jsonl", seq_length=96), tokenizer)
+    ) == contents(cache)
     assert cache.tokens.dtype == np.uint16
     assert cache.source(7) == f"{tmp_path / 'a.jsonl'}:8"
     assert cache.counts == {"kept": 40}
