@@ -18,7 +18,7 @@ from megatune.config.schema import LoraMethod
 from megatune.errors import ConfigError
 from megatune.models.families.base import Piece
 from megatune.models.registry import family_named
-from megatune.parallel.shard import Fused, ShardSpec
+from megatune.parallel.shard import Fused
 from megatune.parallel.tensor import Linear
 
 
@@ -51,7 +51,7 @@ class LoraAdapter(nn.Module):
         self, linear: Linear, modules: tuple[HfModule, ...], rank: int, scale: float, dropout: float
     ) -> None:
         super().__init__()
-        self.modules_, self.rank, self.scale, self.dropout = modules, rank, scale, dropout
+        self.hf_modules, self.rank, self.scale, self.dropout = modules, rank, scale, dropout
         self.fused = _adapted_rows(linear, modules)
         if self.fused is None:
             self.layout = ops.LoraLayout.whole(linear.out_features)
@@ -72,18 +72,8 @@ class LoraAdapter(nn.Module):
         """The weight's change [out, in] in fp32, from whole (not sharded) values of lora_a and lora_b."""
         return self.layout.scatter(b.float()) @ a.float() * self.scale
 
-    def shard_specs(self, name: str, linear: Linear) -> dict[str, ShardSpec]:
-        """Specs of `{name}.lora_a` and `{name}.lora_b`: the product is cut where the base weight is cut; the other
-        matrix is replicated and its gradient a partial sum."""
-        column = linear.shard == "column"
-        a, b = f"{name}.lora_a", f"{name}.lora_b"
-        return {
-            a: ShardSpec(a, tuple(self.lora_a.shape), None if column else 1, partial=column),
-            b: ShardSpec(b, tuple(self.lora_b.shape), 0 if column else None, self.fused, not column),
-        }
-
     def extra_repr(self) -> str:
-        targets = ", ".join(module.target for module in self.modules_)
+        targets = ", ".join(module.target for module in self.hf_modules)
         return f"{targets}, rank={self.rank}, scale={self.scale:g}, dropout={self.dropout:g}"
 
 

@@ -64,7 +64,7 @@ def adapter_map(model: nn.Module) -> dict[str, Mapped]:
         mapped[f"{name}.lora_a"] = _map_a(adapter)
         pieces = [
             Piece(_tensor(module, "B"), piece.part, piece.first_row)
-            for module in adapter.modules_
+            for module in adapter.hf_modules
             for piece in module.pieces
         ]
         fused = adapter.fused or (linear.fused if pieces[0].part is not None else None)
@@ -74,7 +74,7 @@ def adapter_map(model: nn.Module) -> dict[str, Mapped]:
 
 def _map_a(adapter: LoraAdapter) -> Mapped:
     """lora_a: the modules' A matrices one after the other."""
-    names = [_tensor(module, "A") for module in adapter.modules_]
+    names = [_tensor(module, "A") for module in adapter.hf_modules]
     shape = tuple(adapter.lora_a.shape)
     if len(names) == 1:
         return Mapped(shape, (Piece(names[0]),))
@@ -122,7 +122,7 @@ def _write(folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any
 
 
 def _config(model: nn.Module, method: LoraMethod, base_path: str) -> dict[str, Any]:
-    modules = [module for _, adapter in adapters_of(model) for module in adapter.modules_]
+    modules = [module for _, adapter in adapters_of(model) for module in adapter.hf_modules]
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

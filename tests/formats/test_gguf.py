@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 from megatune.checkpoint import load_pretrained, resolve_model
 from megatune.errors import CheckpointError
 from megatune.models import build
-from tests.helpers.families import LLAMA3, documents
+from tests.helpers.families import LLAMA3, YARN, documents
 from tests.helpers.tiny import CHATML, make_tokenizer
 
 Type = gguf.GGMLQuantizationType
@@ -54,6 +54,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen2": ("qwen2", "Qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("qwen3", "Qwen3", {"head_dim": 32}),
     "wide": ("qwen3", "Qwen3", {"head_dim": 32, "intermediate_size": 256}),
+    "yarn": ("qwen3", "Qwen3", {"rope_parameters": YARN}),
     "gemma2": ("gemma2", "Gemma2", GEMMA),
     "gemma3": (
         "gemma3",
@@ -180,6 +181,10 @@ def _write_metadata(writer: gguf.GGUFWriter, config: Any, architecture: str) -> 
     if rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
+    if rope["rope_type"] == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
     if rope["rope_type"] == "longrope":
         writer.add_rope_scaling_orig_ctx_len(config.original_max_position_embeddings)
     if architecture != "qwen2" and getattr(config, "sliding_window", None):

@@ -86,6 +86,7 @@ def test_lora_freezes_the_base_and_keeps_its_names() -> None:
     assert shapes["attn.qkv.adapter.lora_a"] == (2 * 4, 48)
     assert shapes["attn.qkv.adapter.lora_b"] == (2 * 2 * 8, 4)  # k and v of 2 heads with 8 rows each
     assert all(p.dtype == torch.float32 for n, p in model.named_parameters() if ".adapter." in n)
+    assert "k_proj, v_proj, rank=4, scale=8" in repr(model.layers["0"].attn.qkv)
 
 
 def test_initial_adapters_depend_on_seed_and_name_only() -> None:
