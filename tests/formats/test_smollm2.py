@@ -84,4 +84,4 @@ def test_perplexity_equals_transformers(source, reference) -> None:
         ).item()
     perplexity, expected = (math.exp(total / len(index)) for total in (ours, theirs))
     assert perplexity == pytest.approx(expected, rel=1e-5)
-    assert 2 < perplexity < 20  # it does know Python
+    assert 2 < perplexity < 40  # 16.8 with Python 3.11; a model with a wrong weight is in the thousands
