@@ -76,9 +76,8 @@ class Decoder(nn.Module):
             self.norm = Norm(spec, spec.hidden_size)
             if not spec.tied_embeddings:
                 self.head = Linear(spec.hidden_size, spec.vocab_size, shard="column")
-        for (
-            rope
-        ) in spec.ropes:  # computed here, where tensors are real, for forward passes where they are not
+        for rope in spec.ropes:
+            # Computed here, where tensors are real, for forward passes where they are not.
             inverse_frequencies(rope)
 
     def forward(
@@ -113,9 +112,8 @@ class Decoder(nn.Module):
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         x = self.embed(tokens)
         if self.spec.embedding_scale != 1.0:
-            x = x * x.new_full(
-                (), self.spec.embedding_scale
-            )  # the factor is rounded to x's dtype, as in Gemma
+            # The factor is rounded to x's dtype, as in Gemma.
+            x = x * x.new_full((), self.spec.embedding_scale)
         if self.spec.positions == "learned":
             x = x + self.positions(positions)
         return x
