@@ -40,9 +40,10 @@ SCALINGS: list[dict[str, Any]] = [
     {
         "rope_type": "yarn",
         "factor": 2.0,
-        "original_max_position_embeddings": 4,
-        "beta_fast": 1,
-        "beta_slow": 1,
+        "original_max_position_embeddings": 4096,
+        "beta_fast": 4.0,
+        "beta_slow": 4.0,
+        "truncate": False,
     },
     {
         "rope_type": "longrope",
