@@ -17,12 +17,12 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import torch  # noqa: E402
+import torch
 
-from benchmarks.common import batch_of, report, row, time_step, trainer  # noqa: E402
-from megatune import checkpoint, data  # noqa: E402
-from megatune.config import load_config  # noqa: E402
-from megatune.data.tokenizer import load_tokenizer  # noqa: E402
+from benchmarks.common import batch_of, report, row, time_step, trainer
+from megatune import checkpoint
+from megatune.config import load_config
+from megatune.data.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 

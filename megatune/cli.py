@@ -83,7 +83,9 @@ def train(config: str, overrides: tuple[str, ...], dry_run: bool, nproc: int | N
         return 0
     if processes == 1:
         return _train_here(settings)
-    return run_local(["train", config, *overrides], processes, log_folder=f"{settings.checkpoint.folder}/logs")
+    return run_local(
+        ["train", config, *overrides], processes, log_folder=f"{settings.checkpoint.folder}/logs"
+    )
 
 
 def _train_here(settings: Any) -> int:

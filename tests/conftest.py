@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 # Before anything imports torch or transformers: two cores, no network, no screen.
@@ -10,6 +11,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "agg"
+# The CPU's tests are of the CPU also on a machine with GPUs; tests of a GPU are chosen by `-m gpu`.
+if "gpu" not in " ".join(sys.argv).replace("not gpu", ""):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # A test starts alone, also when the session itself runs under torchrun or srun.
 _LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 _RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

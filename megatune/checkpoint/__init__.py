@@ -1,8 +1,8 @@
 """Weights and training state, in and out: model folders, exports, adapters, layout-free checkpoints."""
 
 from megatune.checkpoint.hf import export_hf, hf_tensors
-from megatune.checkpoint.load import load_pretrained
 from megatune.checkpoint.peft import export_peft, load_peft, merge_peft, peft_method
+from megatune.checkpoint.pretrained import load_pretrained
 from megatune.checkpoint.resolve import ModelFolder, resolve_model
 from megatune.checkpoint.sources import SafetensorsFolder, TensorSource, weights_digest
 from megatune.checkpoint.store import (

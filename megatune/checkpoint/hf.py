@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from megatune.checkpoint.load import base_map
+from megatune.checkpoint.pretrained import base_map
 from megatune.checkpoint.resolve import ModelFolder
 from megatune.checkpoint.safetensors_file import SafetensorsWriter
 from megatune.checkpoint.sources import INDEX, SINGLE

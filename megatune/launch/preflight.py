@@ -56,8 +56,12 @@ def check(config: Config, processes: int) -> bool:
     if summary.get("eval_after") is not None:
         print(f", held-out loss {summary['eval_before']:.4f} -> {summary['eval_after']:.4f}", end="")
     print(f"\n  results: {', '.join(summary['exports'].values()) or folder.path}")
-    print(f"  talk to it: megatune chat {summary['exports'].get('merged') or summary['exports'].get('model')}")
-    print("  to train again, choose another checkpoint.folder or remove this one; to go on, raise train.steps")
+    print(
+        f"  talk to it: megatune chat {summary['exports'].get('merged') or summary['exports'].get('model')}"
+    )
+    print(
+        "  to train again, choose another checkpoint.folder or remove this one; to go on, raise train.steps"
+    )
     return True
 
 
@@ -74,7 +78,10 @@ def _check_batch(config: Config, processes: int) -> None:
 
 def _check_files(config: Config) -> None:
     held_out = config.data.eval or []
-    for key, names in (("train", config.data.train), ("eval", [held_out] if isinstance(held_out, str) else held_out)):
+    for key, names in (
+        ("train", config.data.train),
+        ("eval", [held_out] if isinstance(held_out, str) else held_out),
+    ):
         for name in names:
             if not Path(name).exists():
                 raise DataError(f"data.{key}: {name} does not exist (looked from {Path.cwd()})")
@@ -152,7 +159,9 @@ def show_environment() -> None:
     for index in range(torch.cuda.device_count()):
         table.add_row(f"GPU {index}", torch.cuda.get_device_name(index))
     if device.type == "cpu":
-        table.add_row("CPU", f"{os.cpu_count()} cores, AMX {'yes' if torch.cpu._is_amx_tile_supported() else 'no'}")
+        table.add_row(
+            "CPU", f"{os.cpu_count()} cores, AMX {'yes' if torch.cpu._is_amx_tile_supported() else 'no'}"
+        )
     for op, body, others in ops.table(device):
         table.add_row(f"op {op}", f"{body} (also there: {others})" if others else body)
     Console().print(table)

@@ -130,5 +130,10 @@ def _like(source: Tensor, local: Tensor) -> Tensor:
     if not isinstance(source, DTensor):
         return local.detach()
     return DTensor.from_local(
-        local.detach(), source.device_mesh, source.placements, run_check=False, shape=source.shape, stride=source.stride()
+        local.detach(),
+        source.device_mesh,
+        source.placements,
+        run_check=False,
+        shape=source.shape,
+        stride=source.stride(),
     )

@@ -138,7 +138,9 @@ def _start_process_group(kind: str, where: torch.device, rank: int, world_size: 
     limit = timedelta(seconds=timeout)
     if "MASTER_ADDR" not in os.environ:
         if world_size > 1:
-            raise ParallelError("WORLD_SIZE is set but MASTER_ADDR is not: start with megatune train or torchrun")
+            raise ParallelError(
+                "WORLD_SIZE is set but MASTER_ADDR is not: start with megatune train or torchrun"
+            )
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
         return
     # Both backends: tensors on the host (flags, losses) go over gloo and never wait for the device.

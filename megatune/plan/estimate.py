@@ -34,11 +34,20 @@ class Estimate:
     def rows(self) -> list[tuple[str, int]]:
         """(label, bytes) for printing, the total last."""
         names = ("frozen", "trainable", "gradients", "optimizer", "activations", "logits", "total")
-        labels = ("frozen weights", "trainable weights", "gradients", "optimizer states", "activations", "logits")
+        labels = (
+            "frozen weights",
+            "trainable weights",
+            "gradients",
+            "optimizer states",
+            "activations",
+            "logits",
+        )
         return list(zip((*labels, "total"), (getattr(self, name) for name in names), strict=True))
 
 
-def estimate(config: Config, model: nn.Module, spec: DecoderSpec, world_size: int, compute_bytes: int) -> Estimate:
+def estimate(
+    config: Config, model: nn.Module, spec: DecoderSpec, world_size: int, compute_bytes: int
+) -> Estimate:
     """What one of `world_size` processes needs. `model`: on meta, adapter attached; `compute_bytes`: 2 or 4.
 
     Weights and states are exact but for padding of shards; activations count what backward keeps a token and layer,

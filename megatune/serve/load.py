@@ -36,7 +36,9 @@ def load_model(
         settings = json.loads(adapter.read_text("utf-8"))
         base = settings.get("base_model_name_or_path")
         if not base:
-            raise CheckpointError(f"{adapter} names no base model (base_model_name_or_path); merge it or add the name")
+            raise CheckpointError(
+                f"{adapter} names no base model (base_model_name_or_path); merge it or add the name"
+            )
         method = checkpoint.peft_method(adapter.parent)
     folder = checkpoint.resolve_model(base)
     ops.configure({}, where)
@@ -69,7 +71,7 @@ def _dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype
 
 
 def _build(folder: checkpoint.ModelFolder, method: LoraMethod | None, dtype: torch.dtype) -> models.Decoder:
-    model = models.build(folder.spec)
+    model = models.build(folder.spec).requires_grad_(False)  # for inference: every weight in `dtype`
     if method is not None:
         adapters.attach(model, method)
     models.set_dtypes(model, dtype)

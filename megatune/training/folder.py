@@ -16,7 +16,16 @@ from megatune.errors import ConfigError
 # Keys that may change between two starts of one run: they do not decide which numbers come out of it, or the user
 # changes them on purpose to go on longer.
 _FREE = ("track", "launch", "ops", "parallel", "checkpoint", "data.cache", "model.cache")
-_FREE_TRAIN = {"steps", "epochs", "eval_every", "eval_first", "log_every", "early_stop", "samples", "sample_tokens"}
+_FREE_TRAIN = {
+    "steps",
+    "epochs",
+    "eval_every",
+    "eval_first",
+    "log_every",
+    "early_stop",
+    "samples",
+    "sample_tokens",
+}
 _FREE_TRAIN |= {"micro_batch_size", "compile", "deterministic"}
 
 
@@ -86,7 +95,9 @@ def _differences(path: Path, config: Config) -> list[str]:
         raise ConfigError(f"{path} is damaged and cannot say whose run this is; remove the folder") from error
     now = yaml.safe_load(dump_config(config))
     old, new = _flat(before or {}), _flat(now)
-    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and not _free(key)]
+    changed = [
+        key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and not _free(key)
+    ]
     return [f"{key}: {old.get(key)!r} there, {new.get(key)!r} here" for key in changed]
 
 

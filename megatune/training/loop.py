@@ -77,7 +77,9 @@ class Loop:
                 done = self.progress.step
                 last = done == self.total_steps
                 over = False
-                if self.data.eval is not None and (last or (train.eval_every and done % train.eval_every == 0)):
+                if self.data.eval is not None and (
+                    last or (train.eval_every and done % train.eval_every == 0)
+                ):
                     over = self._evaluate()
                 every = self.config.checkpoint.every
                 if last or stop or over or (every and done % every == 0):
@@ -100,7 +102,9 @@ class Loop:
         except TrainingError as error:
             safe = checkpoint.newest(self.folder.checkpoints)
             where = f"the last good checkpoint is {safe}" if safe else "no checkpoint was saved yet"
-            raise TrainingError(f"{error}; {where}; lower optim.lr or look at these sequences' data") from error
+            raise TrainingError(
+                f"{error}; {where}; lower optim.lr or look at these sequences' data"
+            ) from error
         seconds = time.perf_counter() - began
         tokens = loader.tokens(step)
         self.progress.step += 1
@@ -122,7 +126,9 @@ class Loop:
         return result.stop
 
     def _evaluate(self) -> bool:
-        loss = evaluate(self.trainer.model, self.data.eval.batches(), self.data.eval.target_tokens, self.world)
+        loss = evaluate(
+            self.trainer.model, self.data.eval.batches(), self.data.eval.target_tokens, self.world
+        )
         self.trackers.log(self.progress.step, {"eval_loss": loss})
         return self.progress.evaluated(loss, self.config.train.early_stop)
 

@@ -85,7 +85,9 @@ class _Run:
         total_steps = self._total_steps(module)
         model = self._model(source)
         optimizer = optim.build(model, config.optim)
-        state = {f"model/{n}": p.detach() for n, p in model.named_parameters() if p.requires_grad} | optimizer.state()
+        state = {
+            f"model/{n}": p.detach() for n, p in model.named_parameters() if p.requires_grad
+        } | optimizer.state()
         facts = {"base": source.digest, "data": module.digest, "seed": config.train.seed}
         progress = self._restore(state, optimizer, facts, trackers)
         loop = self._loop(model, optimizer, module, trackers, state, total_steps, source, facts, progress)
@@ -152,17 +154,22 @@ class _Run:
     def _restore(self, state, optimizer, facts: dict[str, Any], trackers: track.Trackers) -> Progress:
         """Progress of the newest valid checkpoint, its tensors filled into `state`; a fresh one where there is none."""
         if self.config.checkpoint.resume == "never":
+            if checkpoint.newest(self.folder.checkpoints) is not None:
+                raise CheckpointError(
+                    f"checkpoint.resume: never, but {self.folder.checkpoints} holds checkpoints; remove them, choose "
+                    f"another checkpoint.folder, or set resume: auto to go on from them"
+                )
             return Progress()
-        if self.world.is_main:
-            checkpoint.clean(self.folder.checkpoints)
-        self.world.barrier()
-        newest = self.world.broadcast(checkpoint.newest(self.folder.checkpoints, warn=trackers.note))
-        if newest is None:
+        found = checkpoint.restore(self.folder.checkpoints, state, self.world, warn=trackers.note)
+        if found is None:
             return Progress()
-        extra = checkpoint.load(newest, state)
+        newest, extra = found
         for key, now in facts.items():
             if extra.get(key) != now:
-                what = {"base": "model.path has other weights", "data": "the training data or tokenizer changed"}
+                what = {
+                    "base": "model.path has other weights",
+                    "data": "the training data or tokenizer changed",
+                }
                 raise CheckpointError(
                     f"{newest} was trained from something else: {what.get(key, key)}; restore it, or choose another "
                     f"checkpoint.folder"
@@ -197,7 +204,9 @@ class _Run:
             return
         weights = sum(p.numel() for p in model.parameters()) * (2 if self.dtype == torch.bfloat16 else 4)
         whole = [w for w in self.config.checkpoint.export if w != "adapter"]
-        needed = checkpoint.required_bytes(state) * (self.config.checkpoint.keep_last + 1) + weights * len(whole)
+        needed = checkpoint.required_bytes(state) * (self.config.checkpoint.keep_last + 1) + weights * len(
+            whole
+        )
         checkpoint.check_space(self.folder.path, needed)
 
     def _header(self, model, source, module, total_steps: int) -> dict[str, str]:
@@ -225,7 +234,9 @@ class _Run:
         found = answers(model, tokenizer, self.config, self.world)
         if self.world.is_main:
             kept = read_json(self.folder.samples) or {}
-            write_atomically(self.folder.samples, json.dumps({**kept, when: found}, indent=1, ensure_ascii=False))
+            write_atomically(
+                self.folder.samples, json.dumps({**kept, when: found}, indent=1, ensure_ascii=False)
+            )
         return found
 
     def _export(self, model, source, trackers: track.Trackers) -> dict[str, Path]:
@@ -238,8 +249,15 @@ class _Run:
                 checkpoint.export_peft(model, target, method=config.method, base_path=str(source.path))
             else:
                 checkpoint.export_hf(model, target, source=source, merge=what == "merged", dtype=self.dtype)
+                self._export_template(target)
             exports[what] = target
         return exports
+
+    def _export_template(self, target: Path) -> None:
+        """The template that the model was trained with goes along, where it is not the tokenizer's own."""
+        template = self.config.data.chat_template
+        if template and self.world.is_main:
+            write_atomically(target / "chat_template.jinja", Path(template).read_text("utf-8"))
 
     def _finish(self, result: TrainResult, total_steps: int, before, after, trackers: track.Trackers) -> None:
         trackers.plot(self.folder.loss_plot)

@@ -34,7 +34,9 @@ class Trainer:
     `model`: wrapped and filled; `optim` over its parameters; `total_steps` fixes the learning rate schedule.
     """
 
-    def __init__(self, model: nn.Module, optim: ShardedAdamW, world: World, config: Config, total_steps: int) -> None:
+    def __init__(
+        self, model: nn.Module, optim: ShardedAdamW, world: World, config: Config, total_steps: int
+    ) -> None:
         self.model = model
         self.optim = optim
         self.world = world

@@ -8,8 +8,8 @@ from peft import LoraConfig, get_peft_model
 
 from megatune import adapters
 from megatune.adapters.lora import LoraAdapter, lora_scale
-from megatune.checkpoint.load import init_adapter
 from megatune.checkpoint.peft import adapter_map
+from megatune.checkpoint.pretrained import init_adapter
 from megatune.config.schema import FreezeMethod, FullMethod, LoraMethod
 from megatune.errors import ConfigError
 from megatune.models import build, from_hf_state

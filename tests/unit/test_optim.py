@@ -1,6 +1,7 @@
 """Schedules and AdamW against plain formulas and torch."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def test_schedules_rise_to_the_peak_and_never_rise_again(schedule):
     found = rates(schedule=schedule, warmup=10, min_lr_ratio=0.1)
     assert found[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert max(found) == pytest.approx(1.0)
-    assert all(a >= b - 1e-12 for a, b in zip(found[9:], found[10:], strict=False))
+    assert all(a >= b - 1e-12 for a, b in pairwise(found[9:]))
     if schedule == "constant":
         assert set(found[10:]) == {1.0}
     else:
@@ -44,7 +45,7 @@ def test_wsd_is_constant_then_falls_linearly_to_the_floor():
     found = rates(schedule="wsd", warmup=0.0, decay=0.2)
     assert set(found[:79]) == {1.0}
     assert found[-1] == pytest.approx(0.0)
-    falls = [a - b for a, b in zip(found[80:], found[81:], strict=False)]
+    falls = [a - b for a, b in pairwise(found[80:])]
     assert falls == pytest.approx([falls[0]] * len(falls))
 
 
@@ -82,7 +83,9 @@ def test_adamw_state_restores_in_place():
         optim.step_with(1e-2)
     saved = {k: v.clone() for k, v in optim.state().items()}
     weights = {k: v.clone() for k, v in model.state_dict().items()}
-    assert set(saved) == {f"optim/{slot}/{n}" for slot in ("exp_avg", "exp_avg_sq") for n in ("weight", "bias")}
+    assert set(saved) == {
+        f"optim/{slot}/{n}" for slot in ("exp_avg", "exp_avg_sq") for n in ("weight", "bias")
+    }
 
     def two_more(target, optimizer):
         torch.manual_seed(1)
