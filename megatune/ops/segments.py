@@ -36,8 +36,8 @@ class Segments:
             raise ValueError(f"Segments: document lengths must be at least 1, got {min(lengths)}")
         sizes = torch.tensor(lengths, dtype=torch.int64)
         ends = torch.cumsum(sizes, 0)
-        total = int(ends[-1]) if lengths else 0
-        positions = torch.arange(total) - torch.repeat_interleave(ends - sizes, sizes)
+        total = sum(lengths)
+        positions = torch.arange(total) - torch.repeat_interleave(ends - sizes, sizes, output_size=total)
         cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int32)
         cu_seqlens[1:] = ends
         segments = cls(positions, cu_seqlens, lengths, max(lengths, default=0))
