@@ -100,16 +100,54 @@ struct alignas(64) TileConfig {
 };
 constexpr TileConfig TILES;  // eight tiles, all of them whole
 
-// `size` zeroed vectors on a 64-byte border (std::vector loses the alignment of a vector type).
+// Freed memory of this thread, for the next buffer: asking the system for fresh pages costs more than the kernels.
+class Cache {
+ public:
+  ~Cache() {
+    for (Block& block : blocks_) std::free(block.data);
+  }
+  void* take(int64_t bytes, int64_t& capacity) {
+    for (Block& block : blocks_) {
+      if (block.capacity < bytes || block.capacity > 4 * bytes) continue;
+      capacity = std::exchange(block.capacity, 0);
+      return std::exchange(block.data, nullptr);
+    }
+    capacity = bytes;
+    void* data = std::aligned_alloc(64, bytes);
+    if (data == nullptr) std::abort();  // out of memory on a worker thread: nothing could catch an exception
+    return data;
+  }
+  void give(void* data, int64_t capacity) {
+    Block* least = &blocks_[0];
+    for (Block& block : blocks_)
+      if (block.capacity < least->capacity) least = &block;
+    if (least->capacity < capacity) {
+      std::swap(least->data, data);
+      least->capacity = capacity;
+    }
+    std::free(data);
+  }
+
+ private:
+  struct Block {
+    void* data = nullptr;
+    int64_t capacity = 0;
+  };
+  Block blocks_[16];
+};
+thread_local Cache cache;
+
+// `size` vectors on a 64-byte border (std::vector loses the alignment of a vector type), not initialised.
 template <class Vector>
 class Buffer {
  public:
-  explicit Buffer(int64_t size) : size_(size), data_(static_cast<Vector*>(std::aligned_alloc(64, 64 * (size + 1)))) {
-    if (data_ == nullptr) std::abort();  // out of memory on a worker thread: nothing could catch an exception
-    clear();
+  explicit Buffer(int64_t size)
+      : size_(size), data_(static_cast<Vector*>(cache.take(64 * std::max<int64_t>(1, size), capacity_))) {}
+  Buffer(Buffer&& other) noexcept
+      : size_(other.size_), capacity_(other.capacity_), data_(std::exchange(other.data_, nullptr)) {}
+  ~Buffer() {
+    if (data_ != nullptr) cache.give(data_, capacity_);
   }
-  Buffer(Buffer&& other) noexcept : size_(other.size_), data_(std::exchange(other.data_, nullptr)) {}
-  ~Buffer() { std::free(data_); }
   void clear() { std::memset(static_cast<void*>(data_), 0, 64 * size_); }
   int64_t size() const { return size_; }
   Vector* data() { return data_; }
@@ -118,7 +156,7 @@ class Buffer {
   float* floats() { return reinterpret_cast<float*>(data_); }
 
  private:
-  int64_t size_;
+  int64_t size_, capacity_ = 0;
   Vector* data_;
 };
 
@@ -135,6 +173,7 @@ struct Plain {
   Buffer<u32x16> lines;
   Plain(const bf16* from, int64_t token_stride, int64_t length, int64_t true_width)
       : rows((length + 31) / 32 * 32), width((true_width + 31) / 32 * 32), lines(rows * width / 32) {
+    if (rows > length || width > true_width) lines.clear();
     for (int64_t i = 0; i < length; ++i)
       std::memcpy(static_cast<void*>(&lines[i * width / 32]), from + i * token_stride, true_width * sizeof(bf16));
   }
@@ -430,7 +469,10 @@ struct KeyValues {
   Buffer<f32x16> grad_k, grad_v;
   KeyValues(const Plain& k, const Plain& v)
       : k_rows(rows(k)), v_rows(rows(v)), k_transposed(transposed(k)), grad_k(k.rows * k.width / 16),
-        grad_v(k.rows * k.width / 16) {}
+        grad_v(k.rows * k.width / 16) {
+    grad_k.clear();
+    grad_v.clear();
+  }
 };
 
 // Probabilities and score gradients of one block for 16 queries, as A tiles (keys x queries) and as pairs of keys.
