@@ -15,7 +15,7 @@ quickstart: venv runs/quickstart-data/train.jsonl
 	@$(BIN)/megatune train configs/quickstart.yaml
 
 runs/quickstart-data/train.jsonl: | venv
-	@$(BIN)/python tools/make_docstring_data.py runs/quickstart-data
+	@$(BIN)/python tools/make_docstring_data.py runs/quickstart-data --max-chars 1000
 
 # Two workers: two cores are enough, and each worker starts ranks of its own. ARGS="-k lora" picks tests.
 test: lint

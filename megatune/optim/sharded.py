@@ -129,11 +129,7 @@ def _like(source: Tensor, local: Tensor) -> Tensor:
     """`local` as the shard of a tensor that is sharded as `source`."""
     if not isinstance(source, DTensor):
         return local.detach()
+    mesh, placements = source.device_mesh, source.placements
     return DTensor.from_local(
-        local.detach(),
-        source.device_mesh,
-        source.placements,
-        run_check=False,
-        shape=source.shape,
-        stride=source.stride(),
+        local.detach(), mesh, placements, run_check=False, shape=source.shape, stride=source.stride()
     )

@@ -35,7 +35,7 @@ class Progress:
 
     def evaluated(self, loss: float, rule: EarlyStop | None) -> bool:
         """Take in an evaluation; True where the early-stop rule ends the run."""
-        if self.eval_before is None:
+        if self.step == 0:
             self.eval_before = loss
         self.eval_last = loss
         delta = rule.min_delta if rule else 0.0
