@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -36,6 +36,21 @@ class Batch:
             self.sequence_ids,
             self.sample_ids,
             self.index,
+        )
+
+    def padded(self, multiple: int) -> Batch:
+        """The same batch with T rounded up to a multiple, by one more document (of token 0, nothing of it scored).
+
+        Every new T costs the libraries below a set of kernels made for it, kept for good, and the allocator a set
+        of blocks; with a few different T there are few.
+        """
+        missing = -len(self.tokens) % multiple
+        if not missing:
+            return self
+        return replace(
+            self,
+            tokens=torch.cat([self.tokens, self.tokens.new_zeros(missing)]),
+            segments=Segments.from_lengths((*self.segments.lengths, missing), self.tokens.device),
         )
 
 

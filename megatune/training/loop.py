@@ -102,8 +102,9 @@ class Loop:
         except TrainingError as error:
             safe = checkpoint.newest(self.folder.checkpoints)
             where = f"the last good checkpoint is {safe}" if safe else "no checkpoint was saved yet"
+            ids = ", ".join(str(number) for number in loader.sequences(step))
             raise TrainingError(
-                f"{error}; {where}; lower optim.lr or look at these sequences' data"
+                f"{error}; packed sequences {ids}; {where}; lower optim.lr, or look at these sequences' data"
             ) from error
         seconds = time.perf_counter() - began
         tokens = loader.tokens(step)
