@@ -46,14 +46,16 @@ INLINE void gelu(f32x16 x, f32x16& value, f32x16& slope) {
 template <Activation activation>
 INLINE void activate(f32x16 x, f32x16& value, f32x16& slope) {
   if constexpr (activation == Activation::silu) {
-    const f32x16 s = sigmoid(x);
+    f32x16 complement;
+    const f32x16 s = sigmoid(x, complement);
     value = x * s;
-    slope = s + value * (1.0f - s);
+    slope = s + value * complement;
   } else if constexpr (activation == Activation::gelu_tanh) {
     // 0.5 * (1 + tanh(u)) = sigmoid(2u) with u = sqrt(2 / pi) * (x + 0.044715 x^3)
-    const f32x16 s = sigmoid(1.59576912f * (x + 0.044715f * x * x * x));
+    f32x16 complement;
+    const f32x16 s = sigmoid(1.59576912f * (x + 0.044715f * x * x * x), complement);
     value = x * s;
-    slope = s + value * (1.0f - s) * 1.59576912f * (1.0f + 0.134145f * x * x);
+    slope = s + value * complement * 1.59576912f * (1.0f + 0.134145f * x * x);
   } else {
     gelu(x, value, slope);
   }

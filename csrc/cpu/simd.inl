@@ -100,7 +100,7 @@ INLINE float max(f32x16 v) {
   return most;
 }
 
-// exp with about one unit in the last place (polynomial of the Cephes library); 0 below -87.3, huge above 88.
+// exp with about one unit in the last place (polynomial of the Cephes library), of x kept in [-87.3, 88].
 INLINE f32x16 exp(f32x16 x) {
   f32x16 r = x < -87.33f ? splat(-87.33f) : x;
   r = r > 88.0f ? splat(88.0f) : r;
@@ -115,14 +115,29 @@ INLINE f32x16 exp(f32x16 x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  const f32x16 power = std::bit_cast<f32x16>((__builtin_convertvector(n, i32x16) + 127) << 23);
-  const f32x16 result = p * power;
-  return x < -87.33f ? f32x16{} : result;
+  return p * std::bit_cast<f32x16>((__builtin_convertvector(n, i32x16) + 127) << 23);
 }
 
-INLINE f32x16 sigmoid(f32x16 x) { return 1.0f / (1.0f + exp(-x)); }
+// 1 / x for 1 <= x < 1e37, faster than the division: a first guess from the bits, then three steps of Newton's method.
+INLINE f32x16 reciprocal(f32x16 x) {
+  f32x16 y = std::bit_cast<f32x16>(0x7ef311c7 - std::bit_cast<i32x16>(x));
+  for (int i = 0; i < 3; ++i) y = y * (2.0f - x * y);
+  return y;
+}
 
-INLINE f32x16 tanh(f32x16 x) { return 1.0f - 2.0f / (exp(x + x) + 1.0f); }
+// 1 / (1 + exp(-x)), and 1 minus that without cancellation; below -80 they stay at 2e-35 and 1.
+INLINE f32x16 sigmoid(f32x16 x, f32x16& complement) {
+  const f32x16 e = exp(x < -80.0f ? splat(80.0f) : -x);
+  const f32x16 s = reciprocal(1.0f + e);
+  complement = e * s;
+  return s;
+}
+
+INLINE f32x16 tanh(f32x16 x) {
+  f32x16 complement;
+  const f32x16 s = sigmoid(x + x, complement);
+  return s - complement;
+}
 
 // Walks over the rows of a tensor with strides, from row `begin` on.
 struct Walk {

@@ -1,0 +1,94 @@
+"""Every op on one CPU thread: its bodies against each other and against plain PyTorch, at SmolLM2-135M's sizes.
+
+    python -m benchmarks.ops_cpu [--repeats 15] [--out FILE]
+
+Milliseconds of the thread's own processor time (so that other programs on the machine count little), the best of
+`repeats`, for the forward pass and for the backward pass. The automatic choice is the body at the top of its list in
+megatune/ops: the benchmark says so where another one was faster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+
+from benchmarks.common import RESULTS, device_name
+from benchmarks.ops_cases import SMOLLM2_135M, Case, cases
+from megatune import ops
+
+
+def best_ms(function: Callable[[], Any], repeats: int) -> float:
+    times = []
+    for _ in range(repeats + 2):
+        began = time.thread_time()
+        function()
+        times.append(time.thread_time() - began)
+    return min(times[2:]) * 1e3
+
+
+def measure(
+    function: Callable[..., torch.Tensor], leaves: tuple[torch.Tensor, ...], repeats: int
+) -> dict[str, float]:
+    output = function(*leaves)
+    grad = torch.randn_like(output)
+    forward = best_ms(lambda: function(*leaves), repeats)
+    backward = best_ms(lambda: torch.autograd.grad(output, leaves, grad, retain_graph=True), repeats)
+    return {"forward_ms": round(forward, 3), "backward_ms": round(backward, 3)}
+
+
+def rows_of(case: Case, dtype: torch.dtype, repeats: int) -> list[dict[str, Any]]:
+    what = {"op": case.op, "dtype": str(dtype).removeprefix("torch.")}
+    rows = [what | {"body": "plain PyTorch"} | measure(case.plain, case.leaves, repeats)]
+    bodies = ops.OPS[case.op].bodies.values() if case.op in ops.OPS else []
+    for body in [body for body in bodies if body.unfit("cpu", dtype) is None]:
+        ops.configure({case.op: body.name}, "cpu", dtype)
+        rows.append(what | {"body": body.name} | measure(case.run, case.leaves, repeats))
+    ops.configure({}, "cpu")
+    if not bodies:
+        rows.append(what | {"body": "megatune"} | measure(case.run, case.leaves, repeats))
+    chosen = ops.chosen("cpu", dtype).get(case.op, "megatune")
+    for row in rows:
+        row["chosen"] = row["body"] == chosen
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--out")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for case in cases(SMOLLM2_135M, dtype, "cpu"):
+            found = rows_of(case, dtype, options.repeats)
+            rows += found
+            for row in found:
+                mark = "<- chosen" if row["chosen"] else ""
+                print(
+                    f"{row['op']:<22}{row['dtype']:<10}{row['body']:<14} forward {row['forward_ms']:>9.3f} ms  "
+                    f"backward {row['backward_ms']:>9.3f} ms  {mark}"
+                )
+            ours = [row for row in found if row["body"] != "plain PyTorch"]
+            fastest = min(ours, key=lambda row: row["forward_ms"] + row["backward_ms"])
+            if not fastest["chosen"]:
+                print(f"  note: {fastest['body']} is faster here than the automatic choice")
+    facts = {"benchmark": "ops_cpu", "device": device_name(), "torch": torch.__version__}
+    content = facts | {"sizes": vars(SMOLLM2_135M), "rows": rows}
+    path = options.out or RESULTS / "ops_cpu.json"
+    with open(path, "w") as file:
+        file.write(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
