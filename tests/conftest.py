@@ -12,7 +12,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "agg"
 # The CPU's tests are of the CPU also on a machine with GPUs; tests of a GPU are chosen by `-m gpu`.
-if "gpu" not in " ".join(sys.argv).replace("not gpu", ""):
+# (Workers of pytest-xdist inherit what the first process decides.)
+if "PYTEST_XDIST_WORKER" not in os.environ and "gpu" not in " ".join(sys.argv).replace("not gpu", ""):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # A test starts alone, also when the session itself runs under torchrun or srun.
 _LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")

@@ -42,7 +42,7 @@ def test_fp32_equals_the_cpu(method, tiny_llama, tiny_data, tmp_path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_bf16_follows_fp32_and_compiled_follows_eager(method, tiny_llama, tiny_data, tmp_path):
-    bf16 = {"method": method, "model": {"path": str(tiny_llama), "dtype": "bf16"}}
+    bf16 = {"method": method, "model__dtype": "bf16"}
     settings = {"fp32": {"method": method}, "bf16": bf16, "compiled": {**bf16, "train__compile": True}}
     run_ranks(_train, 1, tiny_llama, tiny_data, tmp_path, settings, backend="nccl", timeout=280)
     for name in ("bf16", "compiled"):
@@ -54,7 +54,7 @@ def test_bf16_follows_fp32_and_compiled_follows_eager(method, tiny_llama, tiny_d
 def test_every_stage_over_nccl_equals_one_gpu(method, tiny_llama, tiny_data, tmp_path):
     run_ranks(_train, 1, tiny_llama, tiny_data, tmp_path, {"one": {"method": method}}, backend="nccl")
     settings = {f"zero{zero}": {"method": method, "parallel": {"zero": zero}} for zero in range(4)}
-    settings["bf16"] = {"method": method, "model": {"path": str(tiny_llama), "dtype": "bf16"}}
+    settings["bf16"] = {"method": method, "model__dtype": "bf16"}
     run_ranks(_train, 2, tiny_llama, tiny_data, tmp_path, settings, backend="nccl", timeout=280)
     for name in settings:
         tolerance = 2e-2 if name == "bf16" else 2e-4
