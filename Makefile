@@ -17,9 +17,9 @@ quickstart: venv runs/quickstart-data/train.jsonl
 runs/quickstart-data/train.jsonl: | venv
 	@$(BIN)/python tools/make_docstring_data.py runs/quickstart-data --max-chars 1000
 
-# Two workers: two cores are enough, and each worker starts ranks of its own. ARGS="-k lora" picks tests.
+# Two workers: two cores are enough, and each worker starts ranks of its own.
 test: lint
-	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup --cov --cov-fail-under=85 $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup --cov --cov-fail-under=85
 
 lint: venv
 	@$(BIN)/ruff check .
@@ -30,7 +30,7 @@ format: venv
 	@$(BIN)/ruff format .
 
 gpu-test: venv
-	@$(BIN)/pytest -m gpu tests $(ARGS)
+	@$(BIN)/pytest -m gpu tests
 
 docs: venv
 	@$(BIN)/python tools/make_config_docs.py

@@ -1,6 +1,6 @@
 """A training step on one GPU against transformers + peft: Llama-3.2-1B's shape, random weights, bf16.
 
-    python benchmarks/one_gpu.py [--method lora|full] [--tokens 8192] [--mean-length 0] [--steps 8] [--out FILE]
+    python -m benchmarks.one_gpu [--method lora|full] [--tokens 8192] [--mean-length 0] [--steps 8] [--out FILE]
 
 One packed sequence of `tokens` tokens a step; `mean-length` 0 makes it one document, else documents of about that
 length (transformers then gets the same row with position ids and no mask, which it treats as packed). Every token is

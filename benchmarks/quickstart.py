@@ -1,6 +1,6 @@
 """A training step of the quickstart against transformers + peft, and against its matrix products alone.
 
-    python benchmarks/quickstart.py [--steps 5] [--threads N] [--out FILE]
+    python -m benchmarks.quickstart [--steps 5] [--threads N] [--out FILE]
 
 Same weights (SmolLM2-135M-Instruct), same LoRA, same documents, one process with all cores. transformers gets each of
 its usual forms: one padded batch, and one packed row with position ids and no mask. Tokens are real ones; padding does

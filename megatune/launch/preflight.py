@@ -49,12 +49,13 @@ def check(config: Config, processes: int) -> bool:
 
     folder = RunFolder(config.checkpoint.folder)
     folder.claim(config)
-    summary = folder.finished(config.train.steps) if config.train.steps else None
+    summary = folder.finished(config)
     if summary is None:
         return False
     print(f"megatune: {folder.path} is done: {summary['step']} steps", end="")
-    if summary.get("eval_after") is not None:
-        print(f", held-out loss {summary['eval_before']:.4f} -> {summary['eval_after']:.4f}", end="")
+    before, after = summary.get("eval_before"), summary.get("eval_after")
+    if after is not None:
+        print(f", held-out loss {after:.4f}" + (f" ({before:.4f} before)" if before is not None else ""), end="")
     print(f"\n  results: {', '.join(summary['exports'].values()) or folder.path}")
     print(
         f"  talk to it: megatune chat {summary['exports'].get('merged') or summary['exports'].get('model')}"

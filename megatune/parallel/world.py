@@ -110,6 +110,11 @@ def check_layout(config: ParallelConfig, world_size: int) -> None:
                 f"parallel.{name}: {size} is not supported by this version of megatune yet; set it to 1 and use "
                 f"parallel.zero (0 to 3) and parallel.replicate"
             )
+    if config.schedule != "1f1b":
+        raise ParallelError(
+            f"parallel.schedule: {config.schedule} is for parallel.pipeline above 1, which this version does not have; "
+            f"leave it out"
+        )
     if world_size % config.replicate:
         raise ParallelError(
             f"parallel.replicate: {config.replicate} does not divide the {world_size} processes of this run"

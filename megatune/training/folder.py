@@ -67,10 +67,24 @@ class RunFolder:
         except OSError as error:
             raise ConfigError(f"checkpoint.folder: cannot write to {self.path}: {error.strerror}") from error
 
-    def finished(self, total_steps: int) -> dict[str, Any] | None:
-        """The summary of a run that already did all its steps and exports; None where work is left."""
+    def finished(self, config: Config) -> dict[str, Any] | None:
+        """The summary of a run that reached its goal and wrote its exports; None where work is left."""
         summary = read_json(self.summary)
-        return summary if summary and summary.get("step") == total_steps and summary.get("finished") else None
+        return (
+            summary if summary and summary.get("finished") and summary.get("goal") == goal(config) else None
+        )
+
+
+def goal(config: Config) -> dict[str, Any]:
+    """What decides when a run ends: a run that was done under another goal goes on."""
+    train = config.train
+    early = train.early_stop.model_dump() if train.early_stop else None
+    return {
+        "steps": train.steps,
+        "epochs": train.epochs,
+        "early_stop": early,
+        "export": config.checkpoint.export,
+    }
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

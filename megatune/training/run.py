@@ -15,8 +15,8 @@ from megatune import adapters, checkpoint, data, models, ops, optim, parallel, t
 from megatune.config.loader import config_as_dict
 from megatune.config.schema import Config
 from megatune.data.tokenizer import Tokenizer, load_tokenizer
-from megatune.errors import CheckpointError
-from megatune.training.folder import RunFolder, read_json, write_atomically
+from megatune.errors import CheckpointError, DataError
+from megatune.training.folder import RunFolder, goal, read_json, write_atomically
 from megatune.training.loop import Loop, Progress
 from megatune.training.precision import compute_dtype, peak_flops
 from megatune.training.samples import answers
@@ -81,7 +81,7 @@ class _Run:
         source = self._first_on_node(lambda: checkpoint.resolve_model(config.model.path, config.model.cache))
         tokenizer = load_tokenizer(source.path)
         trackers.note("reading the training data")
-        module = self._data(tokenizer)
+        module = self._data(tokenizer, source.spec.vocab_size)
         total_steps = self._total_steps(module)
         model = self._model(source)
         optimizer = optim.build(model, config.optim)
@@ -122,14 +122,23 @@ class _Run:
         self.world.barrier()
         return found if self.world.local_rank == 0 else work()
 
-    def _data(self, tokenizer: Tokenizer) -> data.DataModule:
+    def _data(self, tokenizer: Tokenizer, vocab_size: int) -> data.DataModule:
         config, world = self.config, self.world
         if world.is_main:
             data.prepare(config, tokenizer, self.folder.path)
         world.barrier()
-        return data.build(
+        module = data.build(
             config, tokenizer, dp_rank=world.dp_rank, dp_size=world.dp_size, folder=self.folder.path
         )
+        largest = max(
+            loader.cache.largest_token() for loader in (module.train, module.eval) if loader is not None
+        )
+        if largest >= vocab_size:
+            raise DataError(
+                f"the tokenizer gives token {largest}, but model.path has an embedding of {vocab_size} rows: tokenizer "
+                f"and weights are not of one model"
+            )
+        return module
 
     def _total_steps(self, module: data.DataModule) -> int:
         train = self.config.train
@@ -249,7 +258,7 @@ class _Run:
                 checkpoint.export_peft(model, target, method=config.method, base_path=str(source.path))
             else:
                 checkpoint.export_hf(model, target, source=source, merge=what == "merged", dtype=self.dtype)
-                self._export_template(target)
+            self._export_template(target)
             exports[what] = target
         return exports
 
@@ -263,6 +272,7 @@ class _Run:
         trackers.plot(self.folder.loss_plot)
         summary = {
             "finished": not result.stopped,
+            "goal": goal(self.config),
             "step": result.step,
             "total_steps": total_steps,
             "loss": result.loss,
