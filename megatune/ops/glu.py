@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatune.ops.checks import accumulate_dtype, floating
-from megatune.ops.registry import Body, add_op, compiled_body, cpu_body, define
+from megatune.ops.registry import Body, add_op, compiled_body, cpu_body, define, fuse
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh")  # the operator takes the index
@@ -49,6 +49,51 @@ def _reference_backward(grad: Tensor, gate_up: Tensor, activation: int) -> Tenso
     return torch.stack((grad * up * slope, grad * value), -1).flatten(-2).to(gate_up.dtype)
 
 
+def _unpack(pairs: Tensor) -> tuple[Tensor, Tensor]:
+    """bf16 pairs (gate, up) seen as int32 -> both in fp32. A kernel then reads and writes whole words."""
+    return (pairs << 16).view(torch.float32), (pairs & -65536).view(torch.float32)
+
+
+def _pack(gate: Tensor, up: Tensor) -> Tensor:
+    low, high = (x.to(torch.bfloat16).view(torch.int16).to(torch.int32) for x in (gate, up))
+    return (low & 0xFFFF) | (high << 16)
+
+
+def _pairs(pairs: Tensor, activation: int) -> Tensor:
+    gate, up = _unpack(pairs)
+    return (_activate(gate, activation)[0] * up).to(torch.bfloat16)
+
+
+def _pairs_backward(grad: Tensor, pairs: Tensor, activation: int) -> Tensor:
+    gate, up = _unpack(pairs)
+    value, slope = _activate(gate, activation)
+    return _pack(grad.float() * up * slope, grad.float() * value)
+
+
+_FUSED, _FUSED_BACKWARD = fuse(_reference), fuse(_reference_backward)
+_FUSED_PAIRS, _FUSED_PAIRS_BACKWARD = fuse(_pairs), fuse(_pairs_backward)
+
+
+def _in_pairs(gate_up: Tensor) -> bool:
+    """Whether the tensor can be seen as int32: bf16, and each row begins on a whole word."""
+    words = (
+        gate_up.dtype == torch.bfloat16 and gate_up.stride(0) % 2 == 0 and gate_up.storage_offset() % 2 == 0
+    )
+    return words and not torch.compiler.is_compiling()
+
+
+def _compiled(gate_up: Tensor, activation: int) -> Tensor:
+    if _in_pairs(gate_up):
+        return _FUSED_PAIRS(gate_up.view(torch.int32), activation)
+    return _FUSED(gate_up, activation)
+
+
+def _compiled_backward(grad: Tensor, gate_up: Tensor, activation: int) -> Tensor:
+    if _in_pairs(gate_up):
+        return _FUSED_PAIRS_BACKWARD(grad, gate_up.view(torch.int32), activation).view(torch.bfloat16)
+    return _FUSED_BACKWARD(grad, gate_up, activation)
+
+
 def _fake(gate_up: Tensor, activation: int) -> Tensor:
     return gate_up.new_empty((gate_up.shape[0], gate_up.shape[1] // 2))
 
@@ -65,7 +110,7 @@ _OP = add_op(
     "glu",
     [
         cpu_body(_FORWARD, _BACKWARD),
-        compiled_body(_reference, _reference_backward),
+        compiled_body(_compiled, _compiled_backward),
         Body("reference", (_reference, _reference_backward)),
     ],
 )

@@ -117,7 +117,12 @@ class _LoraLinear(torch.autograd.Function):
         dropped = x if x_dropped is None else x_dropped
         low = F.linear(dropped, a.to(x.dtype))
         out = F.linear(x, weight, bias)
-        out.addmm_(low, layout.scatter(b.to(x.dtype) * scale).t())
+        block = layout.scatter(b.to(x.dtype) * scale)
+        if torch.compiler.is_compiling():
+            # torch 2.11 traces an output changed in place as one without a gradient: all gradients came out zero.
+            out = torch.addmm(out, low, block.t())
+        else:
+            out.addmm_(low, block.t())
         # x itself is needed only for the gradient of a weight that is trained beside its adapter.
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, dropped, low, weight, a, b)
         ctx.layout, ctx.scale, ctx.has_dropped = layout, scale, x_dropped is not None
@@ -140,7 +145,9 @@ class _LoraLinear(torch.autograd.Function):
             elif need_x and not ctx.has_dropped:
                 grad_x.addmm_(grad_low, a.to(grad.dtype))
         if need_b:
-            grad_b = ctx.layout.gather((low.t() @ grad).t()).to(b.dtype) * ctx.scale  # faster than grad^T @ low
+            grad_b = (
+                ctx.layout.gather((low.t() @ grad).t()).to(b.dtype) * ctx.scale
+            )  # faster than grad^T @ low
         grad_weight = grad.t() @ x if need_weight else None
         grad_bias = grad.sum(0) if need_bias else None
         return grad_x, grad_weight, grad_bias, grad_a, grad_b, grad_dropped, None, None

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatune.ops.checks import accumulate_dtype, floating, same_device
-from megatune.ops.registry import Body, add_op, compiled_body, cpu_body, define
+from megatune.ops.registry import Body, add_op, compiled_body, cpu_body, define, fuse
 
 
 def _reference(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
@@ -66,7 +66,7 @@ _OP = add_op(
     "rms_norm",
     [
         cpu_body(_FORWARD, _BACKWARD),
-        compiled_body(_reference, _reference_backward),
+        compiled_body(fuse(_reference), fuse(_reference_backward)),
         Body("reference", (_reference, _reference_backward)),
     ],
 )

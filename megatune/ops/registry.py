@@ -107,18 +107,18 @@ def cpu_body(*run: Any) -> Body:
     return Body("cpu", run, ("cpu",), LOW_AND_SINGLE, problem=cpu_problem)
 
 
-def compiled_body(*references: Callable) -> Body:
-    """The references through torch.compile, one Triton kernel or two instead of many, on CUDA."""
-    run = tuple(_compiled(reference) for reference in references)
+def compiled_body(*run: Callable) -> Body:
+    """Functions made with `fuse` as a body: one Triton kernel or two instead of many, on CUDA."""
     return Body("compiled", run, ("cuda",), problem=inductor_problem)
 
 
-def _compiled(reference: Callable) -> Callable:
-    fused = torch.compile(reference, dynamic=True)
+def fuse(function: Callable) -> Callable:
+    """function through torch.compile, for any sizes."""
+    fused = torch.compile(function, dynamic=True)
 
     def run(*args: Any) -> Any:
-        # Inside someone else's torch.compile the reference is traced and fused with what surrounds it.
-        return reference(*args) if torch.compiler.is_compiling() else fused(*args)
+        # Inside someone else's torch.compile it is traced and fused with what surrounds it.
+        return function(*args) if torch.compiler.is_compiling() else fused(*args)
 
     return run
 

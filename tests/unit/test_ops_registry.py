@@ -202,3 +202,38 @@ def test_kernels_for_other_instruction_sets(isa: str) -> None:
     )
     assert done.returncode == 0, done.stdout[-3000:]
     assert " passed" in done.stdout
+
+
+def test_what_the_compiled_body_fuses_equals_the_references() -> None:
+    """On a CPU, not compiled: the formulas that are written for the compiler's sake."""
+    glu, rope, loss = (sys.modules[f"megatune.ops.{name}"] for name in ("glu", "rope", "cross_entropy"))
+    gate_up, grad = torch.randn(7, 50).bfloat16() * 3, torch.randn(7, 25).bfloat16()
+    for activation in range(3):
+        words = gate_up.view(torch.int32)
+        torch.testing.assert_close(glu._pairs(words, activation), glu._reference(gate_up, activation))
+        torch.testing.assert_close(
+            glu._pairs_backward(grad, words, activation).view(torch.bfloat16),
+            glu._reference_backward(grad, gate_up, activation),
+        )
+    x, angle = torch.randn(7, 2, 5, 16), torch.randn(7, 8)
+    for inverse in (False, True):
+        arguments = (x[:, :, :3], angle.cos(), angle.sin(), inverse)
+        torch.testing.assert_close(rope._flipped(*arguments), rope._reference(*arguments))
+        part = (x, angle[:, :3].cos(), angle[:, :3].sin(), inverse)
+        torch.testing.assert_close(rope._flipped(*part), rope._reference(*part))
+    labels = torch.randint(50, (7,))
+    for softcap in (0.0, 5.0):
+        one, two = (torch.randn(7, 50, generator=torch.Generator().manual_seed(3)) * 3 for _ in range(2))
+        expected = loss._reference(one, labels, softcap, True)
+        actual, own = loss._losses(two, labels, softcap, True)
+        torch.testing.assert_close(actual, expected)
+        torch.testing.assert_close(two.scatter_(1, labels[:, None], own[:, None]), one)
+
+
+def test_pairs_need_whole_words() -> None:
+    glu = sys.modules["megatune.ops.glu"]
+    wide = torch.zeros(4, 11, dtype=torch.bfloat16)
+    assert glu._in_pairs(torch.zeros(4, 10, dtype=torch.bfloat16))
+    assert (
+        not glu._in_pairs(wide[:, :10]) and not glu._in_pairs(wide[:, 1:]) and not glu._in_pairs(wide.float())
+    )
