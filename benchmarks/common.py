@@ -17,6 +17,7 @@ from megatune.config.schema import Config
 from megatune.data.batch import Batch
 from megatune.ops import Segments, Targets
 from megatune.training import Trainer
+from megatune.training.precision import compile_layers
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -64,8 +65,7 @@ def trainer(
     recompute = config.parallel.recompute
     model.recompute = {"none": 0, "full": 1}.get(recompute, recompute)
     if config.train.compile:
-        for layer in model.layers.values():
-            layer.compile()
+        compile_layers(model)
     parallel.wrap(model, world, config.parallel, dtype)
     fill(model)
     return Trainer(model, optim.build(model, config.optim), world, config, total_steps=1000)

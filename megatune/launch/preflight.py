@@ -55,7 +55,9 @@ def check(config: Config, processes: int) -> bool:
     print(f"megatune: {folder.path} is done: {summary['step']} steps", end="")
     before, after = summary.get("eval_before"), summary.get("eval_after")
     if after is not None:
-        print(f", held-out loss {after:.4f}" + (f" ({before:.4f} before)" if before is not None else ""), end="")
+        print(
+            f", held-out loss {after:.4f}" + (f" ({before:.4f} before)" if before is not None else ""), end=""
+        )
     print(f"\n  results: {', '.join(summary['exports'].values()) or folder.path}")
     print(
         f"  talk to it: megatune chat {summary['exports'].get('merged') or summary['exports'].get('model')}"

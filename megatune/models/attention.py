@@ -40,7 +40,9 @@ class Attention(nn.Module):
         self, x: Tensor, segments: Segments, rotary: Rotary | None, cache: KVCache | None = None
     ) -> Tensor:
         qkv = self.qkv(x).unflatten(1, (-1, self.group + 2, self.head_dim))
-        q_TKGD, k_TKD, v_TKD = qkv[:, :, :-2], qkv[:, :, -2], qkv[:, :, -1]
+        # One split: its backward is one concatenation, that of slices fills the whole with zeros three times.
+        q_TKGD, k_TK1D, v_TK1D = qkv.split((self.group, 1, 1), dim=2)
+        k_TKD, v_TKD = k_TK1D.squeeze(2), v_TK1D.squeeze(2)
         if self.q_norm is not None:
             q_TKGD, k_TKD = self._norm(self.q_norm, q_TKGD), self._norm(self.k_norm, k_TKD)
         if rotary is not None:

@@ -8,11 +8,10 @@ from torch import nn
 
 from megatune.config.schema import Config
 from megatune.models.spec import DecoderSpec
+from megatune.ops.cross_entropy import CHUNK_LOGITS_ELSEWHERE
 from megatune.parallel import mesh_shape
 
 GIB = 2**30
-# Logits are made in chunks of this many scored tokens at most (ops.linear_cross_entropy).
-_LOSS_CHUNK = 1024
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ def estimate(
         gradients=trainable * 4 // (shards if zero >= 2 else 1),
         optimizer=trainable * 8 // (shards if zero else 1),
         activations=_activations(config, spec, tokens, compute_bytes),
-        logits=min(tokens, _LOSS_CHUNK) * spec.vocab_size * (4 + compute_bytes),
+        logits=min(tokens * spec.vocab_size, CHUNK_LOGITS_ELSEWHERE) * (4 + compute_bytes),
         tokens_per_step=config.train.global_batch_size * config.data.seq_length,
     )
 

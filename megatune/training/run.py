@@ -18,7 +18,7 @@ from megatune.data.tokenizer import Tokenizer, load_tokenizer
 from megatune.errors import CheckpointError, DataError
 from megatune.training.folder import RunFolder, goal, read_json, write_atomically
 from megatune.training.loop import Loop, Progress
-from megatune.training.precision import compute_dtype, peak_flops
+from megatune.training.precision import compile_layers, compute_dtype, peak_flops
 from megatune.training.samples import answers
 from megatune.training.step import Trainer
 
@@ -77,7 +77,7 @@ class _Run:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
         torch.manual_seed(config.train.seed)
-        ops.configure(config.ops.backend, world.device)
+        ops.configure(config.ops.backend, world.device, self.dtype)
         source = self._first_on_node(lambda: checkpoint.resolve_model(config.model.path, config.model.cache))
         tokenizer = load_tokenizer(source.path)
         trackers.note("reading the training data")
@@ -154,8 +154,7 @@ class _Run:
         recompute = config.parallel.recompute
         model.recompute = {"none": 0, "full": 1}.get(recompute, recompute)
         if config.train.compile:
-            for layer in model.layers.values():
-                layer.compile()
+            compile_layers(model)
         parallel.wrap(model, world, config.parallel, self.dtype)
         checkpoint.load_pretrained(model, source, device=world.device, seed=config.train.seed)
         return model

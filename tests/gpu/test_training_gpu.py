@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatune.training.precision import can_compile
 from tests.helpers.dist import run_ranks
 from tests.helpers.runs import LORA, losses, tiny_config
 
@@ -41,12 +42,18 @@ def test_fp32_equals_the_cpu(method, tiny_llama, tiny_data, tmp_path):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_bf16_follows_fp32_and_compiled_follows_eager(method, tiny_llama, tiny_data, tmp_path):
-    bf16 = {"method": method, "model__dtype": "bf16"}
-    settings = {"fp32": {"method": method}, "bf16": bf16, "compiled": {**bf16, "train__compile": True}}
+def test_bf16_follows_fp32_and_compiled_follows_bf16(method, tiny_llama, tiny_data, tmp_path):
+    # Steps large enough that weights which do not move are seen.
+    fast = {"method": method, "optim__lr": 2e-2 if method is LORA else 5e-3}
+    bf16 = {**fast, "model__dtype": "bf16"}
+    settings = {"fp32": fast, "bf16": bf16}
+    if can_compile():
+        settings["compiled"] = {**bf16, "train__compile": True}
     run_ranks(_train, 1, tiny_llama, tiny_data, tmp_path, settings, backend="nccl", timeout=280)
-    for name in ("bf16", "compiled"):
-        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "fp32"), rel=2e-2)
+    expected = losses(tmp_path / "fp32")
+    assert expected[-1] < expected[0] - 0.5
+    for name in settings:
+        assert losses(tmp_path / name) == pytest.approx(expected, rel=3e-2), name
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
