@@ -173,9 +173,12 @@ def split(pairs: list[Pair], held_out: float) -> tuple[list[Pair], list[Pair]]:
 
 def write(folder: Path, train: list[Pair], held_out: list[Pair], candidates: int, command: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for name, pairs in (("train.jsonl", train), ("eval.jsonl", held_out)):
+    # train.jsonl last and in one piece: where it is, all is there.
+    for name, pairs in (("eval.jsonl", held_out), ("train.jsonl", train)):
         text = "".join(json.dumps(pair.row(), ensure_ascii=False) + "\n" for pair in pairs)
-        (folder / name).write_text(text, encoding="utf-8")
+        unfinished = folder / f".{name}"
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(folder / name)
     everything = train + held_out
     sizes = sorted(pair.size for pair in everything)
     (folder / "README.md").write_text(

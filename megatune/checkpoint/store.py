@@ -225,6 +225,8 @@ def restore(
         except DamagedError as error:
             wrong = str(error)
         if not world.max([float(wrong is not None)])[0]:
+            if world.is_main:
+                _set_aside(candidates[: candidates.index(text)])
             return path, extra
         (warn or _log.warning)(
             f"checkpoint {path.name} is passed over: {wrong or 'another process found it damaged'}"
@@ -235,6 +237,13 @@ def restore(
             f"remove the folder to start anew"
         )
     return None
+
+
+def _set_aside(damaged: list[str]) -> None:
+    """Give checkpoints that were passed over a name that no reader takes for one: retention must not count them."""
+    for text in damaged:
+        path = Path(text)
+        files.rename(path, path.with_name(f"damaged-{path.name}.{secrets.token_hex(4)}"))
 
 
 def _matching_names(

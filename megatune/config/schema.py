@@ -51,7 +51,7 @@ class LoraMethod(Section):
     rank: int = Field(16, ge=1, description="Rank r of each adapter.")
     alpha: float = Field(32.0, gt=0, description="Scale is alpha / rank (alpha / sqrt(rank) with rslora).")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
-    targets: Literal["all-linear"] | list[str] = Field(
+    targets: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = Field(
         "all-linear",
         description="Projections that get an adapter, by their Hugging Face names (q_proj, k_proj, v_proj, o_proj, "
         "gate_proj, up_proj, down_proj), or all-linear for each of them.",
@@ -247,7 +247,10 @@ class Config(Section):
     ops: OpsConfig = Field(default_factory=OpsConfig)
 
     @model_validator(mode="after")
-    def _exports_fit_the_method(self) -> Config:
+    def _sections_fit_each_other(self) -> Config:
+        held_out = self.data.eval is not None or self.data.eval_fraction > 0
+        if self.train.early_stop is not None and not (held_out and self.train.eval_every):
+            raise ValueError("train.early_stop needs train.eval_every above 0 and held-out data (data.eval)")
         is_lora = self.method.type == "lora"
         if self.checkpoint.export is None:
             self.checkpoint.export = ["adapter", "merged"] if is_lora else ["model"]

@@ -19,7 +19,7 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
 
     Linear warm-up that reaches the peak at its last step, then: cosine (SGDR's half cosine, arXiv:1608.03983), linear,
     constant, or wsd (warm-up, stable, linear decay over the last `decay` share, arXiv:2404.06395); all but constant
-    end at lr * min_lr_ratio.
+    fall towards lr * min_lr_ratio, which the step after the last would have.
     """
     warmup = warmup_steps(config, total_steps)
     if step < warmup:
@@ -30,7 +30,7 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
     if config.schedule == "wsd":
         decay = max(1, round(config.decay * total_steps))
         start = max(warmup, total_steps - decay)
-        progress = max(0.0, (step - start + 1) / max(1, total_steps - start))
+        progress = max(0.0, (step - start) / max(1, total_steps - start))
         return config.lr * (1 - (1 - floor) * min(1.0, progress))
     progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
     shape = 0.5 * (1 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1 - progress

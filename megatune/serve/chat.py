@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from megatune.data.tokenizer import Tokenizer, load_tokenizer
@@ -82,8 +83,13 @@ def stream(
 
 
 def _load(path: str, dtype: str) -> tuple[CausalLM, Tokenizer]:
+    """The model and its tokenizer; an adapter may bring the chat template that it was trained with."""
     model = load_model(path, dtype=dtype)
-    return model, load_tokenizer(model.folder.path)
+    tokenizer = load_tokenizer(model.folder.path)
+    own = Path(path) / "chat_template.jinja"
+    if own.is_file():
+        tokenizer.chat_template = own.read_text("utf-8")
+    return model, tokenizer
 
 
 def _messages(system: str | None, user: str | None = None) -> list[dict[str, str]]:

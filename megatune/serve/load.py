@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
 import torch
 
 from megatune import adapters, checkpoint, models, ops
+from megatune.checkpoint.sources import read_json
 from megatune.config.schema import LoraMethod
 from megatune.errors import CheckpointError, ConfigError
 
@@ -33,7 +33,7 @@ def load_model(
     base = str(path)
     method = None
     if adapter.is_file():
-        settings = json.loads(adapter.read_text("utf-8"))
+        settings = read_json(adapter)
         base = settings.get("base_model_name_or_path")
         if not base:
             raise CheckpointError(

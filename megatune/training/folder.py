@@ -46,17 +46,19 @@ class RunFolder:
         return self.path / what
 
     def claim(self, config: Config) -> None:
-        """Make the folder this run's own: raise ConfigError where another run, or other files, lie in it."""
+        """Make the folder this run's own. Raises ConfigError where another run's checkpoints or results lie in it; one
+        that ended before its first checkpoint has nothing to lose and gives way."""
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"checkpoint.folder: {self.path} is a file; name a folder")
-        if self.config.exists():
+        holds_results = any(self.checkpoints.glob("step-*")) or self.summary.exists()
+        if self.config.exists() and holds_results:
             differences = _differences(self.config, config)
             if differences:
                 raise ConfigError(
                     f"checkpoint.folder: {self.path} holds another run ({'; '.join(differences)}); "
                     f"choose another folder, or remove it to start anew"
                 )
-        elif self.checkpoints.exists() and any(self.checkpoints.iterdir()):
+        elif holds_results:
             raise ConfigError(
                 f"checkpoint.folder: {self.path} holds checkpoints but no config.yaml, so it is not this run's; "
                 f"choose another folder"

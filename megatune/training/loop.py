@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from megatune import checkpoint
 from megatune.config.schema import Config, EarlyStop
 from megatune.data import DataModule
-from megatune.errors import TrainingError
+from megatune.errors import CheckpointError, TrainingError
 from megatune.parallel import World
 from megatune.track import Trackers
 from megatune.training.folder import RunFolder
@@ -69,6 +70,9 @@ class Loop:
     def fit(self) -> bool:
         """Run the remaining steps; True where it was stopped before the end (a checkpoint is saved then)."""
         train = self.config.train
+        rule = train.early_stop
+        if rule is not None and self.progress.evals_without_gain >= rule.patience:
+            return False  # stopped early before, and ended before its exports were written
         if self.progress.step == 0 and train.eval_first and self.data.eval is not None:
             self._evaluate()
         with StopFlag() as flag:
@@ -100,11 +104,13 @@ class Loop:
         try:
             result = self.trainer.step(loader.step(step), loader.target_tokens(step), stop=bool(flag))
         except TrainingError as error:
+            self._finish_save()
             safe = checkpoint.newest(self.folder.checkpoints)
             where = f"the last good checkpoint is {safe}" if safe else "no checkpoint was saved yet"
             ids = ", ".join(str(number) for number in loader.sequences(step))
             raise TrainingError(
-                f"{error}; packed sequences {ids}; {where}; lower optim.lr, or look at these sequences' data"
+                f"{error}; packed sequences {ids}; {where}; lower optim.lr (with a new checkpoint.folder) "
+                f"or look at these sequences' data"
             ) from error
         seconds = time.perf_counter() - began
         tokens = loader.tokens(step)
@@ -132,6 +138,12 @@ class Loop:
         )
         self.trackers.log(self.progress.step, {"eval_loss": loss})
         return self.progress.evaluated(loss, self.config.train.early_stop)
+
+    def _finish_save(self) -> None:
+        """Let a save under way end well or badly: the run ends for another reason, which is what is reported."""
+        if self._pending is not None:
+            with suppress(CheckpointError):
+                self._pending.wait()
 
     def _save(self, *, wait: bool) -> None:
         """Start a save; the files are written behind the next steps unless the caller has to wait."""

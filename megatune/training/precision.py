@@ -66,4 +66,5 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in _PEAK_BF16.items() if key in name), None)
+    words = set(name.replace("-", " ").split())
+    return next((peak for key, peak in _PEAK_BF16.items() if set(key.split()) <= words), None)

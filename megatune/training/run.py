@@ -59,9 +59,15 @@ class _Run:
 
     def run(self) -> TrainResult:
         config, world = self.config, self.world
+        done = None
         if world.is_main:
             self.folder.claim(config)
-        world.barrier()
+            done = self.folder.finished(config)
+        done = world.broadcast(done)
+        if done is not None:
+            exports = {what: Path(path) for what, path in done["exports"].items()}
+            before, after = done["eval_before"], done["eval_after"]
+            return TrainResult(self.folder.path, done["step"], done["loss"], before, after, False, exports)
         trackers = track.build(config, self.folder.path, world)
         try:
             return self._run(trackers)
@@ -130,9 +136,8 @@ class _Run:
         module = data.build(
             config, tokenizer, dp_rank=world.dp_rank, dp_size=world.dp_size, folder=self.folder.path
         )
-        largest = max(
-            loader.cache.largest_token() for loader in (module.train, module.eval) if loader is not None
-        )
+        caches = [loader.cache for loader in (module.train, module.eval) if loader is not None]
+        largest = world.broadcast(max(cache.largest_token() for cache in caches) if world.is_main else None)
         if largest >= vocab_size:
             raise DataError(
                 f"the tokenizer gives token {largest}, but model.path has an embedding of {vocab_size} rows: tokenizer "
@@ -183,6 +188,11 @@ class _Run:
                     f"checkpoint.folder"
                 )
         progress = Progress(**extra["progress"])
+        if self.config.train.steps is not None and progress.step > self.config.train.steps:
+            raise CheckpointError(
+                f"{newest} is of step {progress.step}, train.steps is {self.config.train.steps}: raise it, or choose "
+                f"another checkpoint.folder"
+            )
         optimizer.load_steps(progress.step)
         trackers.note(f"resuming from {newest} (step {progress.step})")
         return progress
@@ -211,10 +221,12 @@ class _Run:
         if not self.world.is_main:
             return
         weights = sum(p.numel() for p in model.parameters()) * (2 if self.dtype == torch.bfloat16 else 4)
-        whole = [w for w in self.config.checkpoint.export if w != "adapter"]
-        needed = checkpoint.required_bytes(state) * (self.config.checkpoint.keep_last + 1) + weights * len(
-            whole
-        )
+        whole = [what for what in self.config.checkpoint.export if what != "adapter"]
+        one = checkpoint.required_bytes(state)
+        kept = self.config.checkpoint.keep_last + 1 if self.config.checkpoint.every else 1
+        # What lies there already is replaced as the run goes on.
+        there = min(len(list(self.folder.checkpoints.glob("step-*"))), kept - 1)
+        needed = one * (kept - there) + weights * sum(not self.folder.export(what).exists() for what in whole)
         checkpoint.check_space(self.folder.path, needed)
 
     def _header(self, model, source, module, total_steps: int) -> dict[str, str]:
@@ -254,7 +266,9 @@ class _Run:
             target = self.folder.export(what)
             trackers.note(f"writing {target}")
             if what == "adapter":
-                checkpoint.export_peft(model, target, method=config.method, base_path=str(source.path))
+                checkpoint.export_peft(
+                    model, target, method=config.method, base_path=str(source.path.resolve())
+                )
             else:
                 checkpoint.export_hf(model, target, source=source, merge=what == "merged", dtype=self.dtype)
             self._export_template(target)

@@ -159,3 +159,75 @@ def test_another_runs_folder_is_refused(tiny_llama, tiny_data, tmp_path):
     with pytest.raises(megatune.ConfigError, match=r"another run.*optim\.lr: 0\.001 there, 0\.5 here"):
         megatune.train(tiny_config(tiny_llama, tiny_data, tmp_path, optim__lr=0.5))
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["optim"]["lr"] == 0.001
+
+
+def test_two_ranks_stop_on_a_signal_and_resume_after_a_kill(uninterrupted, tmp_path):
+    """SIGTERM to the launcher, then kill -9 of one rank: the run ends each time and goes on to the same losses."""
+    make, whole = uninterrupted
+    config = make(tmp_path / "run")
+    config.launch.nproc = 2
+    process = start(config, tmp_path / "run.yaml")
+    wait_for_step(tmp_path / "run", 1, process)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode in (0, STOPPED_EXIT_CODE), output
+    assert any((tmp_path / "run" / "checkpoints").glob("step-*/manifest.json"))
+    process = start(config, tmp_path / "run.yaml")
+    workers = _children(process)
+    if workers:  # a very fast machine may be done
+        os.kill(workers[-1], signal.SIGKILL)
+        output = process.communicate(timeout=60)[0]
+        assert process.returncode in (0, 128 + signal.SIGKILL), output
+    output = start(config, tmp_path / "run.yaml").communicate(timeout=120)[0]
+    assert losses(tmp_path / "run") == pytest.approx(losses(whole), rel=1e-6), output
+
+
+def _children(process: subprocess.Popen) -> list[int]:
+    """The worker processes of a launcher, once there are two."""
+    path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    deadline = time.monotonic() + 30
+    while process.poll() is None and time.monotonic() < deadline:
+        found = [int(pid) for pid in path.read_text().split()]
+        if len(found) == 2:
+            return found
+        time.sleep(0.01)
+    return []
+
+
+def test_a_start_that_failed_leaves_the_folder_free(tiny_llama, tiny_data, tmp_path):
+    import megatune
+
+    wrong = tiny_config(tmp_path / "nowhere", tiny_data, tmp_path / "run", train__steps=1)
+    with pytest.raises(megatune.MegatuneError, match="nowhere"):
+        megatune.train(wrong)
+    assert megatune.train(tiny_config(tiny_llama, tiny_data, tmp_path / "run", train__steps=1)).step == 1
+
+
+def test_fewer_steps_than_are_done_is_refused(tiny_llama, tiny_data, tmp_path):
+    import megatune
+
+    megatune.train(tiny_config(tiny_llama, tiny_data, tmp_path, train__steps=3))
+    with pytest.raises(megatune.CheckpointError, match=r"step 3, train\.steps is 2"):
+        megatune.train(tiny_config(tiny_llama, tiny_data, tmp_path, train__steps=2))
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_set_aside(tiny_llama, tiny_data, tmp_path):
+    import megatune
+
+    def run(steps, **checkpoint):
+        settings = {"folder": str(tmp_path / "run"), "every": 2, **checkpoint}
+        changes = {"train__steps": steps, "optim__schedule": "constant", "optim__warmup": 0}
+        return megatune.train(
+            tiny_config(tiny_llama, tiny_data, tmp_path / "run", checkpoint=settings, **changes)
+        )
+
+    run(4)
+    expected = losses(tmp_path / "run")
+    newest = tmp_path / "run" / "checkpoints" / "step-000004" / "rank-00000.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[-100] ^= 1
+    newest.write_bytes(content)
+    run(5, keep_last=1)
+    left = sorted(path.name.split(".")[0] for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert left == ["damaged-step-000004", "step-000005"]
+    assert losses(tmp_path / "run")[:4] == expected

@@ -68,7 +68,14 @@ def test_one_training_file_needs_no_list(tmp_path: Path) -> None:
 )
 def test_overrides_are_yaml(base: Path, override: str, key: str, value: Any) -> None:
     section, name = key.split(".")
-    assert config_as_dict(load_config(base, [override]))[section][name] == value
+    enough = ["data.eval=e.jsonl", "train.eval_every=5"]  # for early_stop
+    assert config_as_dict(load_config(base, [*enough, override]))[section][name] == value
+
+
+def test_early_stop_without_evaluations_is_refused(base: Path) -> None:
+    for given in ([], ["data.eval=e.jsonl"], ["train.eval_every=5"]):
+        with pytest.raises(ConfigError, match=r"train\.early_stop needs train\.eval_every"):
+            load_config(base, [*given, "train.early_stop={}"])
 
 
 def test_later_overrides_win(base: Path) -> None:
@@ -301,7 +308,8 @@ def test_dump_round_trips(tmp_path: Path, base: Path) -> None:
         "optim.lr=1e-5",
         "method={type: lora, targets: [q_proj]}",
         "track.wandb={name: '12:30', tags: ['null', ünder]}",
-        "train.early_stop={}",
+        "train={early_stop: {}, eval_every: 5}",
+        "data.eval=e.jsonl",
         "parallel.recompute=2",
     ]
     config = load_config(base, overrides)

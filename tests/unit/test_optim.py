@@ -43,8 +43,8 @@ def test_cosine_follows_its_formula():
 
 def test_wsd_is_constant_then_falls_linearly_to_the_floor():
     found = rates(schedule="wsd", warmup=0.0, decay=0.2)
-    assert set(found[:79]) == {1.0}
-    assert found[-1] == pytest.approx(0.0)
+    assert set(found[:81]) == {1.0}
+    assert found[-1] == pytest.approx(0.05)
     falls = [a - b for a, b in pairwise(found[80:])]
     assert falls == pytest.approx([falls[0]] * len(falls))
 
