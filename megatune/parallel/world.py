@@ -43,10 +43,6 @@ class World:
     def dp_size(self) -> int:
         return self.world_size
 
-    @property
-    def shard_mesh(self) -> DeviceMesh:
-        return self.mesh["dp_shard"]
-
     def barrier(self) -> None:
         """Wait for all processes (on the host: works for every backend and needs no device)."""
         if self.world_size > 1:

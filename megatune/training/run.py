@@ -149,7 +149,7 @@ class _Run:
         train = self.config.train
         if train.steps is not None:
             return train.steps
-        return max(1, round(train.epochs * module.train.num_sequences / train.global_batch_size))
+        return max(1, round(train.epochs * module.train.steps_per_epoch()))
 
     def _model(self, source: checkpoint.ModelFolder) -> models.Decoder:
         config, world = self.config, self.world
