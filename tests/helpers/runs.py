@@ -48,6 +48,11 @@ def losses(folder: Path) -> list[float]:
     return [row["loss"] for row in rows]
 
 
+def grad_norms(folder: Path) -> list[float]:
+    """Gradient norm before clipping, by step. AdamW hides a wrong scale of the gradient; this does not."""
+    return [row["grad_norm"] for row in metrics(folder) if "loss" in row]
+
+
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of the safetensors files in a folder."""
     found: dict[str, torch.Tensor] = {}

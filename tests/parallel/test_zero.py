@@ -1,7 +1,7 @@
 """Every ZeRO stage on 1, 2 and 4 processes, with and without accumulation: the same run as one process.
 
-Tolerances (fp32): losses 1e-5 relative, final weights 1e-4 relative to the largest weight change (sums over processes
-are in another order, and AdamW's first steps divide small gradients by themselves).
+Tolerances (fp32): losses 1e-5 relative, gradient norms 1e-4 relative, final weights 1e-4 relative to the largest weight
+change (sums over processes are in another order, and AdamW's first steps divide small gradients by themselves).
 """
 
 from pathlib import Path
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from tests.helpers.dist import run_ranks
-from tests.helpers.runs import LORA, losses, tensors, tiny_config
+from tests.helpers.runs import LORA, grad_norms, losses, tensors, tiny_config
 
 GLOBAL_BATCH = 16
 SETTINGS = [(zero, accumulate) for zero in range(4) for accumulate in (1, 4)]
@@ -61,6 +61,7 @@ def test_every_stage_equals_one_process(world_size, reference, tiny_llama, tiny_
     assert len(folders) == len(SETTINGS)
     for folder in folders:
         assert losses(folder) == pytest.approx(expected, rel=1e-5), folder.name
+        assert grad_norms(folder) == pytest.approx(grad_norms(alone), rel=1e-4), folder.name
         found = _exported(folder)
         assert found.keys() == weights.keys()
         for name, tensor in weights.items():
@@ -90,6 +91,7 @@ def test_hybrid_sharding_equals_one_process(tiny_llama, tiny_data, tmp_path):
     run_ranks(_hybrid, 4, tiny_llama, tiny_data, tmp_path / "hybrid", timeout=200)
     for zero in ("1", "2", "3"):
         assert losses(tmp_path / "hybrid" / zero) == pytest.approx(losses(alone), rel=1e-5)
+        assert grad_norms(tmp_path / "hybrid" / zero) == pytest.approx(grad_norms(alone), rel=1e-4)
 
 
 def _dropout(rank, world_size, model, data, base):
