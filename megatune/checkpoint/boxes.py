@@ -11,28 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from megatune.errors import CheckpointError
-
-
-@dataclass(frozen=True)
-class Box:
-    """A part of a global tensor: elements offset[d] <= index[d] < offset[d] + shape[d] in each dimension d."""
-
-    offset: tuple[int, ...]
-    shape: tuple[int, ...]
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    def __and__(self, other: Box) -> Box | None:
-        """The elements in both, or None."""
-        first = tuple(map(max, self.offset, other.offset))
-        last = [
-            min(a + n, b + m)
-            for a, n, b, m in zip(self.offset, self.shape, other.offset, other.shape, strict=True)
-        ]
-        shape = tuple(stop - start for start, stop in zip(first, last, strict=True))
-        return Box(first, shape) if all(n > 0 for n in shape) else None
+from megatune.parallel.shard import Box
 
 
 @dataclass(frozen=True)

@@ -109,10 +109,21 @@ class DataConfig(Section):
 
 
 class ParallelConfig(Section):
-    tensor: int = Field(1, ge=1, description="Tensor parallel size.")
+    tensor: int = Field(
+        1, ge=1, description="Tensor parallel size; the norm regions are then sequence parallel."
+    )
     pipeline: int = Field(1, ge=1, description="Pipeline parallel size.")
-    context: int = Field(1, ge=1, description="Context parallel size.")
-    expert: int = Field(1, ge=1, description="Expert parallel size.")
+    context: int = Field(
+        1, ge=1, description="Context parallel size: each sequence is cut over this many processes."
+    )
+    expert: int = Field(
+        1,
+        ge=1,
+        description="Expert parallel size, out of dp_shard x context (x tensor where expert_tensor is 1).",
+    )
+    expert_tensor: int | None = Field(
+        None, ge=1, description="Tensor parallel size inside an expert; default: as `tensor`."
+    )
     replicate: int = Field(
         1,
         ge=1,
@@ -122,13 +133,31 @@ class ParallelConfig(Section):
         3,
         description="ZeRO stage: 0 replicate, 1 shard optimizer state, 2 also gradients, 3 also parameters.",
     )
-    schedule: Literal["gpipe", "1f1b", "interleaved", "zero-bubble"] = Field(
-        "1f1b", description="Pipeline schedule."
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zb-h1", "zbv"] = Field(
+        "1f1b",
+        description="Pipeline schedule: GPipe, 1F1B, interleaved 1F1B, or zero-bubble (ZB-H1, ZBV).",
     )
-    recompute: Literal["none", "full"] | int = Field(
+    virtual: int | None = Field(
+        None, ge=1, description="Stages a process holds; default: 2 for interleaved and zbv, else 1."
+    )
+    stages: list[Annotated[int, Field(ge=0)]] | None = Field(
+        None,
+        description="Layers of each of the pipeline x virtual stages, in order; default: balanced by cost, embedding "
+        "and head included.",
+    )
+    context_method: Literal["ring", "ulysses"] = Field(
+        "ring",
+        description="Context parallel attention: ring (keys and values go round) or ulysses (heads are dealt).",
+    )
+    overlap: bool = Field(
+        True, description="Let collectives run behind computation; false: one after the other, for measuring."
+    )
+    recompute: Literal["none", "selective", "full"] | int = Field(
         "none",
-        description="Recompute activations in backward: none, full (every layer), or every n-th layer.",
+        description="Recompute activations in backward: none, selective (inside attention and MLP), full (every "
+        "layer), or every n-th layer.",
     )
+    offload: bool = Field(False, description="Keep activations that wait for backward in pinned host memory.")
 
     @field_validator("recompute")
     @classmethod
@@ -136,6 +165,25 @@ class ParallelConfig(Section):
         if isinstance(value, int) and value < 1:
             raise ValueError("every n-th layer needs n >= 1")
         return value
+
+
+class MoEConfig(Section):
+    aux_loss: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the load-balancing loss (arXiv:2101.03961), of each micro-batch; 0: off.",
+    )
+    bias_rate: float = Field(
+        0.0,
+        ge=0,
+        description="Aux-loss-free balancing (arXiv:2408.15664): change of the router's bias a step; 0: off.",
+    )
+    capacity: float | None = Field(
+        None,
+        gt=0,
+        description="Each expert takes at most this times its even share of a micro-batch's tokens and drops the "
+        "rest; default: no token is dropped.",
+    )
 
 
 class EarlyStop(Section):
@@ -239,6 +287,7 @@ class Config(Section):
     method: Method = Field(default_factory=FullMethod, description="What is trained.")
     data: DataConfig
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    moe: MoEConfig = Field(default_factory=MoEConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
     optim: OptimConfig = Field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig

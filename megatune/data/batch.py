@@ -50,7 +50,9 @@ class Batch:
         return replace(
             self,
             tokens=torch.cat([self.tokens, self.tokens.new_zeros(missing)]),
-            segments=Segments.from_lengths((*self.segments.lengths, missing), self.tokens.device),
+            segments=replace(
+                Segments.from_lengths((*self.segments.lengths, missing), self.tokens.device), padding=missing
+            ),
         )
 
 

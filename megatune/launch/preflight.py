@@ -102,7 +102,6 @@ def dry_run(config: Config) -> int:
 
     processes = world_size(config)
     _check_batch(config, processes)
-    parallel.check_layout(config.parallel, processes)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     dtype = compute_dtype(config.model.dtype, device)
     source = checkpoint.resolve_model(config.model.path, config.model.cache)
@@ -110,7 +109,7 @@ def dry_run(config: Config) -> int:
     adapters.attach(model, config.method)
     trainable, total = adapters.describe(model)
     needs = plan.estimate(config, model, source.spec, processes, dtype.itemsize)
-    replicate, shard = parallel.mesh_shape(config.parallel, processes)
+    layout = parallel.layout_of(config.parallel, processes)
     console = Console()
     console.print(dump_config(config), markup=False, highlight=False)
     table = Table("what", "value", title="dry run: nothing was started")
@@ -118,7 +117,7 @@ def dry_run(config: Config) -> int:
     table.add_row("trainable", f"{trainable:,} ({trainable / total:.3%})")
     table.add_row(
         "layout",
-        f"{processes} x {device.type}: replicate {replicate} x shard {shard}, ZeRO {config.parallel.zero}, "
+        f"{processes} x {device.type}: {layout.describe()}, ZeRO {config.parallel.zero}, "
         f"recompute {config.parallel.recompute}",
     )
     table.add_row("dtype", f"compute {str(dtype).removeprefix('torch.')}, masters and optimizer float32")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,14 +12,17 @@ from torch.distributed.tensor import DTensor, Shard
 
 from megatune.models.decoder import Decoder
 from megatune.models.spec import DecoderSpec
+from megatune.parallel.stages import Stage
+from megatune.parallel.world import World
 
 _BLOCK_ROWS = 1024  # random numbers are drawn in blocks of rows, each from a generator of its own
 
 
-def build(spec: DecoderSpec, *, layers: range | None = None) -> Decoder:
-    """A model without memory: all parameters on the meta device. `layers`: those of a pipeline stage."""
+def build(spec: DecoderSpec, world: World | None = None, stages: Sequence[Stage] | None = None) -> Decoder:
+    """A model without memory: all parameters on the meta device. `world`: the layout whose slices this process holds
+    (default: all of it); `stages`: the pipeline stages that it holds (default: the one there is)."""
     with torch.device("meta"):
-        return Decoder(spec, layers)
+        return Decoder(spec, world, stages)
 
 
 def set_dtypes(model: nn.Module, compute_dtype: torch.dtype) -> None:

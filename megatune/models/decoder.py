@@ -6,6 +6,8 @@ V vocabulary, S scored tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,7 +23,9 @@ from megatune.models.rope import Rotary, inverse_frequencies, rotary
 from megatune.models.spec import DecoderSpec
 from megatune.ops import Segments, Targets
 from megatune.parallel.shard import ShardSpec
+from megatune.parallel.stages import Stage, whole
 from megatune.parallel.tensor import Embedding, Linear
+from megatune.parallel.world import World
 
 
 class Layer(nn.Module):
@@ -55,24 +59,27 @@ class Layer(nn.Module):
 class Decoder(nn.Module):
     """Embedding, layers, final norm and head.
 
-    `layers`: the part of the layers that this process holds (a pipeline stage); the first stage also has the
-    embedding, the last one the norm and the head. Modules and parameters keep their global names. `recompute`: every
-    n-th layer keeps only its input and is computed again in backward; 0: none.
+    `world`: the layout whose slices of the weights this process holds; default: all. `stages`: the pipeline stages
+    that it holds, in order; default: the one there is. Modules and parameters keep their global names. `recompute`:
+    every n-th layer keeps only its input and is computed again in backward; 0: none.
     """
 
-    def __init__(self, spec: DecoderSpec, layers: range | None = None) -> None:
+    def __init__(
+        self, spec: DecoderSpec, world: World | None = None, stages: Sequence[Stage] | None = None
+    ) -> None:
         super().__init__()
         self.spec = spec
-        self.layer_range = range(spec.num_layers) if layers is None else layers
-        self.is_first = self.layer_range.start == 0
-        self.is_last = self.layer_range.stop == spec.num_layers
+        self.world = world or World.alone()
+        self.stages = tuple(stages) if stages is not None else whole(spec.num_layers)
         self.recompute = 0
-        if self.is_first or (self.is_last and spec.tied_embeddings):
+        has_first, has_last = self.stages[0].is_first, self.stages[-1].is_last
+        if has_first or (has_last and spec.tied_embeddings):
             self.embed = Embedding(spec.vocab_size, spec.hidden_size)
-        if self.is_first and spec.positions == "learned":
+        if has_first and spec.positions == "learned":
             self.positions = Embedding(spec.max_positions, spec.hidden_size)
-        self.layers = nn.ModuleDict({str(index): Layer(spec, index) for index in self.layer_range})
-        if self.is_last:
+        held = (index for stage in self.stages for index in stage.layers)
+        self.layers = nn.ModuleDict({str(index): Layer(spec, index) for index in held})
+        if has_last:
             self.norm = Norm(spec, spec.hidden_size)
             if not spec.tied_embeddings:
                 self.head = Linear(spec.hidden_size, spec.vocab_size, shard="column")
@@ -86,28 +93,31 @@ class Decoder(nn.Module):
         segments: Segments,
         targets: Targets | None = None,
         cache: KVCache | None = None,
+        stage: int = 0,
     ) -> Tensor:
         """Logits [T, V] in compute dtype, or with `targets` the fp32 sum of the cross-entropy over them.
 
-        `tokens`: int64 [T]; on a later pipeline stage the hidden states [T, H] of the stage before. A stage that is
-        not the last gives its hidden states. `cache`: for generation; `tokens` then continue the one document in it,
-        and are added to it.
+        `tokens`: int64 [T]; for a later pipeline stage the hidden states [T, H] of the stage before. `stage`: which of
+        `self.stages`; one that is not the model's last gives its hidden states. `cache`: for generation; `tokens` then
+        continue the one document in it, and are added to it.
         """
+        part = self.stages[stage]
         seen = 0 if cache is None else cache.length
         positions = segments.positions + seen
         lengths = tuple(length + seen for length in segments.lengths)
         rotaries = [rotary(rope, positions, lengths) for rope in self.spec.ropes]
-        x = self._embed(tokens, positions) if self.is_first else tokens
-        for index, layer in zip(self.layer_range, self.layers.values(), strict=True):
+        x = self._embed(tokens, positions) if part.is_first else tokens
+        for index in part.layers:
+            layer = self.layers[str(index)]
             rope = self.spec.layers[index].rope
             inputs = (x, segments, None if rope is None else rotaries[rope])
             if self.recompute and index % self.recompute == 0 and torch.is_grad_enabled():
                 x = checkpoint(layer, *inputs, use_reentrant=False)
             else:
                 x = layer(*inputs, cache)
-        if cache is not None:
+        if cache is not None and part.number == self.stages[-1].number:
             cache.advance(tokens.shape[0])
-        return self._head(x, targets) if self.is_last else x
+        return self._head(x, targets) if part.is_last else x
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         x = self.embed(tokens)
@@ -131,4 +141,4 @@ class Decoder(nn.Module):
 
     def shard_specs(self) -> dict[str, ShardSpec]:
         """Global shape and slicing of each parameter of the base model, by global name."""
-        return shard_specs(self.spec, self.layer_range)
+        return shard_specs(self.spec, self.stages)

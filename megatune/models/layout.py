@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from megatune.models.spec import DecoderSpec
 from megatune.parallel.shard import Fused, ShardSpec
+from megatune.parallel.stages import Stage, whole
 
 
-def shard_specs(spec: DecoderSpec, layers: range | None = None) -> dict[str, ShardSpec]:
-    """The parameters of `Decoder(spec, layers)`, in its order. `layers`: those of a pipeline stage; default: all.
+def shard_specs(spec: DecoderSpec, stages: Sequence[Stage] | None = None) -> dict[str, ShardSpec]:
+    """The base model's parameters in the given pipeline stages (default: all of them), in the model's order.
 
     Norms, row-parallel biases and learned positions are replicated, but see a slice of the tokens (sequence
     parallelism), and norms on single heads see this rank's heads: `partial`.
     """
-    layers = range(spec.num_layers) if layers is None else layers
-    first, last = layers.start == 0, layers.stop == spec.num_layers
+    stages = whole(spec.num_layers) if stages is None else stages
+    first, last = stages[0].is_first, stages[-1].is_last
     found: list[ShardSpec] = []
     if first or (last and spec.tied_embeddings):
-        found.append(ShardSpec("embed.weight", (spec.vocab_size, spec.hidden_size), 0))
+        found.append(ShardSpec("embed.weight", (spec.vocab_size, spec.hidden_size), 0, vocab=True))
     if first and spec.positions == "learned":
         found.append(ShardSpec("positions.weight", (spec.max_positions, spec.hidden_size), partial=True))
-    for index in layers:
+    for index in (index for stage in stages for index in stage.layers):
         found.extend(_layer(spec, f"layers.{index}."))
     if last:
         found.extend(_norm(spec, "norm"))
         if not spec.tied_embeddings:
-            found.append(ShardSpec("head.weight", (spec.vocab_size, spec.hidden_size), 0))
+            found.append(ShardSpec("head.weight", (spec.vocab_size, spec.hidden_size), 0, vocab=True))
     return {one.name: one for one in found}
 
 

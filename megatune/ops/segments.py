@@ -8,7 +8,7 @@ its own at the end.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,13 +20,21 @@ class Segments:
 
     `positions`: int64 [T], position of each token in its document. `cu_seqlens`: int32 [documents + 1], cumulative
     lengths starting at 0, on the device. `lengths`: the same borders on the host, so that nothing has to wait for
-    the device. `max_seqlen`: the longest length, 0 for an empty stream.
+    the device. `max_seqlen`: the longest length, 0 for an empty stream. `padding`: tokens at the end of the stream
+    that are there for the sake of its length. `key`: names the micro-batch for keyed dropout.
+
+    Under context parallelism a process holds some of the stream's tokens: `rows`, int64 [T], says which of the whole
+    stream (None: all of it), and `positions` is of these; `cu_seqlens`, `lengths`, `max_seqlen` and `padding` stay
+    those of the whole stream.
     """
 
     positions: Tensor
     cu_seqlens: Tensor
     lengths: tuple[int, ...]
     max_seqlen: int
+    padding: int = 0
+    key: int = 0
+    rows: Tensor | None = None
 
     @classmethod
     def from_lengths(cls, lengths: Iterable[int], device: torch.device | str | None = None) -> Segments:
@@ -45,16 +53,21 @@ class Segments:
 
     @property
     def tokens(self) -> int:
-        """T, the number of tokens in the stream."""
+        """T, the number of tokens that are here."""
         return self.positions.shape[0]
+
+    @property
+    def total(self) -> int:
+        """Tokens in the whole stream."""
+        return sum(self.lengths)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Segments:
         """The same borders with the tensors on `device`."""
-        return Segments(
-            self.positions.to(device, non_blocking=non_blocking),
-            self.cu_seqlens.to(device, non_blocking=non_blocking),
-            self.lengths,
-            self.max_seqlen,
+        return replace(
+            self,
+            positions=self.positions.to(device, non_blocking=non_blocking),
+            cu_seqlens=self.cu_seqlens.to(device, non_blocking=non_blocking),
+            rows=None if self.rows is None else self.rows.to(device, non_blocking=non_blocking),
         )
 
 

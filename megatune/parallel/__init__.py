@@ -1,16 +1,24 @@
-"""Process groups, meshes, shard metadata and the parallel wrappers."""
+"""Process groups, the layout's axes, shard metadata and the parallel wrappers."""
 
-from megatune.parallel.shard import Fused, ShardSpec
-from megatune.parallel.world import World, check_layout, init, mesh_shape
+from megatune.config.layout import Layout, layout_of
+from megatune.parallel.shard import Box, Cut, Fused, Parts, ShardSpec
+from megatune.parallel.stages import Stage
+from megatune.parallel.world import Axis, World, init, make_world
 from megatune.parallel.zero import set_last_micro_batch, wrap
 
 __all__ = [
+    "Axis",
+    "Box",
+    "Cut",
     "Fused",
+    "Layout",
+    "Parts",
     "ShardSpec",
+    "Stage",
     "World",
-    "check_layout",
     "init",
-    "mesh_shape",
+    "layout_of",
+    "make_world",
     "set_last_micro_batch",
     "wrap",
 ]

@@ -1,10 +1,10 @@
-"""The processes of a run: ranks, device, process groups and the device mesh."""
+"""The processes of a run: ranks, device, process groups and the axes of the layout."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -12,24 +12,65 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from megatune.config.layout import Layout, layout_of
 from megatune.config.schema import ParallelConfig
 from megatune.errors import ParallelError
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One dimension of the layout as this process sees it: its line of `size` processes, of which it is number `rank`.
+
+    `ranks`: their global ranks. `group`: their process group, None where the line is this process alone.
+    """
+
+    name: str
+    size: int = 1
+    rank: int = 0
+    ranks: tuple[int, ...] = (0,)
+    group: dist.ProcessGroup | None = field(default=None, compare=False)
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.rank == self.size - 1
 
 
 @dataclass(frozen=True)
 class World:
     """This process's place in the run.
 
-    `mesh` has the dimensions (dp_replicate, dp_shard), outermost first. Data parallel rank and size count both:
-    every process sees its own share of the global batch. `owns_group`: `init` started the process group.
+    Axes, outermost first: `pp`, `dp_replicate`, `dp_shard`, `cp`, `tp`. `fsdp` is dp_shard x cp in one: over it the
+    dense parameters are sharded (ZeRO) and their gradients summed. Expert parameters see the same processes otherwise:
+    dp_shard x cp x tp in another order of cuts, `efsdp` (their fsdp), `ep`, `etp`. `owns_group`: `init` started the
+    process group.
     """
 
     rank: int
     world_size: int
     local_rank: int
     device: torch.device
-    mesh: DeviceMesh
+    layout: Layout
+    pp: Axis
+    dp_replicate: Axis
+    dp_shard: Axis
+    cp: Axis
+    tp: Axis
+    fsdp: Axis
+    efsdp: Axis
+    ep: Axis
+    etp: Axis
+    meshes: dict[str, DeviceMesh] = field(default_factory=dict, compare=False)
     owns_group: bool = True
+
+    @classmethod
+    def alone(cls, device: torch.device | str = "cpu") -> World:
+        """One process without process groups: models for chat, export, planning and tests."""
+        axes = {name: Axis(name) for name in AXES}
+        return cls(0, 1, 0, torch.device(device), Layout(), **axes, owns_group=False)
 
     @property
     def is_main(self) -> bool:
@@ -37,11 +78,24 @@ class World:
 
     @property
     def dp_rank(self) -> int:
-        return self.rank
+        """Which share of the global batch this process sees; the processes of a pp, cp or tp line see the same."""
+        return self.dp_replicate.rank * self.dp_shard.size + self.dp_shard.rank
 
     @property
     def dp_size(self) -> int:
-        return self.world_size
+        return self.dp_replicate.size * self.dp_shard.size
+
+    @property
+    def token_multiple(self) -> int:
+        """Streams are padded to a multiple of this many tokens, so that context (two pieces each, zigzag) and sequence
+        parallelism cut them evenly."""
+        return 2 * self.cp.size * self.tp.size if self.cp.size > 1 else self.tp.size
+
+    def fsdp_mesh(self, expert: bool = False) -> DeviceMesh:
+        """Mesh for `fully_shard`: (fsdp,) or (dp_replicate, fsdp); of the expert parameters where `expert`."""
+        mesh = self.meshes["expert" if expert else "dense"]
+        shard = "efsdp" if expert else "fsdp"
+        return mesh["dp_replicate", shard] if self.dp_replicate.size > 1 else mesh[shard]
 
     def barrier(self) -> None:
         """Wait for all processes (on the host: works for every backend and needs no device)."""
@@ -77,6 +131,9 @@ class World:
             dist.destroy_process_group()
 
 
+AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "fsdp", "efsdp", "ep", "etp")
+
+
 def init(config: ParallelConfig, *, device: str | None = None, timeout: float = 1800.0) -> World:
     """Join the other processes of the run (torchrun's environment variables; alone where there are none).
 
@@ -86,41 +143,57 @@ def init(config: ParallelConfig, *, device: str | None = None, timeout: float = 
     rank = int(os.environ.get("RANK", "0"))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    check_layout(config, world_size)
+    layout = layout_of(config, world_size)
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     where = _device(kind, local_rank)
     owns_group = not dist.is_initialized()
     if owns_group:
         _start_process_group(kind, where, rank, world_size, timeout)
-    shape = mesh_shape(config, world_size)
-    mesh = init_device_mesh(kind, shape, mesh_dim_names=("dp_replicate", "dp_shard"))
-    return World(rank, world_size, local_rank, where, mesh, owns_group)
+    return make_world(layout, rank, local_rank, where, owns_group)
 
 
-def check_layout(config: ParallelConfig, world_size: int) -> None:
-    """Raise ParallelError where `world_size` processes cannot take this layout."""
-    for name in ("tensor", "pipeline", "context", "expert"):
-        size = getattr(config, name)
-        if size > 1:
-            raise ParallelError(
-                f"parallel.{name}: {size} is not supported by this version of megatune yet; set it to 1 and use "
-                f"parallel.zero (0 to 3) and parallel.replicate"
-            )
-    if config.schedule != "1f1b":
-        raise ParallelError(
-            f"parallel.schedule: {config.schedule} is for parallel.pipeline above 1, which this version does not have; "
-            f"leave it out"
+def make_world(
+    layout: Layout, rank: int, local_rank: int, device: torch.device, owns_group: bool = False
+) -> World:
+    """The world of `rank` under `layout`, with a process group for each axis; the default group must be up."""
+    if layout.world_size == 1:
+        alone = {name: Axis(name) for name in AXES}
+        meshes = {
+            name: init_device_mesh(device.type, (1,), mesh_dim_names=(axis,))
+            for name, axis in (("dense", "fsdp"), ("expert", "efsdp"))
+        }
+        return World(rank, 1, local_rank, device, layout, **alone, meshes=meshes, owns_group=owns_group)
+    axes: dict[str, Axis] = {}
+    meshes = {}
+    sizes = layout.sizes()
+    for which, names in _MESHES.items():
+        # Axes of one process need no group; the sharded one stays, so that `fully_shard` has a mesh.
+        kept = [name for name in names if sizes[name] > 1 or name in ("fsdp", "efsdp")]
+        meshes[which] = mesh = init_device_mesh(
+            device.type, tuple(sizes[name] for name in kept), mesh_dim_names=tuple(kept)
         )
-    if world_size % config.replicate:
-        raise ParallelError(
-            f"parallel.replicate: {config.replicate} does not divide the {world_size} processes of this run"
-        )
+        for name in names:
+            if name not in axes:
+                axes[name] = _axis(mesh, name, rank, sizes[name])
+    return World(
+        rank, layout.world_size, local_rank, device, layout, **axes, meshes=meshes, owns_group=owns_group
+    )
 
 
-def mesh_shape(config: ParallelConfig, world_size: int) -> tuple[int, int]:
-    """(dp_replicate, dp_shard): ZeRO stage 0 keeps a whole copy on every process."""
-    replicate = world_size if config.zero == 0 else config.replicate
-    return replicate, world_size // replicate
+# Three ways to see the same processes; an axis takes its group from the first that has it.
+_MESHES = {
+    "dense": ("pp", "dp_replicate", "fsdp", "tp"),
+    "data": ("pp", "dp_replicate", "dp_shard", "cp", "tp"),
+    "expert": ("pp", "dp_replicate", "efsdp", "ep", "etp"),
+}
+
+
+def _axis(mesh: DeviceMesh, name: str, rank: int, size: int) -> Axis:
+    if size == 1:
+        return Axis(name, 1, 0, (rank,))
+    line = mesh[name]
+    ranks = tuple(line.mesh.flatten().tolist())
+    return Axis(name, size, line.get_local_rank(), ranks, line.get_group())
 
 
 def _device(kind: str, local_rank: int) -> torch.device:

@@ -27,8 +27,7 @@ def wrap(model: nn.Module, world: World, config: ParallelConfig, compute_dtype: 
     """
     if world.world_size == 1 and not _needs_masters(model, compute_dtype):
         return
-    replicate, shard = world.mesh["dp_replicate"], world.mesh["dp_shard"]
-    mesh = world.mesh if replicate.size() > 1 else shard
+    mesh = world.fsdp_mesh()
     reshard = config.zero == 3
     frozen = {p for p in model.parameters() if not p.requires_grad} if config.zero < 3 else set()
     # Adapters are computed in their own dtype inside lora_linear; only base weights are cast for compute.

@@ -9,7 +9,7 @@ from torch import nn
 from megatune.config.schema import Config
 from megatune.models.spec import DecoderSpec
 from megatune.ops.cross_entropy import CHUNK_LOGITS_ELSEWHERE
-from megatune.parallel import mesh_shape
+from megatune.parallel import layout_of
 
 GIB = 2**30
 
@@ -54,7 +54,7 @@ def estimate(
     """
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    _, shards = mesh_shape(config.parallel, world_size)
+    shards = layout_of(config.parallel, world_size).fsdp
     zero = config.parallel.zero if world_size > 1 else 0
     base_trains = any(p.requires_grad and ".adapter." not in n for n, p in model.named_parameters())
     masters = trainable * 4 // (shards if zero else 1)

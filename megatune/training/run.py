@@ -232,13 +232,12 @@ class _Run:
     def _header(self, model, source, module, total_steps: int) -> dict[str, str]:
         config, world = self.config, self.world
         trainable, total = adapters.describe(model)
-        replicate, shard = parallel.mesh_shape(config.parallel, world.world_size)
         bodies = ", ".join(f"{op} {body}" for op, body, _ in ops.table(world.device, self.dtype))
         return {
             "model": f"{config.model.path} ({source.spec.family}, {total / 1e6:,.1f} M parameters)",
             "method": f"{config.method.type}, {trainable / 1e6:,.2f} M trainable ({trainable / total:.2%})",
             "layout": f"{world.world_size} x {world.device.type}, ZeRO {config.parallel.zero}, "
-            f"replicate {replicate} x shard {shard}, recompute {config.parallel.recompute}",
+            f"{world.layout.describe()}, recompute {config.parallel.recompute}",
             "compute": f"{str(self.dtype).removeprefix('torch.')}, masters fp32; {bodies}",
             "data": module.describe(),
             "steps": f"{total_steps} of {config.train.global_batch_size} sequences x {config.data.seq_length} tokens",

@@ -23,6 +23,7 @@ from megatune.models import (
     to_hf_state,
 )
 from megatune.models.families.rope_config import rope_to_hf
+from megatune.parallel.stages import cut
 from tests.helpers.families import CASES, LLAMA3, LONGROPE, YARN, documents, hf_config, pair
 
 
@@ -51,8 +52,8 @@ def test_names_and_shapes_of_the_layout_are_those_of_the_module(name: str) -> No
 def test_layout_of_a_stage_is_that_of_its_module() -> None:
     for name in ("llama", "llama-tied", "gpt2"):
         spec = pair(name).spec
-        for layers in (range(1), range(1, 2)):
-            stage = build(spec, layers=layers)
+        for part in cut([1, 1]):
+            stage = build(spec, stages=[part])
             assert list(stage.shard_specs()) == [key for key, _ in stage.named_parameters()]
 
 

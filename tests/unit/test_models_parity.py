@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatune.models import Decoder, build, from_hf_state
 from megatune.ops import Segments, Targets
+from megatune.parallel.stages import cut
 from tests.helpers.families import CASES, Pair, documents, pair
 
 # Longer than the windows (7); for LongRoPE on both sides of the original context (16).
@@ -98,7 +99,7 @@ def test_pipeline_stages_equal_the_whole(name: str) -> None:
     one = pair(name)
     tokens, segments, targets = documents(LENGTHS, one.spec.vocab_size)
     middle = one.spec.num_layers // 2
-    stages = [build(one.spec, layers=part) for part in (range(middle), range(middle, one.spec.num_layers))]
+    stages = [build(one.spec, stages=[stage]) for stage in cut([middle, one.spec.num_layers - middle])]
     for stage in stages:
         stage.to_empty(device="cpu")
         state = one.ours.state_dict()

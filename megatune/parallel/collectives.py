@@ -1,0 +1,162 @@
+"""Communication within a layer: every byte that tensor, context and expert parallelism send goes through here.
+
+Tensors are local and plain; dimension 0 is that of the tokens. On an axis of one process each function is the identity.
+Functions without autograd come first, then the differentiable ones, named by what they do forward:
+
+| forward | backward |
+| --- | --- |
+| `gather`: [T / n, ..] -> [T, ..], all-gather | reduce-scatter (sum) |
+| `scatter_sum`: [T, ..] partial -> [T / n, ..], reduce-scatter | all-gather |
+| `reduce`: partial -> sum, all-reduce | identity |
+| `copy`: identity | all-reduce (sum) |
+| `split`: [T, ..] -> this process's [T / n, ..] | all-gather |
+| `all_to_all`: rows to and from every process | the reverse |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatune.parallel.world import Axis
+
+
+def gather_rows(x: Tensor, axis: Axis, *, async_op: bool = False) -> tuple[Tensor, dist.Work | None]:
+    """([n * rows, ..], work): the processes' rows one after the other. Wait for `work` (if any) before use."""
+    if axis.size == 1:
+        return x, None
+    out = x.new_empty(axis.size * x.shape[0], *x.shape[1:])
+    work = dist.all_gather_into_tensor(out, x.contiguous(), group=axis.group, async_op=async_op)
+    return out, work
+
+
+def scatter_sum_rows(x: Tensor, axis: Axis, *, async_op: bool = False) -> tuple[Tensor, dist.Work | None]:
+    """([rows / n, ..], work): this process's rows of the sum over the axis. Wait for `work` (if any) before use."""
+    if axis.size == 1:
+        return x, None
+    out = x.new_empty(x.shape[0] // axis.size, *x.shape[1:])
+    work = dist.reduce_scatter_tensor(out, x.contiguous(), group=axis.group, async_op=async_op)
+    return out, work
+
+
+def sum_(x: Tensor, axis: Axis) -> Tensor:
+    """`x` (contiguous) becomes its sum over the axis, in place; returns it."""
+    if axis.size > 1:
+        dist.all_reduce(x, group=axis.group)
+    return x
+
+
+def max_(x: Tensor, axis: Axis) -> Tensor:
+    """`x` (contiguous) becomes its largest over the axis, in place; returns it."""
+    if axis.size > 1:
+        dist.all_reduce(x, dist.ReduceOp.MAX, group=axis.group)
+    return x
+
+
+def exchange_rows(x: Tensor, axis: Axis, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+    """`send[i]` rows of x, in order, to process i; -> `receive[i]` rows from each process i, in order."""
+    if axis.size == 1:
+        return x
+    out = x.new_empty(sum(receive), *x.shape[1:])
+    dist.all_to_all_single(out, x.contiguous(), list(receive), list(send), group=axis.group)
+    return out
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return gather_rows(x, axis)[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return scatter_sum_rows(grad, ctx.axis)[0], None
+
+
+class _ScatterSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return scatter_sum_rows(x, axis)[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return gather_rows(grad, ctx.axis)[0], None
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        return sum_(x.clone(memory_format=torch.contiguous_format), axis)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return sum_(grad.clone(memory_format=torch.contiguous_format), ctx.axis), None
+
+
+class _Split(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        rows = x.shape[0] // axis.size
+        return x.narrow(0, axis.rank * rows, rows).clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return gather_rows(grad, ctx.axis)[0], None
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+        ctx.axis, ctx.send, ctx.receive = axis, send, receive
+        return exchange_rows(x, axis, send, receive)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return exchange_rows(grad, ctx.axis, ctx.receive, ctx.send), None, None, None
+
+
+def gather(x: Tensor, axis: Axis) -> Tensor:
+    """[T / n, ..] -> [T, ..]; the gradient is summed over the axis and scattered."""
+    return x if axis.size == 1 else _Gather.apply(x, axis)
+
+
+def scatter_sum(x: Tensor, axis: Axis) -> Tensor:
+    """Partial sums [T, ..] -> this process's rows [T / n, ..] of their sum; the gradient is gathered."""
+    return x if axis.size == 1 else _ScatterSum.apply(x, axis)
+
+
+def reduce(x: Tensor, axis: Axis) -> Tensor:
+    """Partial sums -> their sum, on every process; the gradient passes as it is."""
+    return x if axis.size == 1 else _Reduce.apply(x, axis)
+
+
+def copy(x: Tensor, axis: Axis) -> Tensor:
+    """x itself; its gradient is summed over the axis."""
+    return x if axis.size == 1 else _Copy.apply(x, axis)
+
+
+def split(x: Tensor, axis: Axis) -> Tensor:
+    """This process's rows [T / n, ..] of an x [T, ..] that all have; the gradient is gathered."""
+    return x if axis.size == 1 else _Split.apply(x, axis)
+
+
+def all_to_all(x: Tensor, axis: Axis, send: Sequence[int], receive: Sequence[int]) -> Tensor:
+    """`send[i]` rows of x to process i, in order -> [sum(receive), ..], process by process."""
+    return x if axis.size == 1 else _AllToAll.apply(x, axis, tuple(send), tuple(receive))
