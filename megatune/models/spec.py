@@ -49,13 +49,13 @@ class MoESpec:
     """The experts of a mixture-of-experts layer and how tokens choose theirs.
 
     `score`: "softmax" over all experts and then the `top_k` largest (Mixtral, Qwen3-MoE), "sigmoid" of each
-    (DeepSeek-V3), or "topk_softmax", softmax over the chosen logits alone (GPT-OSS). `normalise`: the chosen weights
-    are divided by their sum. `scale` multiplies them. `groups`, `groups_per_token`: experts stand in equal groups, and
-    only the best groups (by the sum of their two best) can be chosen from. `correction`: the router has a bias that
-    decides which experts are chosen but not their weights (arXiv:2408.15664). `router_bias`, `expert_bias`: ordinary biases of
-    the router's and the experts' linear layers. `expert_size`: inner size of one expert. `shared_size`: inner size of
-    the experts that every token passes, together (0: none). `clamped`: GPT-OSS's gate, which is
-    (min(max(up, -7), 7) + 1) * gate' * sigmoid(1.702 gate') with gate' = min(gate, 7).
+    (DeepSeek-V3), or "topk_softmax", softmax over the chosen logits alone (GPT-OSS). `normalise`: the chosen
+    weights are divided by their sum. `scale` multiplies them. `groups`, `groups_per_token`: experts stand in equal
+    groups, and only the best groups (by the sum of their two best) can be chosen from. `correction`: the router has
+    a bias that decides which experts are chosen but not their weights (arXiv:2408.15664). `router_bias`,
+    `expert_bias`: ordinary biases of the router's and the experts' linear layers. `expert_size`: inner size of one
+    expert. `shared_size`: inner size of the experts that every token passes, together (0: none). `clamped`: GPT-
+    OSS's gate, which is (min(max(up, -7), 7) + 1) * gate' * sigmoid(1.702 gate') with gate' = min(gate, 7).
     """
 
     num_experts: int

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from megatune.config.layout import Layout, layout_of
 from megatune.config.schema import ParallelConfig
 from megatune.errors import ParallelError
+from megatune.parallel.shard import Cut
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class World:
     """This process's place in the run.
 
     Axes, outermost first: `pp`, `dp_replicate`, `dp_shard`, `cp`, `tp`. `fsdp` is dp_shard x cp in one: over it the
-    dense parameters are sharded (ZeRO) and their gradients summed. Expert parameters see the same processes otherwise:
+    dense parameters are sharded (ZeRO) and their gradients summed. `config`: the options of the layout. Expert parameters see the same processes otherwise:
     dp_shard x cp x tp in another order of cuts, `efsdp` (their fsdp), `ep`, `etp`. `owns_group`: `init` started the
     process group.
     """
@@ -63,6 +64,7 @@ class World:
     efsdp: Axis
     ep: Axis
     etp: Axis
+    config: ParallelConfig = field(default_factory=ParallelConfig)
     meshes: dict[str, DeviceMesh] = field(default_factory=dict, compare=False)
     owns_group: bool = True
 
@@ -84,6 +86,11 @@ class World:
     @property
     def dp_size(self) -> int:
         return self.dp_replicate.size * self.dp_shard.size
+
+    @property
+    def cut(self) -> Cut:
+        """Which slices of the weights this process holds."""
+        return Cut(*((axis.rank, axis.size) for axis in (self.tp, self.ep, self.etp)))
 
     @property
     def token_multiple(self) -> int:
@@ -149,20 +156,26 @@ def init(config: ParallelConfig, *, device: str | None = None, timeout: float = 
     owns_group = not dist.is_initialized()
     if owns_group:
         _start_process_group(kind, where, rank, world_size, timeout)
-    return make_world(layout, rank, local_rank, where, owns_group)
+    return make_world(config, layout, rank, local_rank, where, owns_group)
 
 
 def make_world(
-    layout: Layout, rank: int, local_rank: int, device: torch.device, owns_group: bool = False
+    config: ParallelConfig,
+    layout: Layout,
+    rank: int,
+    local_rank: int,
+    device: torch.device,
+    owns_group: bool = False,
 ) -> World:
     """The world of `rank` under `layout`, with a process group for each axis; the default group must be up."""
+    common = {"config": config, "owns_group": owns_group}
     if layout.world_size == 1:
         alone = {name: Axis(name) for name in AXES}
         meshes = {
             name: init_device_mesh(device.type, (1,), mesh_dim_names=(axis,))
             for name, axis in (("dense", "fsdp"), ("expert", "efsdp"))
         }
-        return World(rank, 1, local_rank, device, layout, **alone, meshes=meshes, owns_group=owns_group)
+        return World(rank, 1, local_rank, device, layout, **alone, meshes=meshes, **common)
     axes: dict[str, Axis] = {}
     meshes = {}
     sizes = layout.sizes()
@@ -175,9 +188,7 @@ def make_world(
         for name in names:
             if name not in axes:
                 axes[name] = _axis(mesh, name, rank, sizes[name])
-    return World(
-        rank, layout.world_size, local_rank, device, layout, **axes, meshes=meshes, owns_group=owns_group
-    )
+    return World(rank, layout.world_size, local_rank, device, layout, **axes, meshes=meshes, **common)
 
 
 # Three ways to see the same processes; an axis takes its group from the first that has it.
