@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatune.config.schema import ParallelConfig
+from megatune.config.schema import Config, ParallelConfig
 from megatune.errors import ParallelError
 
 
@@ -80,6 +80,22 @@ def layout_of(config: ParallelConfig, world_size: int) -> Layout:
             f"x context {config.context} x tensor / expert_tensor {config.tensor // etp}); use one of {_divisors(room)}"
         )
     return Layout(config.pipeline, config.replicate, shard, config.context, config.tensor, config.expert, etp)
+
+
+def check_batch(config: Config, layout: Layout) -> int:
+    """Sequences that one micro-batch on each data parallel process takes together. Raises ParallelError where the
+    global batch is no multiple of it."""
+    train = config.train
+    copies = layout.dp_replicate * layout.dp_shard
+    share = copies * train.micro_batch_size
+    if train.global_batch_size % share:
+        below = train.global_batch_size // share * share
+        choices = ", ".join(str(n) for n in (below, below + share) if n)
+        raise ParallelError(
+            f"train.global_batch_size: {train.global_batch_size} sequences do not split over {copies} data parallel "
+            f"processes with micro-batches of {train.micro_batch_size}; use {choices}"
+        )
+    return share
 
 
 def _divisors(number: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from megatune.config.layout import check_batch, layout_of
 from megatune.config.loader import dump_config
 from megatune.config.schema import Config
 from megatune.errors import ConfigError, DataError, ParallelError
@@ -43,7 +45,7 @@ def check(config: Config, processes: int) -> bool:
 
     Raises ConfigError, DataError or ParallelError.
     """
-    _check_batch(config, processes)
+    _check_layout(config, processes)
     _check_files(config)
     from megatune.training.folder import RunFolder
 
@@ -68,15 +70,21 @@ def check(config: Config, processes: int) -> bool:
     return True
 
 
-def _check_batch(config: Config, processes: int) -> None:
-    share = processes * config.train.micro_batch_size
-    if config.train.global_batch_size % share:
-        below = config.train.global_batch_size // share * share
-        choices = ", ".join(str(n) for n in (below, below + share) if n)
-        raise ParallelError(
-            f"train.global_batch_size: {config.train.global_batch_size} sequences do not split over {processes} "
-            f"processes with micro-batches of {config.train.micro_batch_size}; use {choices}"
-        )
+def _check_layout(config: Config, processes: int) -> None:
+    """The layout against the number of processes and the batch; where it cuts the model, also against the model's
+    shape, as far as that is known without loading anything."""
+    layout = layout_of(config.parallel, processes)
+    check_batch(config, layout)
+    described = Path(config.model.path) / "config.json"
+    if layout.pp * layout.tp * layout.cp * layout.ep > 1 and described.is_file():
+        from megatune.models import family_for
+        from megatune.training.layout import check as check_model
+
+        try:
+            settings = json.loads(described.read_text("utf-8"))
+        except ValueError as error:
+            raise ConfigError(f"{described}: is not JSON ({error}); restore it") from error
+        check_model(config, family_for(settings).spec(settings), processes)
 
 
 def _check_files(config: Config) -> None:
@@ -97,31 +105,28 @@ def dry_run(config: Config) -> int:
     """Print the resolved configuration, layout, parameters, memory of one process, and tokens per step."""
     import torch
 
-    from megatune import adapters, checkpoint, models, parallel, plan
+    from megatune import adapters, checkpoint, models, plan
+    from megatune.training.layout import check as check_model
+    from megatune.training.layout import describe
     from megatune.training.precision import compute_dtype
 
     processes = world_size(config)
-    _check_batch(config, processes)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     dtype = compute_dtype(config.model.dtype, device)
     source = checkpoint.resolve_model(config.model.path, config.model.cache)
+    layout = check_model(config, source.spec, processes)
     model = models.build(source.spec)
     adapters.attach(model, config.method)
     trainable, total = adapters.describe(model)
     needs = plan.estimate(config, model, source.spec, processes, dtype.itemsize)
-    layout = parallel.layout_of(config.parallel, processes)
     console = Console()
     console.print(dump_config(config), markup=False, highlight=False)
     table = Table("what", "value", title="dry run: nothing was started")
     table.add_row("model", f"{source.spec.family}, {source.spec.num_layers} layers, {total:,} parameters")
     table.add_row("trainable", f"{trainable:,} ({trainable / total:.3%})")
-    table.add_row(
-        "layout",
-        f"{processes} x {device.type}: {layout.describe()}, ZeRO {config.parallel.zero}, "
-        f"recompute {config.parallel.recompute}",
-    )
+    table.add_row("layout", describe(config, source.spec, layout, device.type))
     table.add_row("dtype", f"compute {str(dtype).removeprefix('torch.')}, masters and optimizer float32")
-    accumulate = config.train.global_batch_size // (processes * config.train.micro_batch_size)
+    accumulate = config.train.global_batch_size // check_batch(config, layout)
     table.add_row(
         "tokens per step",
         f"{needs.tokens_per_step:,} ({config.train.global_batch_size} sequences x {config.data.seq_length}; "

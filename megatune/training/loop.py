@@ -15,7 +15,7 @@ from megatune import checkpoint
 from megatune.config.schema import Config, EarlyStop
 from megatune.data import DataModule
 from megatune.errors import CheckpointError, TrainingError
-from megatune.parallel import World
+from megatune.parallel import Parts, World
 from megatune.track import Trackers
 from megatune.training.folder import RunFolder
 from megatune.training.signals import StopFlag
@@ -59,7 +59,7 @@ class Loop:
     trainer: Trainer
     data: DataModule
     trackers: Trackers
-    state: dict[str, torch.Tensor]
+    state: dict[str, Parts]
     total_steps: int
     flops_per_token: float
     peak: float | None
@@ -133,8 +133,9 @@ class Loop:
         return result.stop
 
     def _evaluate(self) -> bool:
+        trainer, held_out = self.trainer, self.data.eval
         loss = evaluate(
-            self.trainer.model, self.data.eval.batches(), self.data.eval.target_tokens, self.world
+            trainer.model, trainer.pipeline, held_out.batches(), held_out.target_tokens, self.world
         )
         self.trackers.log(self.progress.step, {"eval_loss": loss})
         return self.progress.evaluated(loss, self.config.train.early_stop)

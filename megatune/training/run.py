@@ -16,7 +16,12 @@ from megatune.config.loader import config_as_dict
 from megatune.config.schema import Config
 from megatune.data.tokenizer import Tokenizer, load_tokenizer
 from megatune.errors import CheckpointError, DataError
+from megatune.models.layout import stage_costs
+from megatune.parallel.pipeline import Pipeline, held, stages_of
+from megatune.parallel.shard import Parts
 from megatune.training.folder import RunFolder, goal, read_json, write_atomically
+from megatune.training.layout import check as check_layout
+from megatune.training.layout import describe as describe_layout
 from megatune.training.loop import Loop, Progress
 from megatune.training.precision import compile_layers, compute_dtype, peak_flops
 from megatune.training.samples import answers
@@ -89,24 +94,25 @@ class _Run:
         trackers.note("reading the training data")
         module = self._data(tokenizer, source.spec.vocab_size)
         total_steps = self._total_steps(module)
-        model = self._model(source)
-        optimizer = optim.build(model, config.optim)
-        state = {
-            f"model/{n}": p.detach() for n, p in model.named_parameters() if p.requires_grad
-        } | optimizer.state()
+        model, zero = self._model(source)
+        optimizer = optim.build(zero.masters(), config.optim)
+        pipeline = Pipeline(model, world, self.dtype)
+        state = self._state(zero, optimizer)
         facts = {"base": source.digest, "data": module.digest, "seed": config.train.seed}
         progress = self._restore(state, optimizer, facts, trackers)
-        loop = self._loop(model, optimizer, module, trackers, state, total_steps, source, facts, progress)
-        self._check_space(state, model)
+        zero.publish()
+        trainer = Trainer(model, zero, optimizer, pipeline, world, config, total_steps)
+        loop = self._loop(trainer, module, trackers, state, source, facts, progress)
+        self._check_space(state, source)
         trackers.start(config_as_dict(config), progress.step, total_steps)
-        trackers.header(self._header(model, source, module, total_steps))
-        before = self._samples("before", model, tokenizer, trackers, progress.step == 0)
+        trackers.header(self._header(source, module, total_steps))
+        before = self._samples("before", pipeline, tokenizer, trackers, progress.step == 0)
         stopped = loop.fit()
         exports: dict[str, Path] = {}
         after: list[dict[str, str]] = []
         if not stopped:
-            after = self._samples("after", model, tokenizer, trackers, True)
-            exports = self._export(model, source, trackers)
+            after = self._samples("after", pipeline, tokenizer, trackers, True)
+            exports = self._export(zero, source, trackers)
         result = TrainResult(
             self.folder.path,
             loop.progress.step,
@@ -151,18 +157,37 @@ class _Run:
             return train.steps
         return max(1, round(train.epochs * module.train.steps_per_epoch()))
 
-    def _model(self, source: checkpoint.ModelFolder) -> models.Decoder:
+    def _model(self, source: checkpoint.ModelFolder) -> tuple[models.Decoder, parallel.Zero]:
+        """This process's stages and slices of the model, with the pretrained weights in its masters."""
         config, world = self.config, self.world
-        model = models.build(source.spec)
+        check_layout(config, source.spec, world.world_size)
+        stages = stages_of(config.parallel, *stage_costs(source.spec, config.data.seq_length))
+        mine = held(config.parallel.schedule, world.pp.size, world.pp.rank, len(stages) // world.pp.size)
+        model = models.build(source.spec, world, [stages[number] for number in mine])
         adapters.attach(model, config.method)
         models.set_dtypes(model, self.dtype)
-        recompute = config.parallel.recompute
-        model.recompute = {"none": 0, "full": 1}.get(recompute, recompute)
+        model.recompute, model.offload = config.parallel.recompute, config.parallel.offload
         if config.train.compile:
             compile_layers(model)
-        parallel.wrap(model, world, config.parallel, self.dtype)
-        checkpoint.load_pretrained(model, source, device=world.device, seed=config.train.seed)
-        return model
+        specs = model.shard_specs()
+        zero = parallel.Zero(model, specs, world, self.dtype)
+        zero.materialise(world.device)
+        checkpoint.load_pretrained(zero.weights(), specs, source.spec, source, seed=config.train.seed)
+        return model, zero
+
+    def _whole(self, source: checkpoint.ModelFolder) -> models.Decoder:
+        """The whole model, without memory: says what there is, under any layout."""
+        whole = models.build(source.spec)
+        adapters.attach(whole, self.config.method)
+        return whole
+
+    def _state(self, zero: parallel.Zero, optimizer: optim.ShardedAdamW) -> dict[str, Parts]:
+        """What a checkpoint holds: trained weights, the optimizer's states, and routers' biases that are balanced."""
+        kept = set(zero.masters())
+        weights = zero.weights()
+        if self.config.moe.bias_rate:
+            kept |= {name for name in weights if name.endswith("router.correction")}
+        return {f"model/{name}": weights[name] for name in weights if name in kept} | optimizer.state()
 
     def _restore(self, state, optimizer, facts: dict[str, Any], trackers: track.Trackers) -> Progress:
         """Progress of the newest valid checkpoint, its tensors filled into `state`; a fresh one where there is none."""
@@ -197,17 +222,17 @@ class _Run:
         trackers.note(f"resuming from {newest} (step {progress.step})")
         return progress
 
-    def _loop(self, model, optimizer, module, trackers, state, total_steps, source, facts, progress) -> Loop:
+    def _loop(self, trainer, module, trackers, state, source, facts, progress) -> Loop:
         config = self.config
         return Loop(
             config=config,
             world=self.world,
             folder=self.folder,
-            trainer=Trainer(model, optimizer, self.world, config, total_steps),
+            trainer=trainer,
             data=module,
             trackers=trackers,
             state=state,
-            total_steps=total_steps,
+            total_steps=trainer.total_steps,
             flops_per_token=models.flops_per_token(
                 source.spec, config.data.seq_length, frozen=config.method.type == "lora"
             ),
@@ -216,41 +241,40 @@ class _Run:
             progress=progress,
         )
 
-    def _check_space(self, state: dict[str, torch.Tensor], model: models.Decoder) -> None:
+    def _check_space(self, state: dict[str, Parts], source: checkpoint.ModelFolder) -> None:
         """Refuse before the first step what would fill the disk at the last one."""
+        (one,) = self.world.sum([checkpoint.written_bytes(state)])
         if not self.world.is_main:
             return
-        weights = sum(p.numel() for p in model.parameters()) * (2 if self.dtype == torch.bfloat16 else 4)
+        weights = models.count_parameters(source.spec) * self.dtype.itemsize
         whole = [what for what in self.config.checkpoint.export if what != "adapter"]
-        one = checkpoint.required_bytes(state)
         kept = self.config.checkpoint.keep_last + 1 if self.config.checkpoint.every else 1
         # What lies there already is replaced as the run goes on.
         there = min(len(list(self.folder.checkpoints.glob("step-*"))), kept - 1)
         needed = one * (kept - there) + weights * sum(not self.folder.export(what).exists() for what in whole)
-        checkpoint.check_space(self.folder.path, needed)
+        checkpoint.check_space(self.folder.path, int(needed))
 
-    def _header(self, model, source, module, total_steps: int) -> dict[str, str]:
+    def _header(self, source, module, total_steps: int) -> dict[str, str]:
         config, world = self.config, self.world
-        trainable, total = adapters.describe(model)
+        trainable, total = adapters.describe(self._whole(source))
         bodies = ", ".join(f"{op} {body}" for op, body, _ in ops.table(world.device, self.dtype))
         return {
             "model": f"{config.model.path} ({source.spec.family}, {total / 1e6:,.1f} M parameters)",
             "method": f"{config.method.type}, {trainable / 1e6:,.2f} M trainable ({trainable / total:.2%})",
-            "layout": f"{world.world_size} x {world.device.type}, ZeRO {config.parallel.zero}, "
-            f"{world.layout.describe()}, recompute {config.parallel.recompute}",
+            "layout": describe_layout(config, source.spec, world.layout, world.device.type),
             "compute": f"{str(self.dtype).removeprefix('torch.')}, masters fp32; {bodies}",
             "data": module.describe(),
             "steps": f"{total_steps} of {config.train.global_batch_size} sequences x {config.data.seq_length} tokens",
             "folder": str(self.folder.path),
         }
 
-    def _samples(self, when: str, model, tokenizer, trackers, make: bool) -> list[dict[str, str]]:
+    def _samples(self, when: str, pipeline, tokenizer, trackers, make: bool) -> list[dict[str, str]]:
         """Answers to held-out prompts, before or after; those of before are kept for a resumed run."""
         if not self.config.train.samples:
             return []
         if not make:
             return (read_json(self.folder.samples) or {}).get(when, [])
-        found = answers(model, tokenizer, self.config, self.world)
+        found = answers(pipeline, tokenizer, self.config, self.world)
         if self.world.is_main:
             kept = read_json(self.folder.samples) or {}
             write_atomically(
@@ -258,18 +282,21 @@ class _Run:
             )
         return found
 
-    def _export(self, model, source, trackers: track.Trackers) -> dict[str, Path]:
+    def _export(self, zero: parallel.Zero, source, trackers: track.Trackers) -> dict[str, Path]:
         config = self.config
+        weights = zero.weights()
+        whole = self._whole(source)
         exports: dict[str, Path] = {}
         for what in config.checkpoint.export:
             target = self.folder.export(what)
             trackers.note(f"writing {target}")
             if what == "adapter":
-                checkpoint.export_peft(
-                    model, target, method=config.method, base_path=str(source.path.resolve())
-                )
+                base = str(source.path.resolve())
+                checkpoint.export_peft(weights, whole, target, method=config.method, base_path=base)
             else:
-                checkpoint.export_hf(model, target, source=source, merge=what == "merged", dtype=self.dtype)
+                checkpoint.export_hf(
+                    weights, whole, target, source=source, merge=what == "merged", dtype=self.dtype
+                )
             self._export_template(target)
             exports[what] = target
         return exports

@@ -6,16 +6,17 @@ from megatune.config.schema import Config
 from megatune.data import prompts
 from megatune.data.template import encode_prompt, load_template
 from megatune.data.tokenizer import Tokenizer
-from megatune.models import Decoder
 from megatune.models.generate import generate
 from megatune.parallel import World
+from megatune.parallel.pipeline import Pipeline
 
 
-def answers(model: Decoder, tokenizer: Tokenizer, config: Config, world: World) -> list[dict[str, str]]:
+def answers(pipeline: Pipeline, tokenizer: Tokenizer, config: Config, world: World) -> list[dict[str, str]]:
     """{prompt, reference, answer} for the first `train.samples` held-out rows, greedy.
 
-    Every process takes part (under ZeRO-3 each token gathers weights from all); all get the same text.
+    Every process takes part (each holds a part of the model); all get the same text.
     """
+    model = pipeline.model
     found = []
     template = load_template(tokenizer, config.data.chat_template)
     was_training = model.training
@@ -28,6 +29,7 @@ def answers(model: Decoder, tokenizer: Tokenizer, config: Config, world: World) 
             max_new_tokens=config.train.sample_tokens,
             stop_ids=tokenizer.stop_ids,
             device=world.device,
+            forward=pipeline.logits,
         )
         answer = tokenizer.decode([t for t in tokens if t not in tokenizer.stop_ids])
         found.append({"prompt": messages[-1]["content"], "reference": reference, "answer": answer})

@@ -5,16 +5,19 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
 
 from megatune.config.schema import Config
 from megatune.data.batch import Batch
 from megatune.errors import TrainingError
+from megatune.models import Decoder
+from megatune.models.moe import set_balance, update_correction
 from megatune.optim import ShardedAdamW, learning_rate
-from megatune.parallel import World, set_last_micro_batch
+from megatune.parallel import World, Zero
+from megatune.parallel.context import MicroBatch, shard_stream
+from megatune.parallel.pipeline import Pipeline
 
 PAD_MULTIPLE = 64  # tokens: wide enough for few different shapes, 6 % of a stream of 512 at worst
 
@@ -33,18 +36,25 @@ class StepResult:
 class Trainer:
     """The optimizer step, usable from any loop.
 
-    `model`: wrapped and filled; `optim` over its parameters; `total_steps` fixes the learning rate schedule.
+    `model`: sharded by `zero` and filled; `optim` over its masters; `total_steps` fixes the learning rate schedule.
     """
 
     def __init__(
-        self, model: nn.Module, optim: ShardedAdamW, world: World, config: Config, total_steps: int
+        self,
+        model: Decoder,
+        zero: Zero,
+        optim: ShardedAdamW,
+        pipeline: Pipeline,
+        world: World,
+        config: Config,
+        total_steps: int,
     ) -> None:
-        self.model = model
-        self.optim = optim
+        self.model, self.zero, self.optim, self.pipeline = model, zero, optim, pipeline
         self.world = world
         self.config = config
         self.total_steps = total_steps
-        self._has_dropout = getattr(config.method, "dropout", 0.0) > 0
+        train = config.train
+        set_balance(model, config.moe, train.global_batch_size // train.micro_batch_size)
 
     def step(self, batches: Sequence[Batch], target_tokens: int, *, stop: bool = False) -> StepResult:
         """One update from this process's micro-batches.
@@ -55,41 +65,52 @@ class Trainer:
         """
         step = self.optim.steps
         self.model.train()
-        total = 0.0
-        for index, batch in enumerate(batches):
-            set_last_micro_batch(self.model, self.config.parallel, index == len(batches) - 1)
-            if self._has_dropout:
-                self._seed_dropout(step, batch)
-            batch = batch.padded(PAD_MULTIPLE).to(self.world.device)
-            loss = self.model(batch.tokens, batch.segments, batch.targets) / max(1, target_tokens)
-            loss.backward()
-            total = total + loss.detach()
+        micro_batches = [prepare(batch, self.world, self._key(step, batch)) for batch in batches]
+        loss = self.pipeline.train(micro_batches, 1 / max(1, target_tokens), self.zero.begin_backward)
+        self.zero.finish()
         # The host's sum over processes needs the numbers anyway: one wait for the device a step, after all its work
-        # has been queued.
-        grad_norm = self.optim.grad_norm()
-        loss_sum, stops = self.world.sum([float(total), float(stop)])
+        # has been queued. Processes of a tensor parallel line have the same loss, and gradients that they all hold
+        # are counted by the first.
+        mine = float(loss) if self.world.tp.is_first else 0.0
+        loss_sum, square, stops = self.world.sum([mine, self.optim.grad_square(), float(stop)])
+        grad_norm = math.sqrt(square) if math.isfinite(square) else square
         if not (math.isfinite(loss_sum) and math.isfinite(grad_norm)):
-            self.optim.zero_grad()
+            self.zero.zero_grad()
             raise TrainingError(f"step {step + 1}: loss {loss_sum}, gradient norm {grad_norm}: not finite")
         clip = self.config.optim.clip
         scale = clip / (grad_norm + 1e-6) if clip and grad_norm > clip else 1.0
         lr = learning_rate(self.config.optim, step, self.total_steps)
         self.optim.step_with(lr, scale)
+        self.zero.zero_grad()
+        self.zero.publish()
+        if self.config.moe.bias_rate:
+            update_correction(self.model, self.world, self.config.moe.bias_rate)
         return StepResult(loss_sum, grad_norm, lr, stops > 0)
 
-    def _seed_dropout(self, step: int, batch: Batch) -> None:
-        """Dropout depends on seed, step and the sequences of the micro-batch, not on the number of processes."""
-        key = f"{self.config.train.seed}/{step}/{batch.sequence_ids}".encode()
-        torch.manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], "little") >> 1)
+    def _key(self, step: int, batch: Batch) -> int:
+        """Dropout depends on seed, step and the sequences of the micro-batch, not on the layout."""
+        text = f"{self.config.train.seed}/{step}/{batch.sequence_ids}".encode()
+        return int.from_bytes(hashlib.sha256(text).digest()[:8], "little") >> 1
+
+
+def prepare(batch: Batch, world: World, key: int = 0) -> MicroBatch:
+    """This process's tokens of a micro-batch, padded so that the layout cuts them evenly, on its device."""
+    batch = batch.padded(math.lcm(PAD_MULTIPLE, world.token_multiple)).to(world.device)
+    return shard_stream(batch.tokens, replace(batch.segments, key=key), batch.targets, world.cp)
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Sequence[Batch], target_tokens: int, world: World) -> float:
+def evaluate(
+    model: Decoder, pipeline: Pipeline, batches: Sequence[Batch], target_tokens: int, world: World
+) -> float:
     """Mean loss over the scored tokens of the held-out set; every process gives its share and gets the mean."""
     model.eval()
-    total = torch.zeros((), dtype=torch.float64)
-    for batch in batches:
-        batch = batch.padded(PAD_MULTIPLE).to(world.device)
-        total += model(batch.tokens, batch.segments, batch.targets).double().cpu()
+    # As many at a time as fill the pipeline: the held-out set need not fit into memory.
+    together = 4 * world.pp.size
+    total = 0.0
+    for start in range(0, len(batches), together):
+        some = [batches[number] for number in range(start, min(start + together, len(batches)))]
+        total += float(pipeline.evaluate([prepare(batch, world) for batch in some]))
     model.train()
-    return world.sum([total.item()])[0] / max(1, target_tokens)
+    mine = total if world.tp.is_first else 0.0
+    return world.sum([mine])[0] / max(1, target_tokens)

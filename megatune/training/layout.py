@@ -1,0 +1,124 @@
+"""Whether a model and a batch fit a layout: every refusal is one sentence with the number to change."""
+
+from __future__ import annotations
+
+from megatune.config.layout import Layout, check_batch, layout_of
+from megatune.config.schema import Config
+from megatune.errors import ConfigError, ParallelError
+from megatune.models.layout import check_tensor, stage_costs
+from megatune.models.spec import DecoderSpec
+from megatune.parallel.context import check_context
+from megatune.parallel.pipeline import check_micro_batches, check_schedule, held, stages_of
+from megatune.parallel.stages import Stage
+
+
+def check(config: Config, spec: DecoderSpec, world_size: int) -> Layout:
+    """The layout of `world_size` processes. Raises ParallelError where they, the model or the batch cannot take it,
+    ConfigError for an option that does nothing under it."""
+    parallel = config.parallel
+    layout = layout_of(parallel, world_size)
+    check_options(config, layout)
+    check_tensor(spec, layout.tp)
+    check_context(spec.num_heads, spec.num_kv_heads, layout.tp, layout.cp, parallel.context_method)
+    _check_experts(config, spec, layout)
+    stages_of(parallel, *stage_costs(spec, config.data.seq_length))
+    share = check_batch(config, layout)
+    check_micro_batches(parallel, config.train.global_batch_size // share, share)
+    return layout
+
+
+def check_options(config: Config, layout: Layout) -> None:
+    """Options of the layout that need no model to be judged."""
+    parallel = config.parallel
+    check_schedule(parallel)
+    if parallel.context_method == "ulysses" and layout.cp == 1:
+        raise ConfigError(
+            "parallel.context_method: ulysses does nothing without context parallelism; set parallel.context above 1, "
+            "or leave it out"
+        )
+    if parallel.expert_tensor is not None and layout.tp == 1:
+        raise ConfigError(
+            "parallel.expert_tensor does nothing without tensor parallelism; set parallel.tensor above 1, or leave it "
+            "out"
+        )
+
+
+def _check_experts(config: Config, spec: DecoderSpec, layout: Layout) -> None:
+    if spec.moe is None:
+        if layout.ep > 1 or config.parallel.expert_tensor is not None:
+            raise ConfigError(
+                "parallel.expert is for mixture-of-experts models, and this one has no experts; leave it out"
+            )
+        for key, value in config.moe:
+            if value:
+                raise ConfigError(
+                    f"moe.{key} is for mixture-of-experts models, and this one has none; leave it out"
+                )
+        return
+    if spec.moe.num_experts % layout.ep:
+        legal = [n for n in range(1, spec.moe.num_experts + 1) if spec.moe.num_experts % n == 0]
+        raise ParallelError(
+            f"parallel.expert: {layout.ep} does not divide the model's {spec.moe.num_experts} experts; use one of "
+            f"{', '.join(map(str, legal))}"
+        )
+    if spec.moe.expert_size % layout.etp:
+        raise ParallelError(
+            f"parallel.expert_tensor: {layout.etp} does not divide an expert's inner size {spec.moe.expert_size}; "
+            f"use 1"
+        )
+    if config.moe.bias_rate and not spec.moe.correction:
+        raise ConfigError(
+            "moe.bias_rate: this model's router has no balancing bias; use moe.aux_loss, or leave it out"
+        )
+
+
+def describe(config: Config, spec: DecoderSpec, layout: Layout, device: str) -> str:
+    """The layout as a small table: a line for each dimension that has more than one process, saying what it cuts and
+    which ranks rank 0's line is, and one for each pipeline rank, saying which layers it holds."""
+    parallel = config.parallel
+    stages = stages_of(parallel, *stage_costs(spec, config.data.seq_length))
+    lines = [
+        f"{layout.world_size} x {device}, {layout.describe()}, ZeRO {parallel.zero}, recompute {parallel.recompute}"
+    ]
+    what = {
+        "tp": "heads, inner sizes and vocabulary; tokens between blocks",
+        "cp": f"tokens of a sequence ({parallel.context_method})",
+        "fsdp": "optimizer states" + (", gradients" if parallel.zero > 1 else "")
+        if parallel.zero
+        else "data",
+        "dp_replicate": "data; copies of everything else",
+        "ep": f"{spec.moe.num_experts} experts" if spec.moe else "",
+        "etp": "inner sizes of experts",
+    }
+    if parallel.zero == 3:
+        what["fsdp"] += " and parameters"
+    per = len(stages) // layout.pp
+    block = layout.world_size // layout.pp
+    if layout.pp > 1:
+        for rank in range(layout.pp):
+            numbers = held(parallel.schedule, layout.pp, rank, per)
+            parts = ", ".join(_layers(stages[number]) for number in numbers)
+            ranks = f"ranks {rank * block}-{(rank + 1) * block - 1}"
+            lines.append(f"pp {rank} of {layout.pp} ({parallel.schedule}): {ranks}: {parts}")
+    for name, stride in strides(layout).items():
+        size = layout.sizes()[name]
+        if size > 1 and not (name == "etp" and layout.ep == 1 and layout.etp == layout.tp):
+            ranks = [str(place * stride) for place in range(min(size, 4))]
+            if size > 4:
+                ranks.append(f".. {(size - 1) * stride}")
+            lines.append(f"{name} {size}: ranks {' '.join(ranks)}: {what[name]}")
+    return "\n".join(lines)
+
+
+def strides(layout: Layout) -> dict[str, int]:
+    """Distance of neighbouring ranks along each dimension."""
+    inner = layout.tp * layout.fsdp
+    found = {"tp": 1, "cp": layout.tp, "fsdp": layout.tp, "dp_replicate": inner}
+    return found | ({"ep": layout.etp, "etp": 1} if layout.ep > 1 else {})
+
+
+def _layers(stage: Stage) -> str:
+    """The layers of a stage for people: embedding, 0-15."""
+    first, last = stage.layers.start, stage.layers.stop - 1
+    names = [f"layers {first}-{last}" if last > first else f"layer {first}"] if stage.layers else []
+    return " + ".join((["embedding"] if stage.is_first else []) + names + (["head"] if stage.is_last else []))
