@@ -40,12 +40,16 @@ class Piece:
     `part` None: our tensor is rows [first_row, first_row + its rows) of `hf_name`. Else part `part` of our fused
     tensor, all groups one after the other, is rows [first_row, first_row + groups * part_rows) of `hf_name`.
     `transpose`: the file stores [in, out]; rows are counted after transposing.
+
+    A tensor that is stacked over experts (dimension 0; its rows are dimension 1) comes from one tensor for each expert,
+    `expert` says which, or (None) from one tensor that is stacked too; `transpose` then swaps its last two dimensions.
     """
 
     hf_name: str
     part: str | None = None
     first_row: int = 0
     transpose: bool = False
+    expert: int | None = None
 
 
 class Family:
