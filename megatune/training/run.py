@@ -11,19 +11,18 @@ from typing import Any
 
 import torch
 
-from megatune import adapters, checkpoint, data, models, ops, optim, parallel, track
+from megatune import adapters, checkpoint, data, models, ops, parallel, track
 from megatune.config.loader import config_as_dict
 from megatune.config.schema import Config
 from megatune.data.tokenizer import Tokenizer, load_tokenizer
 from megatune.errors import CheckpointError, DataError
-from megatune.models.layout import stage_costs
-from megatune.parallel.pipeline import Pipeline, held, stages_of
 from megatune.parallel.shard import Parts
+from megatune.training.assemble import assemble, training_parts
 from megatune.training.folder import RunFolder, goal, read_json, write_atomically
 from megatune.training.layout import check as check_layout
 from megatune.training.layout import describe as describe_layout
 from megatune.training.loop import Loop, Progress
-from megatune.training.precision import compile_layers, compute_dtype, peak_flops
+from megatune.training.precision import compute_dtype, peak_flops
 from megatune.training.samples import answers
 from megatune.training.step import Trainer
 
@@ -94,14 +93,15 @@ class _Run:
         trackers.note("reading the training data")
         module = self._data(tokenizer, source.spec.vocab_size)
         total_steps = self._total_steps(module)
-        model, zero = self._model(source)
-        optimizer = optim.build(zero.masters(), config.optim)
-        pipeline = Pipeline(model, world, self.dtype)
-        state = self._state(zero, optimizer)
+        check_layout(config, source.spec, world.world_size)
+        built = assemble(source.spec, config, world, self.dtype)
+        zero = built.zero
+        checkpoint.load_pretrained(zero.weights(), built.specs, source.spec, source, seed=config.train.seed)
+        optimizer, pipeline, state = training_parts(built, config, world, self.dtype)
         facts = {"base": source.digest, "data": module.digest, "seed": config.train.seed}
         progress = self._restore(state, optimizer, facts, trackers)
         zero.publish()
-        trainer = Trainer(model, zero, optimizer, pipeline, world, config, total_steps)
+        trainer = Trainer(built.model, zero, optimizer, pipeline, world, config, total_steps)
         loop = self._loop(trainer, module, trackers, state, source, facts, progress)
         self._check_space(state, source)
         trackers.start(config_as_dict(config), progress.step, total_steps)
@@ -157,37 +157,11 @@ class _Run:
             return train.steps
         return max(1, round(train.epochs * module.train.steps_per_epoch()))
 
-    def _model(self, source: checkpoint.ModelFolder) -> tuple[models.Decoder, parallel.Zero]:
-        """This process's stages and slices of the model, with the pretrained weights in its masters."""
-        config, world = self.config, self.world
-        check_layout(config, source.spec, world.world_size)
-        stages = stages_of(config.parallel, *stage_costs(source.spec, config.data.seq_length))
-        mine = held(config.parallel.schedule, world.pp.size, world.pp.rank, len(stages) // world.pp.size)
-        model = models.build(source.spec, world, [stages[number] for number in mine])
-        adapters.attach(model, config.method)
-        models.set_dtypes(model, self.dtype)
-        model.recompute, model.offload = config.parallel.recompute, config.parallel.offload
-        if config.train.compile:
-            compile_layers(model)
-        specs = model.shard_specs()
-        zero = parallel.Zero(model, specs, world, self.dtype)
-        zero.materialise(world.device)
-        checkpoint.load_pretrained(zero.weights(), specs, source.spec, source, seed=config.train.seed)
-        return model, zero
-
     def _whole(self, source: checkpoint.ModelFolder) -> models.Decoder:
         """The whole model, without memory: says what there is, under any layout."""
         whole = models.build(source.spec)
         adapters.attach(whole, self.config.method)
         return whole
-
-    def _state(self, zero: parallel.Zero, optimizer: optim.ShardedAdamW) -> dict[str, Parts]:
-        """What a checkpoint holds: trained weights, the optimizer's states, and routers' biases that are balanced."""
-        kept = set(zero.masters())
-        weights = zero.weights()
-        if self.config.moe.bias_rate:
-            kept |= {name for name in weights if name.endswith("router.correction")}
-        return {f"model/{name}": weights[name] for name in weights if name in kept} | optimizer.state()
 
     def _restore(self, state, optimizer, facts: dict[str, Any], trackers: track.Trackers) -> Progress:
         """Progress of the newest valid checkpoint, its tensors filled into `state`; a fresh one where there is none."""
