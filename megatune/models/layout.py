@@ -24,7 +24,7 @@ def shard_specs(spec: DecoderSpec, stages: Sequence[Stage] | None = None) -> dic
     if first and spec.positions == "learned":
         found.append(ShardSpec("positions.weight", (spec.max_positions, spec.hidden_size), partial=True))
     for index in (index for stage in stages for index in stage.layers):
-        found.extend(_layer(spec, f"layers.{index}."))
+        found.extend(_layer(spec, index, f"layers.{index}."))
     if last:
         found.extend(_norm(spec, "norm"))
         if not spec.tied_embeddings:
@@ -32,43 +32,93 @@ def shard_specs(spec: DecoderSpec, stages: Sequence[Stage] | None = None) -> dic
     return {one.name: one for one in found}
 
 
-def _layer(spec: DecoderSpec, at: str) -> Iterator[ShardSpec]:
-    hidden, heads = spec.hidden_size, spec.num_heads * spec.head_dim
+def _layer(spec: DecoderSpec, index: int, at: str) -> Iterator[ShardSpec]:
     if spec.norm_placement != "post":
         yield from _norm(spec, f"{at}attn_norm")
-    yield from _linear(f"{at}attn.qkv", hidden, spec.qkv.rows, spec.qkv_bias, 0, spec.qkv)
-    if spec.qk_norm == "head":
-        yield ShardSpec(f"{at}attn.q_norm.weight", (spec.head_dim,), partial=True)
-        yield ShardSpec(f"{at}attn.k_norm.weight", (spec.head_dim,), partial=True)
-    elif spec.qk_norm == "full":
-        yield ShardSpec(f"{at}attn.q_norm.weight", (heads,), 0)
-        yield ShardSpec(f"{at}attn.k_norm.weight", (spec.num_kv_heads * spec.head_dim,), 0)
-    yield from _linear(f"{at}attn.out", heads, hidden, spec.attention_out_bias, 1)
+    yield from _attention(spec, f"{at}attn.") if spec.mla is None else _latent_attention(spec, f"{at}attn.")
     if spec.norm_placement != "pre":
         yield from _norm(spec, f"{at}attn_post_norm")
     if spec.norm_placement != "post":
         yield from _norm(spec, f"{at}mlp_norm")
-    if spec.gated_mlp:
-        yield from _linear(f"{at}mlp.gate_up", hidden, spec.gate_up.rows, spec.mlp_bias, 0, spec.gate_up)
+    if spec.layers[index].moe:
+        yield from _experts(spec, f"{at}mlp.")
     else:
-        yield from _linear(f"{at}mlp.up", hidden, spec.mlp_size, spec.mlp_bias, 0)
-    yield from _linear(f"{at}mlp.down", spec.mlp_size, hidden, spec.mlp_bias, 1)
+        if spec.gated_mlp:
+            yield from _linear(
+                f"{at}mlp.gate_up", spec.hidden_size, spec.gate_up.rows, spec.mlp_bias, 0, spec.gate_up
+            )
+        else:
+            yield from _linear(f"{at}mlp.up", spec.hidden_size, spec.mlp_size, spec.mlp_bias, 0)
+        yield from _linear(f"{at}mlp.down", spec.mlp_size, spec.hidden_size, spec.mlp_bias, 1)
     if spec.norm_placement != "pre":
         yield from _norm(spec, f"{at}mlp_post_norm")
 
 
+def _attention(spec: DecoderSpec, at: str) -> Iterator[ShardSpec]:
+    hidden, heads = spec.hidden_size, spec.num_heads * spec.head_dim
+    if spec.sinks:
+        yield ShardSpec(f"{at}sinks", (spec.num_heads,), 0)
+    yield from _linear(f"{at}qkv", hidden, spec.qkv.rows, spec.qkv_bias, 0, spec.qkv)
+    if spec.qk_norm == "head":
+        yield ShardSpec(f"{at}q_norm.weight", (spec.head_dim,), partial=True)
+        yield ShardSpec(f"{at}k_norm.weight", (spec.head_dim,), partial=True)
+    elif spec.qk_norm == "full":
+        yield ShardSpec(f"{at}q_norm.weight", (heads,), 0)
+        yield ShardSpec(f"{at}k_norm.weight", (spec.num_kv_heads * spec.head_dim,), 0)
+    yield from _linear(f"{at}out", heads, hidden, spec.attention_out_bias, 1)
+
+
+def _latent_attention(spec: DecoderSpec, at: str) -> Iterator[ShardSpec]:
+    """The latents are replicated, what expands them is cut by heads."""
+    mla, hidden = spec.mla, spec.hidden_size
+    queries = spec.num_heads * mla.query_dim
+    if mla.q_rank is None:
+        yield from _linear(f"{at}q", hidden, queries, False, 0)
+    else:
+        yield from _linear(f"{at}q_a", hidden, mla.q_rank, spec.qkv_bias, None)
+        yield ShardSpec(f"{at}q_a_norm.weight", (mla.q_rank,), partial=True)
+        yield from _linear(f"{at}q_b", mla.q_rank, queries, False, 0)
+    yield from _linear(f"{at}kv_a", hidden, mla.kv_rank + mla.rope_dim, spec.qkv_bias, None)
+    yield ShardSpec(f"{at}kv_a_norm.weight", (mla.kv_rank,), partial=True)
+    yield from _linear(f"{at}kv_b", mla.kv_rank, spec.num_heads * (mla.nope_dim + mla.value_dim), False, 0)
+    yield from _linear(f"{at}out", spec.num_heads * mla.value_dim, hidden, spec.attention_out_bias, 1)
+
+
+def _experts(spec: DecoderSpec, at: str) -> Iterator[ShardSpec]:
+    moe, hidden = spec.moe, spec.hidden_size
+    count, inner = moe.num_experts, moe.expert_size
+    yield ShardSpec(f"{at}router.weight", (count, hidden), partial=True)
+    if moe.router_bias:
+        yield ShardSpec(f"{at}router.bias", (count,), partial=True)
+    if moe.correction:
+        yield ShardSpec(f"{at}router.correction", (count,), partial=True)
+    yield ShardSpec(f"{at}experts.gate_up.weight", (count, 2 * inner, hidden), 1, moe.gate_up, expert=True)
+    if moe.expert_bias:
+        yield ShardSpec(f"{at}experts.gate_up.bias", (count, 2 * inner), 1, moe.gate_up, expert=True)
+    yield ShardSpec(f"{at}experts.down.weight", (count, hidden, inner), 2, expert=True)
+    if moe.expert_bias:
+        yield ShardSpec(f"{at}experts.down.bias", (count, hidden), partial=True, expert=True)
+    if moe.shared_size:
+        fused = moe.shared_gate_up
+        yield from _linear(f"{at}shared.gate_up", hidden, fused.rows, False, 0, fused)
+        yield from _linear(f"{at}shared.down", moe.shared_size, hidden, False, 1)
+
+
 def _linear(
-    name: str, inputs: int, outputs: int, bias: bool, dim: int, fused: Fused | None = None
+    name: str, inputs: int, outputs: int, bias: bool, dim: int | None, fused: Fused | None = None
 ) -> Iterator[ShardSpec]:
-    yield ShardSpec(f"{name}.weight", (outputs, inputs), dim, fused)
+    yield ShardSpec(f"{name}.weight", (outputs, inputs), dim, fused, partial=dim is None)
     if bias:
-        yield ShardSpec(f"{name}.bias", (outputs,), 0 if dim == 0 else None, fused, partial=dim == 1)
+        yield ShardSpec(f"{name}.bias", (outputs,), 0 if dim == 0 else None, fused, partial=dim != 0)
 
 
 def _norm(spec: DecoderSpec, name: str) -> Iterator[ShardSpec]:
     yield ShardSpec(f"{name}.weight", (spec.hidden_size,), partial=True)
     if spec.norm == "layer":
         yield ShardSpec(f"{name}.bias", (spec.hidden_size,), partial=True)
+
+
+_LOOKED_UP = ("embed.weight", "positions.weight", "head.weight")
 
 
 def count_parameters(spec: DecoderSpec) -> int:
@@ -80,20 +130,21 @@ def flops_per_token(spec: DecoderSpec, seq_length: int, *, frozen: bool = False)
     """Floating point operations a token of a training step needs, forward and backward; for MFU.
 
     Matrices: 2 N forward, 2 N for the gradients of activations, 2 N for those of weights unless they are `frozen`,
-    where N counts the weights that tokens are multiplied with (the head, but not the embedding's lookup, and no
-    norms): 6 N for full fine-tuning, 4 N for LoRA (its own small products are left out). Attention, causal, one
-    document of `seq_length` tokens: 4 * heads * head_dim * keys forward (q k^T and the sum of values) in each layer,
-    twice that backward, with `keys` the average number of keys that a query sees. Recomputed activations do not
-    count.
+    where N counts the weights that a token is multiplied with (the head, but not the embedding's lookup, and no norms;
+    of the experts those that it goes to): 6 N for full fine-tuning, 4 N for LoRA (its own small products are left out).
+    Attention, causal, one document of `seq_length` tokens: 2 * heads * (width of q and k + width of v) * keys forward
+    (q k^T and the sum of values) in each layer, twice that backward, with `keys` the average number of keys that a
+    query sees. Recomputed activations do not count.
     """
-    matrices = sum(
-        math.prod(one.shape)
-        for one in shard_specs(spec).values()
-        if len(one.shape) == 2 and one.name not in ("embed.weight", "positions.weight", "head.weight")
-    )
-    matrices += spec.vocab_size * spec.hidden_size
+    matrices = float(spec.vocab_size * spec.hidden_size)
+    for one in shard_specs(spec).values():
+        if one.name.endswith("weight") and len(one.shape) == 3:
+            matrices += math.prod(one.shape) * spec.moe.top_k / spec.moe.num_experts
+        elif len(one.shape) == 2 and not one.expert and one.name not in _LOOKED_UP:
+            matrices += math.prod(one.shape)
     keys = sum(_average_keys(seq_length, layer.window) for layer in spec.layers)
-    return (4.0 if frozen else 6.0) * matrices + 12.0 * spec.num_heads * spec.head_dim * keys
+    value_dim = spec.head_dim if spec.mla is None else spec.mla.value_dim
+    return (4.0 if frozen else 6.0) * matrices + 6.0 * spec.num_heads * (spec.head_dim + value_dim) * keys
 
 
 def _average_keys(seq_length: int, window: int | None) -> float:

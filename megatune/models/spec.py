@@ -86,7 +86,8 @@ class MoESpec:
 class MLASpec:
     """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): q comes from a latent of `q_rank` (None: directly),
     k and v of all heads from one latent of `kv_rank` and one rotated key of `rope_dim` that all heads share. A head's q
-    and k are `nope_dim` + `rope_dim` wide, its v `value_dim`. `interleaved`: rotated pairs stand next to each other."""
+    and k are `nope_dim` + `rope_dim` wide, its v `value_dim`. `interleaved`: rotated pairs stand next to each other.
+    `norm_eps`: of the latents' norms (not the config's: transformers has it fixed)."""
 
     q_rank: int | None
     kv_rank: int
@@ -94,6 +95,7 @@ class MLASpec:
     rope_dim: int
     value_dim: int
     interleaved: bool = True
+    norm_eps: float = 1e-6
 
     @property
     def query_dim(self) -> int:
