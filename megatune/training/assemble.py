@@ -17,7 +17,7 @@ from megatune.training.precision import compile_layers
 
 @dataclass
 class Assembled:
-    """`model`: this process's part of it; `zero`: its masters and what shards them; `specs`: its parameters, globally."""
+    """`model`: this process's part of it; `zero`: its masters and what shards them; `specs`: its parameters."""
 
     model: models.Decoder
     zero: parallel.Zero
