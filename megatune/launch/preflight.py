@@ -75,11 +75,17 @@ def _check_layout(config: Config, processes: int) -> None:
     shape, as far as that is known without loading anything."""
     layout = layout_of(config.parallel, processes)
     check_batch(config, layout)
-    described = Path(config.model.path) / "config.json"
-    if layout.pp * layout.tp * layout.cp * layout.ep > 1 and described.is_file():
-        from megatune.models import family_for
-        from megatune.training.layout import check as check_model
+    plain = {"zero", "replicate", "recompute", "offload", "overlap"}
+    if not config.parallel.model_fields_set - plain and not config.moe.model_fields_set:
+        return
+    # What follows imports torch, which takes seconds.
+    from megatune.models import family_for
+    from megatune.training.layout import check as check_model
+    from megatune.training.layout import check_options
 
+    check_options(config, layout)
+    described = Path(config.model.path) / "config.json"
+    if described.is_file():
         try:
             settings = json.loads(described.read_text("utf-8"))
         except ValueError as error:

@@ -38,8 +38,13 @@ WRONG = {
         ("parallel.stages", "2"),
     ),
     "too few micro-batches": (
-        ("parallel.pipeline=2", "parallel.schedule=interleaved", "parallel.stages=[1,0,1,0]")
-        + ("train.global_batch_size=3", "launch.nproc=2"),
+        (
+            "parallel.pipeline=2",
+            "parallel.schedule=interleaved",
+            "parallel.stages=[1,0,1,0]",
+            "train.global_batch_size=3",
+            "launch.nproc=2",
+        ),
         ("train.global_batch_size", "4"),
     ),
     "batch does not split": (
