@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from megatune.ops import attention_bodies as bodies
+from megatune.ops.attention_blocks import HALF
 from megatune.ops.attention_packed import packed, packed_problem
 from megatune.ops.checks import floating, same_device
 from megatune.ops.registry import Body, add_op
@@ -18,12 +19,14 @@ _OP = add_op(
             "varlen",
             bodies.varlen,
             ("cuda",),
-            bodies.HALF,
+            HALF,
             bodies.varlen_features(),
             problem=bodies.varlen_problem,
         ),
-        Body("flex", bodies.flex, ("cuda",), bodies.HALF, ("window", "softcap"), problem=bodies.flex_problem),
-        Body("cpu", packed, ("cpu",), (torch.bfloat16,), ("window", "softcap"), problem=packed_problem),
+        Body("flex", bodies.flex, ("cuda",), HALF, ("window", "softcap"), problem=bodies.flex_problem),
+        Body(
+            "cpu", packed, ("cpu",), (torch.bfloat16,), ("window", "softcap", "sinks"), problem=packed_problem
+        ),
         Body("sdpa", bodies.sdpa, None, None, ("window", "cache")),
         Body("reference", bodies.reference),
     ],
@@ -39,18 +42,24 @@ def attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
     key_segments: Segments | None = None,
 ) -> Tensor:
     """softmax(scale * q k^T) v, each token seeing itself and the earlier tokens of its document.
 
-    q [T, Q, D], k and v [T, K, D] with Q a multiple of K (query head h reads KV head h // (Q / K)), any strides in
-    the first two dimensions -> [T, Q, D] of q's dtype; softmax in fp32. `window`: tokens a query sees, itself
-    included. `softcap`: scores become cap * tanh(score / cap) before the mask. `key_segments`: borders of k and v
-    where they hold more tokens than q (decoding with a cache): the queries of a document are its last tokens.
+    q [T, Q, D], k [T, K, D] and v [T, K, Dv] with Q a multiple of K (query head h reads KV head h // (Q / K)), any
+    strides in the first two dimensions -> [T, Q, Dv] of q's dtype; softmax in fp32. `window`: tokens a query sees,
+    itself included. `softcap`: scores become cap * tanh(score / cap) before the mask. `sinks` [Q]: one more logit in
+    each query's softmax, per head, whose value is 0 (gpt-oss). `key_segments`: borders of k and v where they hold more
+    tokens than q (decoding with a cache): the queries of a document are its last tokens.
     ValueError where shapes, dtypes or devices do not fit, or the body asked for cannot do this.
     """
     keys = segments if key_segments is None else key_segments
     _check(q, k, v, segments, keys, window, softcap)
+    if sinks is not None and sinks.shape != q.shape[1:2]:
+        raise ValueError(
+            f"attention: sinks {tuple(sinks.shape)} must be one for each of the {q.shape[1]} heads of q"
+        )
     if window is not None and window >= keys.max_seqlen:
         window = None
     features = ()
@@ -60,9 +69,13 @@ def attention(
         features += ("softcap",)
     if key_segments is not None:
         features += ("cache",)
+    if sinks is not None:
+        features += ("sinks",)
     if q.shape[0] == 0:
-        return q.new_empty(q.shape) + 0 * q  # keeps the graph
-    return _OP.pick(q.device.type, q.dtype, features).run(q, k, v, segments, keys, scale, window, softcap)
+        return q.new_empty((*q.shape[:2], v.shape[2])) + 0 * q[..., :1]  # keeps the graph
+    return _OP.pick(q.device.type, q.dtype, features).run(
+        q, k, v, segments, keys, scale, window, softcap, sinks
+    )
 
 
 def _check(
@@ -74,10 +87,10 @@ def _check(
     window: int | None,
     softcap: float | None,
 ) -> None:
-    if q.dim() != 3 or k.dim() != 3 or k.shape != v.shape or q.shape[2] != k.shape[2]:
+    if q.dim() != 3 or k.dim() != 3 or k.shape[:2] != v.shape[:2] or q.shape[2] != k.shape[2]:
         raise ValueError(
             f"attention: q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} must be [T, heads, D] with "
-            "k and v alike and one D"
+            "tokens and heads of k and v alike and one D of q and k"
         )
     if q.shape[1] % k.shape[1]:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Bodies of attention. All take (q [T, Q, D], k, v [M, K, D], segments, keys, scale, window, softcap).
+"""Bodies of attention: of (q [T, Q, D], k [M, K, D], v [M, K, Dv], segments, keys, scale, window, softcap, sinks).
 
 `segments` are the borders of q, `keys` those of k and v; the queries of a document are the last of its tokens.
 `window` is None where it would hide nothing.
@@ -15,21 +15,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatune.ops.attention_blocks import Block, flash_with_sinks, hidden_mask, widened
 from megatune.ops.checks import accumulate_dtype
 from megatune.ops.registry import inductor_problem
 from megatune.ops.segments import Segments
 
-HALF = (torch.bfloat16, torch.float16)
+
+def one_width(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
+    """(q, k, v with zeros up to the wider one's head size, that of v): for kernels that know only one."""
+    width = max(q.shape[2], v.shape[2])
+    return widened(q, width), widened(k, width), widened(v, width), v.shape[2]
 
 
-def hidden_mask(queries: int, total: int, window: int | None, device: torch.device) -> Tensor:
+def _hidden(queries: int, total: int, window: int | None, device: torch.device) -> Tensor:
     """bool [queries, total], true where the query (the last `queries` of `total` tokens) must not see the key."""
-    query_at = torch.arange(total - queries, total, device=device)[:, None]
-    key_at = torch.arange(total, device=device)
-    hidden = key_at > query_at
-    if window is not None:
-        hidden |= key_at <= query_at - window
-    return hidden
+    return hidden_mask(queries, total, None if window is None else window - 1, 0, device)
 
 
 def reference(
@@ -41,10 +41,11 @@ def reference(
     scale: float,
     window: int | None,
     softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """One document after the other, all scores at once, in fp32 (fp64 for fp64)."""
     outputs = [
-        _dense(*document, scale, window, softcap)
+        _dense(*document, scale, window, softcap, sinks)
         for document in zip(
             q.split(segments.lengths), k.split(keys.lengths), v.split(keys.lengths), strict=True
         )
@@ -53,9 +54,15 @@ def reference(
 
 
 def _dense(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
-    """One document: q [L, Q, D], k and v [M, K, D] with M >= L."""
+    """One document: q [L, Q, D], k [M, K, D] and v [M, K, Dv] with M >= L."""
     length, heads, dim = q.shape
     total, kv_heads, _ = k.shape
     wide = accumulate_dtype(q.dtype)
@@ -63,9 +70,12 @@ def _dense(
     scores = torch.einsum("lkgd,mkd->kglm", grouped, k.to(wide)) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    hidden = hidden_mask(length, total, window, q.device)
-    probabilities = torch.softmax(scores.masked_fill(hidden, float("-inf")), -1)
-    return torch.einsum("kglm,mkd->lkgd", probabilities, v.to(wide)).reshape(length, heads, dim).to(q.dtype)
+    scores = scores.masked_fill(_hidden(length, total, window, q.device), float("-inf"))
+    if sinks is not None:
+        sink = sinks.to(wide).reshape(kv_heads, heads // kv_heads, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat((scores, sink), -1)
+    probabilities = torch.softmax(scores, -1)[..., :total]
+    return torch.einsum("kglm,mkd->lkgd", probabilities, v.to(wide)).flatten(1, 2).to(q.dtype)
 
 
 def sdpa(
@@ -77,8 +87,10 @@ def sdpa(
     scale: float,
     window: int | None,
     softcap: None,
+    sinks: None,
 ) -> Tensor:
     """torch.nn.functional.scaled_dot_product_attention, one document after the other."""
+    q, k, v, value_dim = one_width(q, k, v)  # its fast kernels know one
     grouped = q.shape[1] != k.shape[1]
     outputs = []
     for document in zip(q.split(segments.lengths), k.split(keys.lengths), v.split(keys.lengths), strict=True):
@@ -87,13 +99,14 @@ def sdpa(
         causal = length == total and (window is None or window >= length)
         mask = None
         if not causal and (length > 1 or window is not None):
-            mask = ~hidden_mask(length, total, window, q.device)
+            mask = ~_hidden(length, total, window, q.device)
         heads_first = (part.transpose(0, 1).unsqueeze(0) for part in document)
         out = F.scaled_dot_product_attention(
             *heads_first, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
         )
         outputs.append(out.squeeze(0).transpose(0, 1))
-    return torch.cat(outputs) if len(outputs) > 1 else outputs[0].contiguous()
+    out = torch.cat(outputs) if len(outputs) > 1 else outputs[0].contiguous()
+    return out[..., :value_dim]
 
 
 @cache
@@ -118,7 +131,7 @@ def varlen_problem() -> str | None:
 
 def varlen_features() -> tuple[str, ...]:
     """What this torch's varlen_attn can do beyond plain causal attention."""
-    return ("window", "cache") if "window_size" in _varlen_parameters() else ("cache",)
+    return ("window", "cache", "sinks") if "window_size" in _varlen_parameters() else ("cache",)
 
 
 def varlen(
@@ -130,13 +143,18 @@ def varlen(
     scale: float,
     window: int | None,
     softcap: None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """torch.nn.attention.varlen (FlashAttention 2 for packed documents)."""
     from torch.nn.attention.varlen import varlen_attn
 
+    left = None if window is None else window - 1  # FlashAttention counts the tokens before the query
+    if sinks is not None:
+        block = Block(segments.lengths, keys.lengths, segments.cu_seqlens, keys.cu_seqlens, left, 0)
+        return flash_with_sinks(q, k, v, sinks, block, scale)
     grouped = {"enable_gqa": True} if "enable_gqa" in _varlen_parameters() else {}
-    left = -1 if window is None else window - 1  # FlashAttention counts the tokens before the query
-    return varlen_attn(
+    q, k, v, value_dim = one_width(q, k, v)
+    out = varlen_attn(
         q,
         k,
         v,
@@ -145,9 +163,10 @@ def varlen(
         segments.max_seqlen,
         keys.max_seqlen,
         scale=scale,
-        window_size=(left, 0),
+        window_size=(-1 if left is None else left, 0),
         **grouped,
     )
+    return out[..., :value_dim]
 
 
 def flex_problem() -> str | None:
@@ -194,6 +213,7 @@ def flex(
     scale: float,
     window: int | None,
     softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """torch.nn.attention.flex_attention, compiled, with a block mask that skips what no query sees."""
 

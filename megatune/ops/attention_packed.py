@@ -12,42 +12,24 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatune.ops._load import cpu_problem
-from megatune.ops.attention_bodies import hidden_mask
+from megatune.ops.attention_blocks import Block, add_sinks, reference, reference_backward, sinks_gradient
+from megatune.ops.attention_bodies import one_width
 from megatune.ops.checks import accumulate_dtype
 from megatune.ops.registry import define
 from megatune.ops.segments import Segments
 
 
-def _scores(q: Tensor, k: Tensor, scale: float, window: int, softcap: float) -> tuple[Tensor, Tensor | None]:
-    """One document, q [L, Q, D], k [L, K, D]: (masked scores [K, Q / K, L, L], slope of the cap or None), wide."""
-    length, kv_heads, dim = k.shape
-    wide = accumulate_dtype(q.dtype)
-    grouped = q.to(wide).reshape(length, kv_heads, -1, dim)
-    scores = torch.einsum("lkgd,mkd->kglm", grouped, k.to(wide)) * scale
-    slope = None
-    if softcap:
-        tanh = torch.tanh(scores / softcap)
-        scores, slope = softcap * tanh, 1 - tanh.square()
-    return scores.masked_fill(hidden_mask(length, length, window or None, q.device), float("-inf")), slope
-
-
-def _documents(cu_seqlens: Tensor, *tensors: Tensor) -> Any:
-    lengths = cu_seqlens.diff().tolist()
-    return zip(*(tensor.split(lengths) for tensor in tensors), strict=True)
+def _block(cu_seqlens: Tensor, window: int) -> Block:
+    lengths = tuple(cu_seqlens.diff().tolist())
+    return Block(lengths, lengths, cu_seqlens, cu_seqlens, window - 1 if window else None, 0)
 
 
 def _reference(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, window: int, softcap: float
 ) -> tuple[Tensor, Tensor]:
     """(out [T, Q, D] like q, log-sum-exp [Q, T] in fp32)."""
-    out, lse = _fake(q, k, v, cu_seqlens, scale, window, softcap)
-    for q_doc, k_doc, v_doc, out_doc, lse_doc in _documents(cu_seqlens, q, k, v, out, lse.t()):
-        scores, _ = _scores(q_doc, k_doc, scale, window, softcap)
-        log_sum = torch.logsumexp(scores, -1)
-        weights = torch.exp(scores - log_sum[..., None])
-        out_doc.copy_(torch.einsum("kglm,mkd->lkgd", weights, v_doc.to(weights.dtype)).reshape(out_doc.shape))
-        lse_doc.copy_(log_sum.flatten(0, 1).t())
-    return out, lse
+    out, lse = reference(q, k, v, _block(cu_seqlens, window), scale, softcap or None)
+    return out.to(q.dtype), lse
 
 
 def _reference_backward(
@@ -62,27 +44,10 @@ def _reference_backward(
     window: int,
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(gradients of q, k, v). With p the probabilities: ds = p * (grad v^T - rowsum(grad * out))."""
-    grads = tuple(x.new_empty(x.shape) for x in (q, k, v))
-    parts = (grad, q, k, v, out, lse.t(), *grads)
-    for grad_doc, q_doc, k_doc, v_doc, out_doc, lse_doc, grad_q, grad_k, grad_v in _documents(
-        cu_seqlens, *parts
-    ):
-        scores, slope = _scores(q_doc, k_doc, scale, window, softcap)
-        wide, shape = scores.dtype, (q_doc.shape[0], k_doc.shape[1], -1, q_doc.shape[2])
-        log_sum = lse_doc.t().reshape(scores.shape[:-1])
-        weights = torch.exp(scores - log_sum[..., None])
-        grouped = grad_doc.to(wide).reshape(shape)
-        delta = (grouped * out_doc.to(wide).reshape(shape)).sum(-1).permute(1, 2, 0)
-        grad_scores = weights * (torch.einsum("lkgd,mkd->kglm", grouped, v_doc.to(wide)) - delta[..., None])
-        if slope is not None:
-            grad_scores = grad_scores * slope
-        grad_q.copy_(
-            torch.einsum("kglm,mkd->lkgd", grad_scores, k_doc.to(wide)).reshape(grad_q.shape) * scale
-        )
-        grad_k.copy_(torch.einsum("kglm,lkgd->mkd", grad_scores, q_doc.to(wide).reshape(shape)) * scale)
-        grad_v.copy_(torch.einsum("kglm,lkgd->mkd", weights, grouped))
-    return grads
+    """(gradients of q, k, v)."""
+    block = _block(cu_seqlens, window)
+    grads = reference_backward(grad, q, k, v, out, lse, block, scale, softcap or None)
+    return tuple(gradient.to(q.dtype) for gradient in grads)
 
 
 def _fake(
@@ -122,7 +87,10 @@ BACKWARD = define(
 
 
 class _Attention(torch.autograd.Function):
-    """q [T, Q, D], k, v [T, K, D] -> [T, Q, D]. Saved: q, k, v, the output, log-sum-exp [Q, T], cu_seqlens."""
+    """q [T, Q, D], k, v [T, K, D], sinks [Q] or None -> [T, Q, D].
+
+    Saved: q, k, v, the output, log-sum-exp [Q, T], cu_seqlens, sinks.
+    """
 
     @staticmethod
     def forward(
@@ -130,20 +98,27 @@ class _Attention(torch.autograd.Function):
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        sinks: Tensor | None,
         cu_seqlens: Tensor,
         scale: float,
         window: int,
         softcap: float,
     ) -> Tensor:
         out, lse = FORWARD(q, k, v, cu_seqlens, scale, window, softcap)
-        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
+        if sinks is not None:
+            out, lse = add_sinks(out, lse, sinks)
+        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens, sinks)
         ctx.options = (scale, window, softcap)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *BACKWARD(grad.contiguous(), *ctx.saved_tensors, *ctx.options), None, None, None, None
+        q, k, v, out, lse, cu_seqlens, sinks = ctx.saved_tensors
+        grad = grad.contiguous()
+        grads = BACKWARD(grad, q, k, v, out, lse, cu_seqlens, *ctx.options)
+        grad_sinks = None if sinks is None else sinks_gradient(grad, out, lse, sinks)
+        return *grads, grad_sinks, None, None, None, None
 
 
 def packed(
@@ -155,10 +130,13 @@ def packed(
     scale: float,
     window: int | None,
     softcap: float | None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """The body of attention that calls these operators; see attention_bodies for the arguments."""
+    q, k, v, value_dim = one_width(q, k, v)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    return _Attention.apply(q, k, v, segments.cu_seqlens, scale, window or 0, softcap or 0.0)
+    out = _Attention.apply(q, k, v, sinks, segments.cu_seqlens, scale, window or 0, softcap or 0.0)
+    return out[..., :value_dim]
 
 
 def packed_problem() -> str | None:
