@@ -6,20 +6,21 @@ our fused weight (`q_proj` in `attn.qkv`) or all of it (Phi-3's `qkv_proj`).
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from megatune import ops
 from megatune.config.schema import LoraMethod
 from megatune.errors import ConfigError
 from megatune.models.families.base import Piece
 from megatune.models.registry import family_named
-from megatune.parallel.shard import Fused
-from megatune.parallel.tensor import Linear
+from megatune.ops import Segments
+from megatune.parallel.shard import Fused, ShardSpec, local_shape
+from megatune.parallel.tensor import Linear, LowRank
 
 
 @dataclass(frozen=True)
@@ -43,30 +44,69 @@ class LoraAdapter(nn.Module):
     """scale * B A beside a `Linear`, which calls it in place of its own product.
 
     Parameters, always fp32: `lora_a` [modules * rank, in], the A matrices one after the other; `lora_b` [rows of the
-    modules, rank] in the weight's own row order. `modules`: the Hugging Face modules that have an adapter, in the
-    order of our parts. `dropout` acts on the adapter's input, with torch's default generator.
+    modules, rank] in the weight's own row order; under tensor parallelism the slices that `shard_specs` says.
+    `modules`: the Hugging Face modules that have an adapter, in the order of our parts. `name`: the layer's global
+    name. `dropout` acts on the adapter's input; its mask depends on that name and on the tokens' `Segments`.
     """
 
     def __init__(
-        self, linear: Linear, modules: tuple[HfModule, ...], rank: int, scale: float, dropout: float
+        self,
+        linear: Linear,
+        modules: tuple[HfModule, ...],
+        rank: int,
+        scale: float,
+        dropout: float,
+        name: str,
     ) -> None:
         super().__init__()
         self.hf_modules, self.rank, self.scale, self.dropout = modules, rank, scale, dropout
         self.fused = _adapted_rows(linear, modules)
-        if self.fused is None:
-            self.layout = ops.LoraLayout.whole(linear.out_features)
-        else:
-            self.layout = ops.LoraLayout.of(linear.fused.parts, linear.fused.groups, self.fused.names)
+        # lora_b has the weight's own rows in their order where one module is all of it.
+        self._rows = linear.fused if self.fused is None else self.fused
+        self._shard = linear.shard
+        self.layout = self._layout(linear.fused, linear.out_features)
+        held = linear.out_features if linear.shard == "row" else linear.weight.shape[0]
+        self.local_layout = self._layout(linear.local_fused, held)
+        self.a_shape = (len(modules) * rank, linear.in_features)
+        self.b_shape = (self.layout.adapted_rows, rank)
+        self._uid = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
         options = {"dtype": torch.float32, "device": linear.weight.device}
-        self.lora_a = nn.Parameter(torch.empty(len(modules) * rank, linear.in_features, **options))
-        self.lora_b = nn.Parameter(torch.empty(self.layout.adapted_rows, rank, **options))
+        a, b = (local_shape(spec, linear.cut) for spec in self.shard_specs(""))
+        self.lora_a = nn.Parameter(torch.empty(a, **options))
+        self.lora_b = nn.Parameter(torch.empty(b, **options))
 
-    def forward(self, x: Tensor, linear: Linear) -> Tensor:
-        """x [T, in] -> linear(x) + scale * dropout(x) A^T B^T, [T, out]."""
-        dropped = F.dropout(x, self.dropout) if self.training and self.dropout else None
-        return ops.lora_linear(
-            x, linear.weight, linear.bias, self.lora_a, self.lora_b, self.layout, self.scale, dropped
-        )
+    def _layout(self, fused: Fused | None, rows: int) -> ops.LoraLayout:
+        if self.fused is None:
+            return ops.LoraLayout.whole(rows)
+        return ops.LoraLayout.of(fused.parts, fused.groups, self.fused.names)
+
+    def forward(self, x: Tensor, linear: Linear, segments: Segments | None = None) -> Tensor:
+        """The layer's product with W + scale * B A, the second of a dropped x; `segments`: of the tokens."""
+        dropped = None
+        if self.training and self.dropout:
+            rows, first_column = linear.place(segments)
+            key = self._uid ^ (0 if segments is None else segments.key)
+            dropped = ops.keyed_dropout(x, self.dropout, key, rows, first_column)
+        change = LowRank(self.lora_a, self.lora_b, self.local_layout, self.scale, dropped)
+        return linear.product(x, change)
+
+    def shard_specs(self, name: str) -> list[ShardSpec]:
+        """Global shape and slicing of lora_a and lora_b; `name`: the adapter's global name.
+
+        B is cut with a column layer's outputs and A with a row layer's inputs; the other one's gradient is a partial
+        sum, over this process's tokens or over its part of the product.
+        """
+        column, row = self._shard == "column", self._shard == "row"
+        return [
+            ShardSpec(f"{name}.lora_a", self.a_shape, 1 if row else None, partial=not row),
+            ShardSpec(
+                f"{name}.lora_b",
+                self.b_shape,
+                0 if column else None,
+                self._rows if column else None,
+                partial=not column,
+            ),
+        ]
 
     def delta(self, a: Tensor, b: Tensor) -> Tensor:
         """The weight's change [out, in] in fp32, from whole (not sharded) values of lora_a and lora_b."""
@@ -118,7 +158,7 @@ def attach_lora(
     for name, modules in chosen.items():
         if modules:
             linear = model.get_submodule(name)
-            linear.adapter = LoraAdapter(linear, modules, rank, scale, dropout)
+            linear.adapter = LoraAdapter(linear, modules, rank, scale, dropout, name)
 
 
 def hf_modules(model: nn.Module, name: str) -> list[HfModule]:

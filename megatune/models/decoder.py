@@ -22,16 +22,16 @@ from megatune.models.norm import Norm
 from megatune.models.rope import Rotary, inverse_frequencies, rotary
 from megatune.models.spec import DecoderSpec
 from megatune.ops import Segments, Targets
-from megatune.parallel.shard import ShardSpec
+from megatune.parallel.shard import ShardSpec, vocab_rows
 from megatune.parallel.stages import Stage, whole
-from megatune.parallel.tensor import Embedding, Linear
+from megatune.parallel.tensor import Embedding, Linear, gather_columns, gather_tokens, own_tokens
 from megatune.parallel.world import World
 
 
 class Layer(nn.Module):
     """Attention and feed-forward block with their residual connections and norms: x [T, H] -> [T, H]."""
 
-    def __init__(self, spec: DecoderSpec, index: int) -> None:
+    def __init__(self, spec: DecoderSpec, index: int, world: World | None = None) -> None:
         super().__init__()
         before, after = spec.norm_placement != "post", spec.norm_placement != "pre"
 
@@ -39,10 +39,10 @@ class Layer(nn.Module):
             return Norm(spec, spec.hidden_size) if wanted else None
 
         self.attn_norm = norm(before)
-        self.attn = Attention(spec, index)
+        self.attn = _attention(spec, index, world)
         self.attn_post_norm = norm(after)
         self.mlp_norm = norm(before)
-        self.mlp = GatedMLP(spec) if spec.gated_mlp else MLP(spec)
+        self.mlp = _mlp(spec, index, world)
         self.mlp_post_norm = norm(after)
 
     def forward(
@@ -52,8 +52,24 @@ class Layer(nn.Module):
         y = self.attn(y, segments, rotary, cache)
         x = x + (self.attn_post_norm(y) if self.attn_post_norm is not None else y)
         y = self.mlp_norm(x) if self.mlp_norm is not None else x
-        y = self.mlp(y)
+        y = self.mlp(y, segments)
         return x + (self.mlp_post_norm(y) if self.mlp_post_norm is not None else y)
+
+
+def _attention(spec: DecoderSpec, index: int, world: World | None) -> nn.Module:
+    if spec.mla is None:
+        return Attention(spec, index, world)
+    from megatune.models.mla import MLA
+
+    return MLA(spec, index, world)
+
+
+def _mlp(spec: DecoderSpec, index: int, world: World | None) -> nn.Module:
+    if spec.layers[index].moe:
+        from megatune.models.moe import MoE
+
+        return MoE(spec, index, world)
+    return GatedMLP(spec, world) if spec.gated_mlp else MLP(spec, world)
 
 
 class Decoder(nn.Module):
@@ -74,15 +90,17 @@ class Decoder(nn.Module):
         self.recompute = 0
         has_first, has_last = self.stages[0].is_first, self.stages[-1].is_last
         if has_first or (has_last and spec.tied_embeddings):
-            self.embed = Embedding(spec.vocab_size, spec.hidden_size)
+            self.embed = Embedding(spec.vocab_size, spec.hidden_size, vocab=True, world=self.world)
         if has_first and spec.positions == "learned":
-            self.positions = Embedding(spec.max_positions, spec.hidden_size)
+            self.positions = Embedding(spec.max_positions, spec.hidden_size, vocab=False)
         held = (index for stage in self.stages for index in stage.layers)
-        self.layers = nn.ModuleDict({str(index): Layer(spec, index) for index in held})
+        self.layers = nn.ModuleDict({str(index): Layer(spec, index, self.world) for index in held})
         if has_last:
             self.norm = Norm(spec, spec.hidden_size)
             if not spec.tied_embeddings:
-                self.head = Linear(spec.hidden_size, spec.vocab_size, shard="column")
+                self.head = Linear(
+                    spec.hidden_size, spec.vocab_size, shard="column", vocab=True, world=self.world
+                )
         for rope in spec.ropes:
             # Computed here, where tensors are real, for forward passes where they are not.
             inverse_frequencies(rope)
@@ -125,20 +143,32 @@ class Decoder(nn.Module):
             # The factor is rounded to x's dtype, as in Gemma.
             x = x * x.new_full((), self.spec.embedding_scale)
         if self.spec.positions == "learned":
-            x = x + self.positions(positions)
+            x = x + self.positions(own_tokens(positions, self.world.tp))
         return x
 
     def _head(self, x: Tensor, targets: Targets | None) -> Tensor:
         """Norm, projection to the vocabulary, loss. A tied head uses the embedding's weight, which is why weights
         are taken here, in the root's forward, where a sharding wrapper has made them whole."""
         weight = self.embed.weight if self.spec.tied_embeddings else self.head.weight
-        cap = self.spec.logit_softcap
-        if targets is not None:
-            scored_SH = self.norm(x.index_select(0, targets.index))
-            return ops.linear_cross_entropy(scored_SH, weight, targets.labels, softcap=cap)
-        logits_TV = F.linear(self.norm(x), weight)
-        return logits_TV if cap is None else cap * torch.tanh(logits_TV / cap)
+        cap, tp = self.spec.logit_softcap, self.world.tp
+        if targets is None:
+            logits_TV = gather_columns(
+                F.linear(gather_tokens(self.norm(x), tp), weight), self.spec.vocab_size, tp
+            )
+            return logits_TV if cap is None else cap * torch.tanh(logits_TV / cap)
+        if tp.size == 1:
+            scored_SH, cut = self.norm(x.index_select(0, targets.index)), None
+        else:
+            scored_SH = gather_tokens(self.norm(x), tp).index_select(0, targets.index)
+            first, _ = vocab_rows(self.spec.vocab_size, tp.rank, tp.size)
+            cut = ops.VocabCut(first, self.spec.vocab_size, tp.group)
+        return ops.linear_cross_entropy(scored_SH, weight, targets.labels, softcap=cap, cut=cut)
 
     def shard_specs(self) -> dict[str, ShardSpec]:
-        """Global shape and slicing of each parameter of the base model, by global name."""
-        return shard_specs(self.spec, self.stages)
+        """Global shape and slicing of each parameter that is held, the adapters' too, by global name."""
+        found = shard_specs(self.spec, self.stages)
+        for name, module in self.named_modules():
+            adapter = getattr(module, "adapter", None)
+            if adapter is not None:
+                found |= {one.name: one for one in adapter.shard_specs(f"{name}.adapter")}
+        return found

@@ -7,33 +7,39 @@ from torch import Tensor, nn
 
 from megatune import ops
 from megatune.models.spec import DecoderSpec
+from megatune.ops import Segments
+from megatune.parallel.shard import Fused
 from megatune.parallel.tensor import Linear
+from megatune.parallel.world import World
 
 _ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
 
 
 class GatedMLP(nn.Module):
-    """x [T, H] -> down(activation(gate(x)) * up(x)) [T, H]."""
+    """x [T, H] -> down(activation(gate(x)) * up(x)) [T, H]. `size`: inner size; default: the model's."""
 
-    def __init__(self, spec: DecoderSpec) -> None:
+    def __init__(self, spec: DecoderSpec, world: World | None = None, size: int | None = None) -> None:
         super().__init__()
         self.activation = spec.activation
-        fused = spec.gate_up
-        self.gate_up = Linear(spec.hidden_size, fused.rows, spec.mlp_bias, shard="column", fused=fused)
-        self.down = Linear(spec.mlp_size, spec.hidden_size, spec.mlp_bias, shard="row")
+        size = spec.mlp_size if size is None else size
+        fused = Fused(spec.gate_up.parts, size)
+        self.gate_up = Linear(
+            spec.hidden_size, fused.rows, spec.mlp_bias, shard="column", fused=fused, world=world
+        )
+        self.down = Linear(size, spec.hidden_size, spec.mlp_bias, shard="row", world=world)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(ops.glu(self.gate_up(x), self.activation))
+    def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
+        return self.down(ops.glu(self.gate_up(x, segments), self.activation), segments)
 
 
 class MLP(nn.Module):
     """x [T, H] -> down(activation(up(x))) [T, H]."""
 
-    def __init__(self, spec: DecoderSpec) -> None:
+    def __init__(self, spec: DecoderSpec, world: World | None = None) -> None:
         super().__init__()
         self.activation = spec.activation
-        self.up = Linear(spec.hidden_size, spec.mlp_size, spec.mlp_bias, shard="column")
-        self.down = Linear(spec.mlp_size, spec.hidden_size, spec.mlp_bias, shard="row")
+        self.up = Linear(spec.hidden_size, spec.mlp_size, spec.mlp_bias, shard="column", world=world)
+        self.down = Linear(spec.mlp_size, spec.hidden_size, spec.mlp_bias, shard="row", world=world)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(_ACTIVATIONS[self.activation](self.up(x)))
+    def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
+        return self.down(_ACTIVATIONS[self.activation](self.up(x, segments)), segments)

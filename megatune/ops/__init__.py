@@ -1,7 +1,8 @@
 """Ops on the flat stream of tokens: one function per op; what computes it is chosen by device, dtype and features."""
 
 from megatune.ops.attention import attention
-from megatune.ops.cross_entropy import linear_cross_entropy
+from megatune.ops.cross_entropy import VocabCut, linear_cross_entropy
+from megatune.ops.dropout import keyed_dropout
 from megatune.ops.glu import glu
 from megatune.ops.lora import LoraLayout, lora_linear
 from megatune.ops.norm import layer_norm, rms_norm
@@ -16,10 +17,12 @@ __all__ = [
     "LoraLayout",
     "Segments",
     "Targets",
+    "VocabCut",
     "attention",
     "chosen",
     "configure",
     "glu",
+    "keyed_dropout",
     "layer_norm",
     "linear_cross_entropy",
     "lora_linear",

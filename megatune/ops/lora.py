@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatune.ops.checks import floating, same_device
+
+# Given a parameter and what computes its gradient: the gradient, or None where it comes later.
+Defer = Callable[[Tensor, Callable[[], Tensor]], Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,7 @@ class _LoraLinear(torch.autograd.Function):
         x_dropped: Tensor | None,
         layout: LoraLayout,
         scale: float,
+        defer: Defer | None,
     ) -> Tensor:
         dropped = x if x_dropped is None else x_dropped
         low = F.linear(dropped, a.to(x.dtype))
@@ -125,7 +129,9 @@ class _LoraLinear(torch.autograd.Function):
             out.addmm_(low, block.t())
         # x itself is needed only for the gradient of a weight that is trained beside its adapter.
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, dropped, low, weight, a, b)
-        ctx.layout, ctx.scale, ctx.has_dropped = layout, scale, x_dropped is not None
+        ctx.layout, ctx.scale, ctx.has_dropped, ctx.defer = layout, scale, x_dropped is not None, defer
+        if defer is not None:
+            ctx.parameters = weight, a, b
         return out
 
     @staticmethod
@@ -133,24 +139,28 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, dropped, low, weight, a, b = ctx.saved_tensors
         need_x, need_weight, need_bias, need_a, need_b, need_dropped = ctx.needs_input_grad[:6]
-        grad_x = grad_dropped = grad_a = grad_b = None
+        layout, scale = ctx.layout, ctx.scale
+        grad_x = grad_low = grad_dropped = grad_a = grad_b = grad_weight = None
         if need_x:
             grad_x = grad @ weight
         if need_a or need_dropped or (need_x and not ctx.has_dropped):
-            grad_low = grad @ ctx.layout.scatter(b.to(grad.dtype) * ctx.scale)
-            if need_a:
-                grad_a = (grad_low.t() @ dropped).to(a.dtype)
+            grad_low = grad @ layout.scatter(b.to(grad.dtype) * scale)
             if need_dropped:
                 grad_dropped = grad_low @ a.to(grad.dtype)
             elif need_x and not ctx.has_dropped:
                 grad_x.addmm_(grad_low, a.to(grad.dtype))
-        if need_b:
-            grad_b = (
-                ctx.layout.gather((low.t() @ grad).t()).to(b.dtype) * ctx.scale
-            )  # faster than grad^T @ low
-        grad_weight = grad.t() @ x if need_weight else None
+        if need_a:
+            grad_a = _now_or_later(ctx, 1, lambda: (grad_low.t() @ dropped).to(a.dtype))
+        if need_b:  # faster than grad^T @ low
+            grad_b = _now_or_later(ctx, 2, lambda: layout.gather((low.t() @ grad).t()).to(b.dtype) * scale)
+        if need_weight:
+            grad_weight = _now_or_later(ctx, 0, lambda: grad.t() @ x)
         grad_bias = grad.sum(0) if need_bias else None
-        return grad_x, grad_weight, grad_bias, grad_a, grad_b, grad_dropped, None, None
+        return grad_x, grad_weight, grad_bias, grad_a, grad_b, grad_dropped, None, None, None
+
+
+def _now_or_later(ctx: Any, which: int, compute: Callable[[], Tensor]) -> Tensor | None:
+    return compute() if ctx.defer is None else ctx.defer(ctx.parameters[which], compute)
 
 
 def lora_linear(
@@ -162,13 +172,15 @@ def lora_linear(
     layout: LoraLayout,
     scale: float,
     x_dropped: Tensor | None = None,
+    defer: Defer | None = None,
 ) -> Tensor:
     """x @ weight^T + bias + scale * x_dropped @ a^T @ scatter(b)^T.
 
     x [T, in], weight [out, in], bias [out] or None, a [adapters * r, in], b [adapted_rows, r] -> [T, out] of x's
     dtype. `x_dropped` [T, in]: x after the adapter's dropout, where there is one (None: x itself). a and b may be
     fp32 beside a bf16 x; products are in x's dtype, the gradients of a and b are rounded to it before the cast back.
-    ValueError where shapes, dtypes or devices do not fit.
+    `defer`: given weight, a or b and a function that computes its gradient, it returns the gradient, or None and calls
+    the function later. ValueError where shapes, dtypes or devices do not fit.
     """
     op = "lora_linear"
     if x.dim() != 2 or weight.shape != (layout.rows, x.shape[1]) or weight.dtype != x.dtype:
@@ -186,4 +198,4 @@ def lora_linear(
         raise ValueError(f"{op}: x_dropped {tuple(x_dropped.shape)} must be like x {tuple(x.shape)}")
     floating(op, a=a, b=b)
     same_device(op, x, weight=weight, bias=bias, a=a, b=b, x_dropped=x_dropped)
-    return _LoraLinear.apply(x, weight, bias, a, b, x_dropped, layout, scale)
+    return _LoraLinear.apply(x, weight, bias, a, b, x_dropped, layout, scale, defer)

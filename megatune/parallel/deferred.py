@@ -57,6 +57,11 @@ def defer(parameter: nn.Parameter, compute: Callable[[], Tensor]) -> Tensor | No
     return None
 
 
+def active() -> bool:
+    """Whether `defer` puts off now."""
+    return _collector is not None
+
+
 @contextmanager
 def collecting() -> Iterator[Queue]:
     """While it lasts `defer` puts off; the queue is run by whoever opened it, after the end. Not to be nested."""
