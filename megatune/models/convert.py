@@ -1,11 +1,11 @@
-"""Hugging Face tensors to ours and back: a permutation of rows and nothing more.
+"""Hugging Face tensors to ours and back: a permutation of rows, a stack of experts, and nothing more.
 
 These helpers work on whole tensors; the checkpoint room streams slices with `fuse_parts` and `split_parts`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -36,13 +36,18 @@ def from_hf_state(spec: DecoderSpec, family: Family, hf: Mapping[str, Tensor]) -
     """Our state dict from a Hugging Face one, dtypes kept. Raises CheckpointError for a missing or odd tensor."""
     specs, ours = shard_specs(spec), {}
     for name, pieces in family.name_map(spec).items():
-        found = {piece.part: _rows(hf, piece, specs[name].fused, specs[name].shape[0]) for piece in pieces}
-        fused = specs[name].fused
-        ours[name] = found[None] if fused is None else fuse_parts(fused, found)
-        if tuple(ours[name].shape) != specs[name].shape:
+        one = specs[name]
+        if pieces[0].expert is None:
+            ours[name] = _matrix(hf, pieces, one.fused, one.shape, one.expert)
+        else:
+            experts = _by_expert(pieces)
+            ours[name] = torch.stack(
+                [_matrix(hf, experts[expert], one.fused, one.shape[1:]) for expert in range(one.shape[0])]
+            )
+        if tuple(ours[name].shape) != one.shape:
             raise CheckpointError(
                 f"{pieces[0].hf_name}: shape does not fit config.json (as {name} it has {tuple(ours[name].shape)}, "
-                f"{specs[name].shape} is expected); take weights and config from one model"
+                f"{one.shape} is expected); take weights and config from one model"
             )
     return ours
 
@@ -52,14 +57,37 @@ def to_hf_state(spec: DecoderSpec, family: Family, ours: Mapping[str, Tensor]) -
     specs, rows = shard_specs(spec), {}
     for name, pieces in family.name_map(spec).items():
         fused = specs[name].fused
-        parts = {None: ours[name]} if fused is None else split_parts(fused, ours[name])
-        for piece in pieces:
-            rows.setdefault((piece.hf_name, piece.transpose), []).append((piece.first_row, parts[piece.part]))
+        for expert, found in _by_expert(pieces).items():
+            tensor = ours[name] if expert is None else ours[name][expert]
+            parts = {None: tensor} if found[0].part is None else split_parts(fused, tensor)
+            for piece in found:
+                at = rows.setdefault((piece.hf_name, piece.transpose), [])
+                at.append((piece.first_row, parts[piece.part]))
     state = {}
     for (hf_name, transpose), found in rows.items():
         whole = torch.cat([part for _, part in sorted(found, key=lambda item: item[0])])
-        state[hf_name] = whole.t().contiguous() if transpose else whole
+        state[hf_name] = whole.transpose(-1, -2).contiguous() if transpose else whole
     return state
+
+
+def _by_expert(pieces: Sequence[Piece]) -> dict[int | None, list[Piece]]:
+    found: dict[int | None, list[Piece]] = {}
+    for piece in pieces:
+        found.setdefault(piece.expert, []).append(piece)
+    return found
+
+
+def _matrix(
+    hf: Mapping[str, Tensor],
+    pieces: Sequence[Piece],
+    fused: Fused | None,
+    shape: tuple[int, ...],
+    stacked: bool = False,
+) -> Tensor:
+    """One tensor of ours, or one expert of it, from its pieces; a `stacked` one comes from one piece."""
+    if stacked or pieces[0].part is None:
+        return _rows(hf, pieces[0], None, shape[0])
+    return fuse_parts(fused, {piece.part: _rows(hf, piece, fused, shape[0]) for piece in pieces})
 
 
 def _rows(hf: Mapping[str, Tensor], piece: Piece, fused: Fused | None, rows: int) -> Tensor:
@@ -68,7 +96,7 @@ def _rows(hf: Mapping[str, Tensor], piece: Piece, fused: Fused | None, rows: int
             f"tensor {piece.hf_name} is missing; the checkpoint is incomplete or of another model"
         )
     tensor = hf[piece.hf_name]
-    tensor = tensor.t() if piece.transpose else tensor
+    tensor = tensor.transpose(-1, -2) if piece.transpose else tensor
     if piece.part is not None:
         rows = fused.groups * fused.part_rows(piece.part)
     if tensor.shape[0] < piece.first_row + rows:

@@ -7,15 +7,19 @@ from typing import Any
 
 from megatune.errors import ConfigError
 from megatune.models.families.base import Family
+from megatune.models.families.deepseek_v3 import DeepseekV3
 from megatune.models.families.gemma2 import Gemma2
 from megatune.models.families.gemma3 import Gemma3
 from megatune.models.families.gpt2 import GPT2
+from megatune.models.families.gpt_oss import GptOss
 from megatune.models.families.llama import Llama
 from megatune.models.families.mistral import Mistral
+from megatune.models.families.mixtral import Mixtral
 from megatune.models.families.olmo2 import Olmo2
 from megatune.models.families.phi3 import Phi3
 from megatune.models.families.qwen2 import Qwen2
 from megatune.models.families.qwen3 import Qwen3
+from megatune.models.families.qwen3_moe import Qwen3Moe
 
 FAMILIES: tuple[Family, ...] = (
     Llama(),
@@ -27,6 +31,10 @@ FAMILIES: tuple[Family, ...] = (
     Phi3(),
     Olmo2(),
     GPT2(),
+    Mixtral(),
+    Qwen3Moe(),
+    DeepseekV3(),
+    GptOss(),
 )
 
 

@@ -16,6 +16,7 @@ class RopeSpec:
     divided by `factor`); "llama3" (by-frequency interpolation, Llama 3.1); "yarn" (arXiv:2309.00071; `truncate`:
     round the borders of its ramp to whole dimensions); "longrope" (arXiv:2402.13753: per-frequency factors, the long
     ones for documents of more than `original_max_positions` tokens). `attention_factor` multiplies cos and sin.
+    `mscale_all_dim`: YaRN's setting of DeepSeek-V3, which has gone into `DecoderSpec.attention_scale`.
     """
 
     theta: float
@@ -29,6 +30,7 @@ class RopeSpec:
     beta_slow: float = 1.0
     attention_factor: float = 1.0
     truncate: bool = True
+    mscale_all_dim: float = 0.0
     long_factors: tuple[float, ...] = ()
     short_factors: tuple[float, ...] = ()
 

@@ -56,7 +56,8 @@ class Family:
     """One model family. Class attributes: `name` (`DecoderSpec.family`), `model_types` and `architectures` as in
     config.json, `prefix` (Hugging Face's name of the part below the head; files saved from the bare model lack it),
     `layers_name` and `activation_key` (what it calls these), `defaults` (transformers' values of keys that a config
-    may leave out)."""
+    may leave out), `experts_name` (its name of a mixture-of-experts block) and `expert_names` (of an expert's gate, up
+    and down projection)."""
 
     name: ClassVar[str]
     model_types: ClassVar[tuple[str, ...]]
@@ -65,6 +66,8 @@ class Family:
     layers_name: ClassVar[str] = "layers"
     defaults: ClassVar[dict[str, Any]] = {}
     activation_key: ClassVar[str] = "hidden_act"
+    experts_name: ClassVar[str] = "mlp"
+    expert_names: ClassVar[tuple[str, str, str]] = ("gate_proj", "up_proj", "down_proj")
 
     # ---- config: Hugging Face -> ours
 
@@ -150,33 +153,57 @@ class Family:
         """For each of our global names, the pieces of Hugging Face tensors that it is made of."""
         names = {"embed.weight": [Piece(f"{self.prefix}embed_tokens.weight")]}
         for index in range(spec.num_layers):
-            for ours, pieces in self.layer_map(spec, f"{self.prefix}{self.layers_name}.{index}.").items():
+            at = f"{self.prefix}{self.layers_name}.{index}."
+            for ours, pieces in self.layer_map(spec, at, spec.layers[index].moe).items():
                 names[f"layers.{index}.{ours}"] = pieces
         names["norm.weight"] = [Piece(f"{self.prefix}norm.weight")]
         if not spec.tied_embeddings:
             names["head.weight"] = [Piece("lm_head.weight")]
         return names
 
-    def layer_map(self, spec: DecoderSpec, at: str) -> dict[str, list[Piece]]:
-        """Names within one layer; `at`: its prefix in the Hugging Face names."""
-        names = {
+    def layer_map(self, spec: DecoderSpec, at: str, moe: bool) -> dict[str, list[Piece]]:
+        """Names within one layer; `at`: its prefix in the Hugging Face names; `moe`: whether it has experts."""
+        norms = {
             f"{ours}.weight": [Piece(f"{at}{theirs}.weight")]
             for ours, theirs in self.norm_names(spec).items()
         }
+        block = self.experts_map(spec, f"{at}{self.experts_name}.") if moe else self.mlp_map(spec, at)
+        return norms | self.attention_map(spec, f"{at}self_attn.") | block
+
+    def attention_map(self, spec: DecoderSpec, at: str) -> dict[str, list[Piece]]:
+        names = {}
         for kind, wanted in (("weight", True), ("bias", spec.qkv_bias)):
             if wanted:
-                names[f"attn.qkv.{kind}"] = [
-                    Piece(f"{at}self_attn.{part}_proj.{kind}", part) for part in "qkv"
-                ]
+                names[f"attn.qkv.{kind}"] = [Piece(f"{at}{part}_proj.{kind}", part) for part in "qkv"]
         for kind, wanted in (("weight", True), ("bias", spec.attention_out_bias)):
             if wanted:
-                names[f"attn.out.{kind}"] = [Piece(f"{at}self_attn.o_proj.{kind}")]
+                names[f"attn.out.{kind}"] = [Piece(f"{at}o_proj.{kind}")]
+        return names
+
+    def mlp_map(self, spec: DecoderSpec, at: str) -> dict[str, list[Piece]]:
+        names = {}
         for kind, wanted in (("weight", True), ("bias", spec.mlp_bias)):
             if wanted:
                 parts = ("gate", "up")
                 names[f"mlp.gate_up.{kind}"] = [Piece(f"{at}mlp.{part}_proj.{kind}", part) for part in parts]
                 names[f"mlp.down.{kind}"] = [Piece(f"{at}mlp.down_proj.{kind}")]
         return names
+
+    def experts_map(self, spec: DecoderSpec, at: str) -> dict[str, list[Piece]]:
+        """Router and experts, each expert in tensors of its own, which is how most files have them."""
+        gate, up, down = self.expert_names
+        experts = range(spec.moe.num_experts)
+        gates = [Piece(f"{at}experts.{e}.{gate}.weight", "gate", expert=e) for e in experts]
+        ups = [Piece(f"{at}experts.{e}.{up}.weight", "up", expert=e) for e in experts]
+        return {
+            "mlp.router.weight": [Piece(f"{at}gate.weight")],
+            "mlp.experts.gate_up.weight": gates + ups,
+            "mlp.experts.down.weight": [Piece(f"{at}experts.{e}.{down}.weight", expert=e) for e in experts],
+        }
+
+    def is_unused(self, spec: DecoderSpec, hf_name: str) -> bool:
+        """Whether files of this family may hold a tensor of that name which is no part of the model here."""
+        return False
 
     def norm_names(self, spec: DecoderSpec) -> dict[str, str]:
         """Our norm -> Hugging Face's, within a layer."""

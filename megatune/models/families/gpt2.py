@@ -79,7 +79,7 @@ class GPT2(Family):
             "norm.bias": [Piece(f"{at}ln_f.bias")],
         }
 
-    def layer_map(self, spec: DecoderSpec, at: str) -> dict[str, list[Piece]]:
+    def layer_map(self, spec: DecoderSpec, at: str, moe: bool) -> dict[str, list[Piece]]:
         names = {}
         for kind in ("weight", "bias"):
             transpose, qkv = kind == "weight", f"{at}attn.c_attn.{kind}"

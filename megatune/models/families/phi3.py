@@ -37,11 +37,13 @@ class Phi3(Family):
             "sliding_window": spec.layers[0].window,
         }
 
-    def layer_map(self, spec: DecoderSpec, at: str) -> dict[str, list[Piece]]:
-        names = super().layer_map(spec, at)
-        qkv, first_k = f"{at}self_attn.qkv_proj.weight", spec.num_heads * spec.head_dim
+    def attention_map(self, spec: DecoderSpec, at: str) -> dict[str, list[Piece]]:
+        qkv, first_k = f"{at}qkv_proj.weight", spec.num_heads * spec.head_dim
         first_v = first_k + spec.num_kv_heads * spec.head_dim
-        names["attn.qkv.weight"] = [Piece(qkv, "q"), Piece(qkv, "k", first_k), Piece(qkv, "v", first_v)]
+        pieces = [Piece(qkv, "q"), Piece(qkv, "k", first_k), Piece(qkv, "v", first_v)]
+        return super().attention_map(spec, at) | {"attn.qkv.weight": pieces}
+
+    def mlp_map(self, spec: DecoderSpec, at: str) -> dict[str, list[Piece]]:
         gate_up = f"{at}mlp.gate_up_proj.weight"
-        names["mlp.gate_up.weight"] = [Piece(gate_up, "gate"), Piece(gate_up, "up", spec.mlp_size)]
-        return names
+        pieces = [Piece(gate_up, "gate"), Piece(gate_up, "up", spec.mlp_size)]
+        return super().mlp_map(spec, at) | {"mlp.gate_up.weight": pieces}

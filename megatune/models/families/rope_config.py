@@ -68,12 +68,10 @@ def _yarn(
     factor = float(parameters.get("factor") or max_positions / original)
     attention_factor = parameters.get("attention_factor")
     if attention_factor is None:
-
-        def magnitude(scale: float) -> float:
-            return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
-
         over, under = parameters.get("mscale"), parameters.get("mscale_all_dim")
-        attention_factor = magnitude(over) / magnitude(under) if over and under else magnitude(1.0)
+        attention_factor = yarn_magnitude(factor)
+        if over and under:
+            attention_factor = yarn_magnitude(factor, over) / yarn_magnitude(factor, under)
     return RopeSpec(
         theta,
         dim,
@@ -84,7 +82,13 @@ def _yarn(
         beta_slow=float(parameters.get("beta_slow") or 1.0),
         attention_factor=float(attention_factor),
         truncate=bool(parameters.get("truncate", True)),
+        mscale_all_dim=float(parameters.get("mscale_all_dim") or 0.0),
     )
+
+
+def yarn_magnitude(factor: float, scale: float = 1.0) -> float:
+    """How much YaRN's longer contexts (`factor` times) call for larger logits (arXiv:2309.00071, equation 22)."""
+    return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def _longrope(
@@ -125,6 +129,8 @@ def rope_to_hf(rope: RopeSpec) -> dict[str, Any] | None:
         scaling |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
     if rope.scaling == "yarn":
         scaling |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow, "truncate": rope.truncate}
+        if rope.mscale_all_dim:
+            scaling["mscale_all_dim"] = rope.mscale_all_dim
     if rope.scaling == "longrope":
         scaling |= {"long_factor": list(rope.long_factors), "short_factor": list(rope.short_factors)}
     if rope.scaling in ("yarn", "longrope"):
