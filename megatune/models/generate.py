@@ -11,6 +11,7 @@ from megatune.errors import ConfigError
 from megatune.models.cache import KVCache
 from megatune.models.decoder import Decoder
 from megatune.ops import Segments
+from megatune.parallel.tensor import whole_tokens
 
 
 def generate(
@@ -65,7 +66,7 @@ def _generate(
         ids.append(token)
 
 
-@torch.no_grad()
+@whole_tokens()
 def _next_logits(model: Decoder, new_ids: list[int], cache: KVCache, device: torch.device) -> Tensor:
     """Logits [V] of the token after `new_ids`, which continue what is in the cache."""
     training = model.training

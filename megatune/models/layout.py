@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
+from megatune.errors import ParallelError
 from megatune.models.spec import DecoderSpec
-from megatune.parallel.shard import Fused, ShardSpec
+from megatune.parallel.shard import Fused, ShardSpec, vocab_rows
 from megatune.parallel.stages import Stage, whole
 
 
@@ -116,6 +117,32 @@ def _norm(spec: DecoderSpec, name: str) -> Iterator[ShardSpec]:
     yield ShardSpec(f"{name}.weight", (spec.hidden_size,), partial=True)
     if spec.norm == "layer":
         yield ShardSpec(f"{name}.bias", (spec.hidden_size,), partial=True)
+
+
+def check_tensor(spec: DecoderSpec, tp: int) -> None:
+    """ParallelError where the model cannot be cut over `tp` tensor parallel processes; needs none of them."""
+    problem = _tensor_problem(spec, tp)
+    if problem is not None:
+        legal = [str(n) for n in range(1, spec.num_heads + 1) if _tensor_problem(spec, n) is None]
+        raise ParallelError(f"parallel.tensor: {tp} {problem}; use {' or '.join(legal)}")
+
+
+def _tensor_problem(spec: DecoderSpec, tp: int) -> str | None:
+    if spec.num_heads % tp:
+        return f"does not divide the model's {spec.num_heads} attention heads"
+    if spec.mla is None and not spec.qkv.can_split(tp):
+        if spec.num_kv_heads % tp and tp % spec.num_kv_heads:
+            return (
+                f"neither divides the model's {spec.num_kv_heads} key/value heads nor is a multiple of them"
+            )
+        return f"is {tp // spec.num_kv_heads} processes a key/value head, which do not divide its {spec.head_dim} rows"
+    if spec.mlp_size % tp and not all(layer.moe for layer in spec.layers):
+        return f"does not divide the feed-forward block's inner size {spec.mlp_size}"
+    if spec.moe is not None and spec.moe.shared_size % tp:
+        return f"does not divide the shared experts' inner size {spec.moe.shared_size}"
+    if not vocab_rows(spec.vocab_size, tp - 1, tp)[1]:
+        return f"processes cannot each have a part of a vocabulary of {spec.vocab_size} tokens"
+    return None
 
 
 _LOOKED_UP = ("embed.weight", "positions.weight", "head.weight")

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -136,7 +137,7 @@ def vocab_rows(rows: int, rank: int, size: int) -> tuple[int, int]:
     """(first row, rows) of a vocabulary that process `rank` of `size` holds. All but the last of those that hold some
     have the same number, a multiple of 64 where the vocabulary is large enough that none goes empty."""
     share = -(-rows // size)
-    if rows >= 128 * size:
+    if rows >= 64 * size * size:
         share = -(-share // 64) * 64
     start = min(rank * share, rows)
     return start, min(share, rows - start)
@@ -175,6 +176,12 @@ def local_shape(spec: ShardSpec, cut: Cut) -> tuple[int, ...]:
     if spec.tensor_dim is not None:
         shape[spec.tensor_dim] = sum(box.shape[spec.tensor_dim] for box in boxes)
     return tuple(shape)
+
+
+def slice_of(spec: ShardSpec, whole: Tensor, cut: Cut) -> Tensor:
+    """A process's local tensor of the global one (a copy where it is in several parts)."""
+    parts = [box.of(whole) for box in local_boxes(spec, cut)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, spec.tensor_dim)
 
 
 @dataclass(frozen=True, eq=False)
