@@ -1,6 +1,6 @@
 """Weights and training state, in and out: model folders, exports, adapters, layout-free checkpoints."""
 
-from megatune.checkpoint.hf import export_hf, hf_tensors
+from megatune.checkpoint.hf import export_hf
 from megatune.checkpoint.peft import export_peft, load_peft, merge_peft, peft_method
 from megatune.checkpoint.pretrained import load_pretrained
 from megatune.checkpoint.resolve import ModelFolder, resolve_model
@@ -11,10 +11,10 @@ from megatune.checkpoint.store import (
     load,
     newest,
     prune,
-    required_bytes,
     restore,
     save,
     verify,
+    written_bytes,
 )
 from megatune.checkpoint.writer import PendingSave
 
@@ -27,7 +27,6 @@ __all__ = [
     "clean",
     "export_hf",
     "export_peft",
-    "hf_tensors",
     "load",
     "load_peft",
     "load_pretrained",
@@ -35,10 +34,10 @@ __all__ = [
     "newest",
     "peft_method",
     "prune",
-    "required_bytes",
     "resolve_model",
     "restore",
     "save",
     "verify",
     "weights_digest",
+    "written_bytes",
 ]

@@ -1,65 +1,37 @@
-"""Which part of a global tensor a process holds: boxes of any number of dimensions."""
+"""Which parts of a global tensor processes hold: boxes of any number of dimensions."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import combinations, pairwise
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from megatune.errors import CheckpointError
-from megatune.parallel.shard import Box
+from megatune.parallel.shard import Box, Parts
 
 
-@dataclass(frozen=True)
-class Local:
-    """What this process holds of a global tensor: `tensor` fills `box`. `is_first_replica`: of the processes that
-    hold the same box, this one writes it. `is_shared`: a plain tensor, the same on all processes."""
-
-    tensor: Tensor
-    box: Box
-    global_shape: tuple[int, ...]
-    is_first_replica: bool
-    is_shared: bool
+def whole_box(shape: Sequence[int]) -> Box:
+    """All elements of a tensor of this shape."""
+    return Box((0,) * len(shape), tuple(shape))
 
 
-def local_part(name: str, tensor: Tensor) -> Local | None:
-    """This process's part of `tensor`; None where it is not in the tensor's mesh.
+def whole_parts(tensor: Tensor, *, writes: bool = True) -> Parts:
+    """`Parts` of a tensor that this process holds whole."""
+    return Parts(tuple(tensor.shape), ((whole_box(tensor.shape), tensor.detach()),), writes)
 
-    Several mesh dimensions may cut one tensor dimension (outer first), unevenly, to empty parts even: each cut is
-    torch.chunk's, ceil(n / parts) rows a part. Raises CheckpointError for a partial sum or an interleaved sharding.
-    """
-    if not isinstance(tensor, DTensor):
-        whole = Box((0,) * tensor.ndim, tuple(tensor.shape))
-        return Local(tensor.detach(), whole, tuple(tensor.shape), True, True)
-    mesh = tensor.device_mesh
-    coordinate = mesh.get_coordinate()
-    if coordinate is None:
-        return None
-    offset, shape, is_first = [0] * tensor.ndim, list(tensor.shape), True
-    for mesh_dim, placement in enumerate(tensor.placements):
-        if isinstance(placement, Replicate):
-            is_first = is_first and coordinate[mesh_dim] == 0
-        elif type(placement) is Shard:
-            dim = placement.dim % max(1, tensor.ndim)
-            part = -(-shape[dim] // mesh.size(mesh_dim))
-            start = min(coordinate[mesh_dim] * part, shape[dim])
-            offset[dim] += start
-            shape[dim] = min(part, shape[dim] - start)
-        else:
-            raise CheckpointError(
-                f"{name}: placement {placement} cannot be saved or loaded; use Shard or Replicate"
-            )
-    local = tensor.detach().to_local()
-    box = Box(tuple(offset), tuple(shape))
-    if box.numel != local.numel() or (box.numel and box.shape != tuple(local.shape)):
-        raise CheckpointError(
-            f"{name}: this process holds {tuple(local.shape)} where its placement {tensor.placements} says {box.shape}"
-        )
-    return Local(local, box, tuple(tensor.shape), is_first, False)
+
+def within(box: Box, outer: Box) -> Box:
+    """The place of `box` in a tensor that holds just the elements of `outer`."""
+    return Box(tuple(a - b for a, b in zip(box.offset, outer.offset, strict=True)), box.shape)
+
+
+def hull(boxes: Iterable[Box]) -> Box:
+    """The smallest box around some boxes."""
+    ends = [(box.offset, tuple(map(sum, zip(box.offset, box.shape, strict=True)))) for box in boxes]
+    offset = tuple(map(min, zip(*(first for first, _ in ends), strict=True)))
+    stop = tuple(map(max, zip(*(last for _, last in ends), strict=True)))
+    return Box(offset, tuple(b - a for a, b in zip(offset, stop, strict=True)))
 
 
 def tile_exactly(boxes: Sequence[Box], shape: tuple[int, ...]) -> bool:
@@ -69,9 +41,22 @@ def tile_exactly(boxes: Sequence[Box], shape: tuple[int, ...]) -> bool:
         return False
     if any(o < 0 or o + n > s for box in boxes for o, n, s in zip(box.offset, box.shape, shape, strict=True)):
         return False
-    # A grid (each dimension cut at the same places everywhere) is proved in linear time; anything else pairwise.
+    # A grid (each dimension cut at the same places everywhere) is proved in linear time.
     cuts = [sorted({(box.offset[d], box.shape[d]) for box in boxes}) for d in range(len(shape))]
     is_grid = all(a + n == b for dim in cuts for (a, n), (b, _) in pairwise(dim))
     if is_grid and len(set(boxes)) == len(boxes) == math.prod(len(dim) for dim in cuts):
         return True
-    return all(a & b is None for a, b in combinations(boxes, 2))
+    return not _any_overlap(boxes)
+
+
+def _any_overlap(boxes: list[Box]) -> bool:
+    """Sweeps along the first dimension, so that a box meets only those that share rows with it."""
+    if not boxes or not boxes[0].shape:
+        return len(boxes) > 1
+    reaching: list[Box] = []
+    for box in sorted(boxes, key=lambda box: box.offset):
+        reaching = [other for other in reaching if other.offset[0] + other.shape[0] > box.offset[0]]
+        if any(box & other is not None for other in reaching):
+            return True
+        reaching.append(box)
+    return False

@@ -1,4 +1,4 @@
-"""A model as a Hugging Face folder, gathered and written tensor by tensor."""
+"""A model as a Hugging Face folder, collected and written tensor by tensor."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from types import TracebackType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
+from megatune.checkpoint.boxes import whole_box
+from megatune.checkpoint.collect import Collected, on_main
+from megatune.checkpoint.mapping import Mapped
 from megatune.checkpoint.pretrained import base_map
 from megatune.checkpoint.resolve import ModelFolder
 from megatune.checkpoint.safetensors_file import SafetensorsWriter
 from megatune.checkpoint.sources import INDEX, SINGLE
 from megatune.errors import CheckpointError
 from megatune.models.registry import family_named
+from megatune.parallel.shard import Box, Parts
 
 MAX_SHARD_BYTES = 5 * 10**9
 # What travels from the source folder beside the weights.
@@ -40,6 +41,7 @@ _COPIED = (
 
 
 def export_hf(
+    weights: Mapping[str, Parts],
     model: nn.Module,
     folder: Path,
     *,
@@ -47,63 +49,57 @@ def export_hf(
     merge: bool,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write `model` (a `Decoder`, maybe sharded) as a folder that transformers opens with equal logits.
+    """Write a model as a folder that transformers opens with equal logits.
 
-    `source`: the folder that it came from, which gives the config's other keys, tokenizer, chat template and
-    generation config. `merge`: add the adapters to the weights (in fp32); else they are left out. `dtype`: of all
-    tensors, default the embedding's. Every rank calls it; tensors are gathered one by one and rank 0 writes them. The
-    folder appears whole or not at all; a model folder that is there is replaced. CheckpointError on every rank where
+    `weights`: what this process holds of it. `model`: the whole `Decoder` with its adapters, on meta even: what there
+    is, under any layout. `source`: the folder that it came from, which gives the config's other keys, tokenizer, chat
+    template and generation config. `merge`: add the adapters to the weights (in fp32); else they are left out. `dtype`:
+    of all tensors, default the embedding's. Every process calls it; rank 0 writes, and gets the tensors one by one. The
+    folder appears whole or not at all; a model folder that is there is replaced. CheckpointError on every process where
     rank 0 cannot write.
     """
-    keep_sharded(model)
-    dtype = dtype or next(model.parameters()).dtype
     config = family_named(model.spec.family).hf_config(model.spec, source.hf_config if source else None)
-    if not is_main():
-        for _ in hf_tensors(model, merge=merge, dtype=dtype, wanted=False):
-            pass
-        agree(None)
-        return
-    tensors = hf_tensors(model, merge=merge, dtype=dtype)
-    error = None
-    try:
+
+    def write(tensors: Collected) -> None:
+        kind = dtype or tensors.dtype("embed.weight")
         shapes = {
-            name: shape for item in base_map(model).values() for name, shape in item.hf_shapes().items()
+            name: shape for item in base_map(model.spec).values() for name, shape in item.hf_shapes().items()
         }
-        with FolderWriter(folder, shapes, dtype, config, source.path if source else None) as writer:
-            for name, tensor in tensors:
+        with FolderWriter(folder, shapes, kind, config, source.path if source else None) as writer:
+            for name, tensor in hf_tensors(tensors, model, merge=merge, dtype=kind):
                 writer.write(name, tensor)
-    except (OSError, CheckpointError) as problem:
-        for _ in tensors:  # the other ranks are still gathering
-            pass
-        error = sentence(problem, folder)
-    agree(error)
+
+    on_main(weights, folder, write)
 
 
 def hf_tensors(
-    model: nn.Module, *, merge: bool, dtype: torch.dtype, wanted: bool = True
+    tensors: Collected, model: nn.Module, *, merge: bool, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, tensor in `dtype`) of each tensor of a checkpoint of `model`, on the model's device.
+    """(Hugging Face name, tensor in `dtype`, on the host) of each tensor of a checkpoint of `model`, the whole one.
 
-    Every rank must exhaust it, as sharded tensors are gathered on the way; one whole tensor is in memory at a time.
-    `wanted` False: take part in that and yield nothing.
+    One of our tensors is in memory at a time, or one expert of it where the checkpoint has the experts one by one.
+    CheckpointError where the processes do not hold it all.
     """
-    with torch.no_grad():
-        for name, mapped in base_map(model).items():
-            tensor = model.get_parameter(name).detach()
-            adapter = _adapter_of(model, name) if merge else None
-            if adapter is None:
-                whole = gather(tensor.to(dtype))  # cast first: fewer bytes to gather
-            else:
-                whole, a, b = gather(tensor), gather(adapter.lora_a.detach()), gather(adapter.lora_b.detach())
-                if wanted:
-                    whole = (whole.float() + adapter.delta(a, b)).to(dtype)
-            if wanted:
-                yield from mapped.split(whole)
+    mapped = base_map(model.spec)
+    tensors.check({name: item.shape for name, item in mapped.items()})
+    for name, item in mapped.items():
+        adapter = _adapter_of(model, name) if merge else None
+        if adapter is None:
+            for box in item.boxes():
+                yield from item.split(tensors.pull(name, box, dtype), box)
+            continue
+        factors = {f"{name.rpartition('.')[0]}.adapter.{n}": p.shape for n, p in adapter.named_parameters()}
+        tensors.check({factor: tuple(shape) for factor, shape in factors.items()})
+        a, b = (tensors.pull(factor, whole_box(shape)) for factor, shape in factors.items())
+        for box in item.boxes():
+            change = adapter.delta(*(_experts(factor, item, box) for factor in (a, b)))
+            merged = (tensors.pull(name, box).float() + change).to(dtype)
+            yield from item.split(merged, box)
 
 
-def gather(tensor: Tensor) -> Tensor:
-    """The whole of a tensor, on every rank of its mesh."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def _experts(factor: Tensor, item: Mapped, box: Box) -> Tensor:
+    """Of an adapter's factor [E, ..] the experts in `box`; of any other all."""
+    return factor[box.offset[0] : box.offset[0] + box.shape[0]] if item.stacked else factor
 
 
 class FolderWriter:
@@ -205,32 +201,6 @@ def put_in_place(temporary: Path, folder: Path) -> None:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def agree(error: str | None) -> None:
-    """End a step in which rank 0 wrote: CheckpointError on every rank where it failed, and a barrier."""
-    box = [error]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
-    if box[0] is not None:
-        raise CheckpointError(box[0])
-
-
-def sentence(problem: Exception, folder: Path) -> str:
-    if isinstance(problem, OSError):
-        return f"{folder}: cannot be written ({problem.strerror or problem})"
-    return str(problem)
-
-
-def is_main() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def keep_sharded(model: nn.Module) -> None:
-    """After an evaluation fully_shard may still hold whole parameters, in another dtype; the sharded ones are meant."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
 
 
 def _adapter_of(model: nn.Module, name: str) -> nn.Module | None:

@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 
-from megatune.checkpoint.boxes import Box, tile_exactly
+from megatune.checkpoint.boxes import tile_exactly
 from megatune.checkpoint.safetensors_file import DTYPES
 from megatune.errors import CheckpointError
+from megatune.parallel.shard import Box
 
 BLOCK_BYTES = 4 * 2**20
 FORMAT = 1

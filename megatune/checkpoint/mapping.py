@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -10,14 +9,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from megatune.checkpoint.boxes import local_part
 from megatune.checkpoint.sources import TensorSource
 from megatune.errors import CheckpointError
 from megatune.models.families.base import Piece
 from megatune.parallel.shard import Box, Fused
-
-# Rows are read in portions of about this size, so that host memory does not grow with the largest tensor.
-PORTION_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -197,27 +192,6 @@ def check_source(
             f"{source}: {len(unknown)} tensors do not belong to this model, the first is {unknown[0]}; loading without "
             "them would change the model"
         )
-
-
-@torch.no_grad()
-def fill(name: str, parameter: Tensor, mapped: Mapped, source: TensorSource) -> None:
-    """Read this rank's part of `parameter` from `source`, in portions of about PORTION_BYTES."""
-    part = local_part(name, parameter)
-    if part is None or part.box.numel == 0:
-        return
-    (first, *rest), (rows, *others) = part.box.offset, part.box.shape
-    size = mapped.group_rows
-    row_bytes = math.prod(mapped.shape[1:]) * source.dtype(mapped.pieces[0].hf_name).itemsize
-    portion = max(1, PORTION_BYTES // (row_bytes * size)) * size
-    if mapped.pieces[0].transpose and not mapped.stacked:
-        portion = mapped.shape[0]  # our rows are the file's columns: every portion would read all of it
-    start = first
-    while start < first + rows:
-        # Portions end at borders of groups, so that no group is read twice.
-        stop = min(first + rows, start // size * size + portion)
-        box = Box((start, *rest), (stop - start, *others))
-        part.tensor[start - first : stop - first].copy_(mapped.read_box(source, box))
-        start = stop
 
 
 def strip_prefix(mapped: Mapping[str, Mapped], prefix: str) -> dict[str, Mapped]:

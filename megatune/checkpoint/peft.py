@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +12,18 @@ import torch
 from torch import nn
 
 from megatune.adapters.lora import HfModule, LoraAdapter, lora_scale
-from megatune.checkpoint.hf import (
-    FolderWriter,
-    agree,
-    gather,
-    is_main,
-    keep_sharded,
-    put_in_place,
-    sentence,
-    temporary_beside,
-    write_json,
-)
-from megatune.checkpoint.mapping import Mapped, check_source, fill
+from megatune.checkpoint.boxes import whole_box
+from megatune.checkpoint.collect import Collected, on_main
+from megatune.checkpoint.filling import fill
+from megatune.checkpoint.hf import FolderWriter, put_in_place, temporary_beside, write_json
+from megatune.checkpoint.mapping import Mapped, check_source
 from megatune.checkpoint.resolve import ModelFolder
 from megatune.checkpoint.safetensors_file import SafetensorsFile, SafetensorsWriter
 from megatune.checkpoint.sources import read_json
 from megatune.config.schema import LoraMethod
 from megatune.errors import CheckpointError
 from megatune.models.families.base import Piece
-from megatune.parallel.shard import Fused
+from megatune.parallel.shard import Fused, Parts
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -86,39 +79,35 @@ def _tensor(module: HfModule, matrix: str) -> str:
     return f"{_PREFIX}{module.path}.lora_{matrix}.weight"
 
 
-def export_peft(model: nn.Module, folder: Path, *, method: LoraMethod, base_path: str) -> None:
-    """Write the adapters of `model` (maybe sharded) as a folder that `peft` loads; fp32.
+def export_peft(
+    weights: Mapping[str, Parts], model: nn.Module, folder: Path, *, method: LoraMethod, base_path: str
+) -> None:
+    """Write adapters as a folder that `peft` loads; fp32.
 
-    `base_path`: goes into the config as the base model. Every rank calls it, rank 0 writes. The folder appears whole or
-    not at all; an adapter that is there is replaced. CheckpointError on every rank where rank 0 cannot write.
+    `weights`: what this process holds (of the base model too, it does not matter). `model`: the whole `Decoder` with
+    its adapters, on meta even. `base_path`: goes into the config as the base model. Every process calls it, rank 0
+    writes. The folder appears whole or not at all; an adapter that is there is replaced. CheckpointError on every
+    process where rank 0 cannot write.
     """
-    keep_sharded(model)
-    parameters, mapped = dict(model.named_parameters()), adapter_map(model)
-    tensors: dict[str, torch.Tensor] = {}
-    for name, item in mapped.items():  # adapters are small: whole in memory
-        whole = gather(parameters[name].detach().float())
-        if is_main():
-            tensors |= {key: value.cpu() for key, value in item.split(whole)}
-    error = None
-    if is_main():
+
+    def write(tensors: Collected) -> None:
+        mapped = adapter_map(model)
+        tensors.check({name: item.shape for name, item in mapped.items()})
+        temporary = temporary_beside(folder, None)
         try:
-            _write(folder, tensors, _config(model, method, base_path))
-        except (OSError, CheckpointError) as problem:
-            error = sentence(problem, folder)
-    agree(error)
+            shapes = {key: shape for item in mapped.values() for key, shape in item.hf_shapes().items()}
+            entries = [(key, torch.float32, shape) for key, shape in shapes.items()]
+            with SafetensorsWriter(temporary / WEIGHTS, entries) as writer:
+                for name, item in mapped.items():
+                    whole = tensors.pull(name, whole_box(item.shape), torch.float32)
+                    for key, tensor in item.split(whole):
+                        writer.write(key, tensor)
+            write_json(temporary / CONFIG, _config(model, method, base_path))
+            put_in_place(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
-
-def _write(folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
-    temporary = temporary_beside(folder, None)
-    try:
-        entries = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
-        with SafetensorsWriter(temporary / WEIGHTS, entries) as writer:
-            for name, tensor in tensors.items():
-                writer.write(name, tensor)
-        write_json(temporary / CONFIG, config)
-        put_in_place(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    on_main(weights, folder, write)
 
 
 def _config(model: nn.Module, method: LoraMethod, base_path: str) -> dict[str, Any]:
@@ -148,9 +137,10 @@ def peft_method(folder: Path) -> LoraMethod:
     return _method(config, folder)
 
 
-def load_peft(model: nn.Module, folder: Path) -> None:
-    """Fill the adapters of `model` (attached, with memory, maybe sharded) from a PEFT folder; every rank calls it and
-    reads its rows. CheckpointError where the folder has other modules, ranks or scales than the model."""
+def load_peft(weights: Mapping[str, Parts], model: nn.Module, folder: Path) -> None:
+    """Fill the adapters among `weights` from a PEFT folder; every process calls it and reads its rows. `model`: the
+    whole `Decoder` with its adapters, on meta even. CheckpointError where the folder has other modules, ranks or
+    scales than the model."""
     config, source = _open(folder)
     method, mapped = _method(config, folder), adapter_map(model)
     known = {piece.hf_name for item in mapped.values() for piece in item.pieces}
@@ -161,9 +151,9 @@ def load_peft(model: nn.Module, folder: Path) -> None:
                 f"{folder / CONFIG}: scales its adapters by {lora_scale(method):g} but the run by {adapter.scale:g} "
                 f"({name}); set method.alpha: {method.alpha:g} and method.rslora: {str(method.rslora).lower()}"
             )
-    parameters = dict(model.named_parameters())
-    for name, item in mapped.items():
-        fill(name, parameters[name], item, source)
+    for name, parts in weights.items():
+        if ".adapter." in name:
+            fill(name, parts, mapped[name], source)
 
 
 def merge_peft(base: ModelFolder, adapter: Path, folder: Path, dtype: torch.dtype | None = None) -> None:

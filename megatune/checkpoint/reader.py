@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatune.checkpoint.boxes import Box
-from megatune.checkpoint.manifest import BLOCK_BYTES, Chunk, DamagedError, FileEntry, TensorEntry
+from megatune.checkpoint.boxes import within
+from megatune.checkpoint.manifest import BLOCK_BYTES, Chunk, DamagedError, FileEntry
 from megatune.checkpoint.safetensors_file import SafetensorsFile
 from megatune.errors import CheckpointError
+from megatune.parallel.shard import Box
 
 # Host memory that one thread reads into at a time.
 _SLAB_BYTES = 16 * BLOCK_BYTES
@@ -85,30 +86,39 @@ class ShardFile(CheckpointFile):
         self._tensors = parsed.entries
         parsed.close()
 
-    def fill(self, target: Tensor, target_box: Box, chunk: Chunk, entry: TensorEntry) -> int:
+    def fill(self, target: Tensor, target_box: Box, chunk: Chunk, dtype: torch.dtype) -> int:
         """Copy the elements that `chunk` and `target_box` share into `target` (any device, any strides; it fills
         `target_box`). Returns how many they are."""
         common = target_box & chunk.box
         if common is None:
             return 0
         stored = self._tensors.get(chunk.key)
-        if stored is None or stored.shape != chunk.box.shape or stored.dtype != entry.dtype:
+        if stored is None or stored.shape != chunk.box.shape or stored.dtype != dtype:
             raise DamagedError(f"{self.path} does not hold {chunk.key} as its manifest says")
-        if not chunk.box.shape:  # a scalar
-            target.copy_(self._elements(stored.offset, (), entry.dtype))
-            return 1
-        source = Box(tuple(a - b for a, b in zip(common.offset, chunk.box.offset, strict=True)), common.shape)
-        into = Box(tuple(a - b for a, b in zip(common.offset, target_box.offset, strict=True)), common.shape)
-        destination = _narrow(target, into, first_dim=0)
-        rest = chunk.box.shape[1:]
-        row_bytes = math.prod(rest) * entry.dtype.itemsize
-        rows_at_once = max(1, _SLAB_BYTES // row_bytes)
-        for row in range(0, common.shape[0], rows_at_once):
-            rows = min(rows_at_once, common.shape[0] - row)
-            start = stored.offset + (source.offset[0] + row) * row_bytes
-            slab = self._elements(start, (rows, *rest), entry.dtype)
-            destination.narrow(0, row, rows).copy_(_narrow(slab, source, first_dim=1))
+        destination = within(common, target_box).of(target)
+        self._copy(destination, stored.offset, chunk.box.shape, within(common, chunk.box))
         return common.numel
+
+    def _copy(self, target: Tensor, start: int, shape: tuple[int, ...], source: Box) -> None:
+        """The elements `source` of the tensor of `shape` that begins at byte `start` into `target`."""
+        if not shape:  # a scalar
+            target.copy_(self._elements(start, (), target.dtype))
+            return
+        rest = shape[1:]
+        row_bytes = math.prod(rest) * target.dtype.itemsize
+        first, rows = source.offset[0], source.shape[0]
+        if len(shape) > 2 and source.shape[1:] != rest:  # some rows of some matrices: these, and no others
+            inner = Box(source.offset[1:], source.shape[1:])
+            for row in range(rows):
+                self._copy(target[row], start + (first + row) * row_bytes, rest, inner)
+            return
+        rows_at_once = max(1, _SLAB_BYTES // row_bytes)
+        for row in range(0, rows, rows_at_once):
+            count = min(rows_at_once, rows - row)
+            slab = self._elements(start + (first + row) * row_bytes, (count, *rest), target.dtype)
+            target.narrow(0, row, count).copy_(
+                Box((0, *source.offset[1:]), (count, *source.shape[1:])).of(slab)
+            )
 
     def _elements(self, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return self.read(start, start + math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
@@ -124,9 +134,3 @@ def _read_into(path: Path, data: memoryview, position: int) -> None:
             data, position = data[count:], position + count
     finally:
         os.close(descriptor)
-
-
-def _narrow(tensor: Tensor, box: Box, first_dim: int) -> Tensor:
-    for dim in range(first_dim, tensor.ndim):
-        tensor = tensor.narrow(dim, box.offset[dim], box.shape[dim])
-    return tensor

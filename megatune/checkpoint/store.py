@@ -1,7 +1,8 @@
 """Checkpoints of a run: one folder a step, sharded, written in the background, without any layout.
 
-`state` is a dict of global tensors by name, plain or DTensor. What was saved under one sharding loads under any other:
-each process reads just the boxes that it holds. Names of folders: `step-000120` is a checkpoint; anything that starts
+`state` holds global tensors by name, as far as this process holds them (`Parts`), or plain tensors, which are the same
+on all processes. What was saved under one layout loads under any other: each process reads just the boxes that it
+holds. Names of folders: `step-000120` is a checkpoint; anything that starts
 with a dot is unfinished or left by a dead process, and no reader looks at it.
 """
 
@@ -14,22 +15,22 @@ import platform
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from megatune import __version__
 from megatune.checkpoint import files
-from megatune.checkpoint.boxes import local_part
-from megatune.checkpoint.manifest import RUN, DamagedError, Manifest, TensorEntry, read_manifest
+from megatune.checkpoint.boxes import whole_parts
+from megatune.checkpoint.manifest import RUN, Chunk, DamagedError, Manifest, TensorEntry, read_manifest
 from megatune.checkpoint.reader import CheckpointFile, ShardFile
 from megatune.checkpoint.writer import Job, PendingSave, plan, snapshot
 from megatune.errors import CheckpointError
+from megatune.parallel.shard import Box, Parts
 
 _log = logging.getLogger(__name__)
 
@@ -37,6 +38,8 @@ _STEP = re.compile(r"step-(\d{6,})")
 _READ_THREADS = 4
 
 _in_flight: PendingSave | None = None
+
+State = Mapping[str, Tensor | Parts]
 
 
 class Processes(Protocol):
@@ -52,11 +55,13 @@ class Processes(Protocol):
 
     def max(self, values: list[float]) -> list[float]: ...
 
+    def gather_objects(self, value: Any) -> list[Any]: ...
+
 
 def save(
     folder: str | Path,
     step: int,
-    state: dict[str, Tensor | DTensor],
+    state: State,
     extra: dict[str, Any],
     world: Processes,
     *,
@@ -64,24 +69,26 @@ def save(
     background: bool = True,
     timeout: float = 1800.0,
 ) -> PendingSave:
-    """Save `state` as `<folder>/step-<step>`; every process calls it, with the same names.
+    """Save `state` as `<folder>/step-<step>`; every process calls it, with the names that it holds something of.
 
     When it returns, the state is copied and may change; the files follow in the background (`background=False`: they
     are there when it returns, and host tensors are not copied). `extra`: JSON values, rank 0's are kept. `keep_last`:
     then prune to that many. Waits for the save before this one. Each file is read back before the checkpoint counts.
 
-    Plain tensors must be the same on all processes. `timeout`: seconds in which each process has to finish its file.
+    Plain tensors must be the same on all processes; of `Parts`, those that one `writes` are saved, and all processes
+    together must cover each tensor exactly once. `timeout`: seconds in which each process
+    has to finish its file.
     Raises CheckpointError where the folder cannot be written, or an earlier save failed and nobody looked.
     """
     global _in_flight
     folder = Path(folder)
     if _in_flight is not None:
         _in_flight.wait()
-    parts, shared_digest = plan(state, world.rank, world.world_size)
+    mine, shared_digest = plan(state, world.rank, world.world_size)
     versions = {"megatune": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
     run_text = json.dumps({"step": step, "versions": versions, "extra": extra}, indent=1).encode()
     final = folder / f"step-{step:06d}"
-    pieces = snapshot(parts, copy=background)
+    pieces = snapshot(mine, copy=background)
     name, problem = world.broadcast(_make_temporary(folder, final.name) if world.is_main else None)
     if problem:
         raise CheckpointError(problem)
@@ -172,25 +179,28 @@ def _quick_check(step_folder: Path) -> Manifest:
 
 def load(
     step_folder: str | Path,
-    state: dict[str, Tensor | DTensor],
+    state: State,
     *,
     strict: bool = True,
     verify: bool = True,
 ) -> dict[str, Any]:
-    """Fill `state`'s tensors in place, under whatever sharding they have; returns `extra`. No communication.
+    """Fill `state`'s tensors in place, however they are cut; returns `extra`. No communication.
 
-    `strict`: the names in the checkpoint and in `state` must be the same; else only those in both are filled.
-    `verify`: check the checksum of every block that is read. Raises CheckpointError for a name, shape or dtype that
-    does not fit, before anything is filled; DamagedError (a CheckpointError) where bytes are missing or wrong, when
-    some tensors may already be filled.
+    `strict`: the checkpoint must have all names of `state` (what else it has is not looked at: other processes may
+    hold it); else only those that it has are filled. `verify`: check the checksum of every block that is read. Raises
+    CheckpointError for a name, shape or dtype that does not fit, before anything is filled; DamagedError (a
+    CheckpointError) where bytes are missing or wrong, when some tensors may already be filled.
     """
     step_folder = Path(step_folder)
     manifest = read_manifest(step_folder)
-    names = _matching_names(step_folder, manifest, state, strict)
+    parts = {name: _parts(value) for name, value in state.items()}
+    names = _matching_names(step_folder, manifest, parts, strict)
     run = CheckpointFile(step_folder / RUN, manifest.files[RUN], verify=verify)
     extra = json.loads(run.read_all())["extra"]
-    work = [(name, state[name], manifest.tensors[name]) for name in names]
-    needed = {chunk.file for item in work for chunk in _chunks_here(*item)}
+    work = [
+        (name, manifest.tensors[name], box, tensor) for name in names for box, tensor in parts[name].parts
+    ]
+    needed = {chunk.file for _, entry, box, _ in work for chunk in _chunks_in(entry, box)}
     shards = {
         name: ShardFile(step_folder / name, manifest.files[name], verify=verify) for name in sorted(needed)
     }
@@ -202,7 +212,7 @@ def load(
 
 def restore(
     folder: str | Path,
-    state: dict[str, Tensor | DTensor],
+    state: State,
     world: Processes,
     warn: Callable[[str], None] | None = None,
 ) -> tuple[Path, dict[str, Any]] | None:
@@ -210,7 +220,8 @@ def restore(
     together. Returns (its folder, extra), or None where there is no checkpoint at all.
 
     A damaged checkpoint is passed over with a sentence to `warn`, on every process for the same older one. Raises
-    CheckpointError where there are checkpoints and none is whole, or where one does not fit `state`.
+    CheckpointError, on all processes the same, where there are checkpoints and none is whole, or where one does not
+    fit: it lacks a tensor of some process, has it otherwise, or holds one that no process has.
     """
     folder = Path(folder)
     if world.is_main:
@@ -220,14 +231,19 @@ def restore(
     for text in candidates:
         path, extra, wrong = Path(text), {}, None
         try:
-            _quick_check(path)
-            extra = load(path, state)
+            manifest = _quick_check(path)
         except DamagedError as error:
             wrong = str(error)
-        if not world.max([float(wrong is not None)])[0]:
-            if world.is_main:
-                _set_aside(candidates[: candidates.index(text)])
-            return path, extra
+        if not _any(world, wrong):
+            _check_fit(path, manifest, state, world)
+            try:
+                extra = load(path, state)
+            except DamagedError as error:
+                wrong = str(error)
+            if not _any(world, wrong):
+                if world.is_main:
+                    _set_aside(candidates[: candidates.index(text)])
+                return path, extra
         (warn or _log.warning)(
             f"checkpoint {path.name} is passed over: {wrong or 'another process found it damaged'}"
         )
@@ -239,6 +255,30 @@ def restore(
     return None
 
 
+def _any(world: Processes, wrong: str | None) -> bool:
+    """Whether something is wrong on any process."""
+    return bool(world.max([float(wrong is not None)])[0])
+
+
+def _check_fit(path: Path, manifest: Manifest, state: State, world: Processes) -> None:
+    """Raise the same CheckpointError on all processes where the checkpoint is not of what they hold together."""
+    try:
+        _matching_names(path, manifest, {name: _parts(value) for name, value in state.items()}, True)
+        wrong = None
+    except CheckpointError as error:
+        wrong = str(error)
+    wrong = world.broadcast(next((text for text in world.gather_objects(wrong) if text), None))
+    if wrong:
+        raise CheckpointError(wrong)
+    names = sorted(manifest.tensors)
+    wanted = world.max([float(name in state) for name in names])
+    unwanted = [name for name, count in zip(names, wanted, strict=True) if not count]
+    if unwanted:
+        raise CheckpointError(
+            f"{path} holds {_some(unwanted)} too; it was saved from another model or method"
+        )
+
+
 def _set_aside(damaged: list[str]) -> None:
     """Give checkpoints that were passed over a name that no reader takes for one: retention must not count them."""
     for text in damaged:
@@ -246,26 +286,25 @@ def _set_aside(damaged: list[str]) -> None:
         files.rename(path, path.with_name(f"damaged-{path.name}.{secrets.token_hex(4)}"))
 
 
+def _parts(value: Tensor | Parts) -> Parts:
+    return whole_parts(value) if isinstance(value, Tensor) else value
+
+
 def _matching_names(
-    step_folder: Path, manifest: Manifest, state: dict[str, Tensor], strict: bool
+    step_folder: Path, manifest: Manifest, state: Mapping[str, Parts], strict: bool
 ) -> list[str]:
+    """The names of `state` that the checkpoint has; CheckpointError where one differs, or is not there (`strict`)."""
     missing = sorted(state.keys() - manifest.tensors.keys())
-    unexpected = sorted(manifest.tensors.keys() - state.keys())
     if strict and missing:
         raise CheckpointError(
             f"{step_folder} lacks {_some(missing)}; it was saved from another model or method"
         )
-    if strict and unexpected:
-        raise CheckpointError(
-            f"{step_folder} holds {_some(unexpected)} too; it was saved from another model or method"
-        )
     names = [name for name in state if name in manifest.tensors]
     for name in names:
         stored, wanted = manifest.tensors[name], state[name]
-        for what, there, here in (
-            ("shape", stored.shape, tuple(wanted.shape)),
-            ("dtype", stored.dtype, wanted.dtype),
-        ):
+        pairs = [("shape", stored.shape, wanted.shape)]
+        pairs += [("dtype", stored.dtype, tensor.dtype) for _, tensor in wanted.parts]
+        for what, there, here in pairs:
             if there != here:
                 raise CheckpointError(
                     f"{step_folder}: {name} has {what} {there}, this run needs {here}; it was saved from another model"
@@ -277,24 +316,17 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more tensors" if len(names) > 3 else "")
 
 
-def _chunks_here(name: str, tensor: Tensor, entry: TensorEntry) -> Iterable[Any]:
-    local = local_part(name, tensor)
-    if local is None:
-        return ()
-    return (chunk for chunk in entry.chunks if local.box & chunk.box is not None)
+def _chunks_in(entry: TensorEntry, box: Box) -> list[Chunk]:
+    return [chunk for chunk in entry.chunks if box & chunk.box is not None]
 
 
-def _fill(name: str, tensor: Tensor, entry: TensorEntry, shards: dict[str, ShardFile]) -> None:
-    local = local_part(name, tensor)
-    if local is None:
-        return
+def _fill(name: str, entry: TensorEntry, box: Box, tensor: Tensor, shards: dict[str, ShardFile]) -> None:
     with torch.no_grad():  # per thread
         filled = sum(
-            shards[chunk.file].fill(local.tensor, local.box, chunk, entry)
-            for chunk in _chunks_here(name, tensor, entry)
+            shards[chunk.file].fill(tensor, box, chunk, entry.dtype) for chunk in _chunks_in(entry, box)
         )
-    if filled != local.box.numel:
-        raise DamagedError(f"{name}: the checkpoint's chunks fill {filled} of {local.box.numel} elements")
+    if filled != box.numel:
+        raise DamagedError(f"{name}: the checkpoint's chunks fill {filled} of {box.numel} elements")
 
 
 def prune(folder: str | Path, keep_last: int) -> list[Path]:
@@ -339,9 +371,15 @@ def clean(folder: str | Path) -> list[Path]:
     return removed
 
 
-def required_bytes(state: dict[str, Tensor | DTensor]) -> int:
-    """Bytes of one checkpoint of `state`, all processes together (global shapes; headers are under 1 %)."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+def written_bytes(state: State) -> int:
+    """Bytes of one checkpoint that this process writes, its plain tensors in full (headers are under 1 %)."""
+    total = 0
+    for value in state.values():
+        if isinstance(value, Tensor):
+            total += value.nbytes
+        elif value.writes:
+            total += sum(tensor.nbytes for _, tensor in value.parts)
+    return total
 
 
 def check_space(folder: str | Path, bytes_needed: int) -> None:

@@ -21,8 +21,8 @@ import logging
 import struct
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from megatune.checkpoint import files
-from megatune.checkpoint.boxes import Box, Local, local_part
+from megatune.checkpoint.boxes import whole_box
 from megatune.checkpoint.manifest import (
     DTYPE_NAMES,
     MANIFEST,
@@ -48,6 +48,7 @@ from megatune.checkpoint.manifest import (
 )
 from megatune.checkpoint.reader import CheckpointFile
 from megatune.errors import CheckpointError
+from megatune.parallel.shard import Box, Parts
 
 _log = logging.getLogger(__name__)
 
@@ -57,8 +58,9 @@ _POLL_SECONDS = (0.005, 0.25)
 
 @dataclass(frozen=True)
 class Piece:
-    """A tensor in host memory that this process writes: its part `box` of the global tensor `name`."""
+    """A tensor that this process writes under `key`: its part `box` of the global tensor `name`."""
 
+    key: str
     name: str
     tensor: Tensor
     box: Box
@@ -133,62 +135,62 @@ class PendingSave:
             self._error.__cause__ = error
 
 
-def plan(state: dict[str, Tensor], rank: int, world_size: int) -> tuple[list[tuple[str, Local]], str]:
-    """(what this process writes, digest of the plain tensors). A DTensor's shards are written by its first replica;
-    plain tensors are the same everywhere and are dealt out by size."""
-    mine: list[tuple[str, Local]] = []
-    shared: list[tuple[int, str, Local]] = []
-    for name, tensor in state.items():
-        if tensor.dtype not in DTYPE_NAMES:
-            raise CheckpointError(f"{name}: tensors of dtype {tensor.dtype} cannot be saved")
-        local = local_part(name, tensor)
-        if local is not None and local.is_shared:
-            shared.append((local.tensor.nbytes, name, local))
-        elif local is not None and local.is_first_replica and (local.box.numel or not any(local.box.offset)):
-            mine.append((name, local))
-    shared.sort(key=lambda item: (-item[0], item[1]))
+def plan(state: Mapping[str, Tensor | Parts], rank: int, world_size: int) -> tuple[list[Piece], str]:
+    """(what this process writes, digest of the plain tensors). Of `Parts`, the process that `writes` them does; plain
+    tensors are the same everywhere and are dealt out by size."""
+    mine: list[Piece] = []
+    shared: list[Piece] = []
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            shared.append(Piece(name, name, value.detach(), whole_box(value.shape), tuple(value.shape)))
+        elif value.writes:
+            for index, (box, tensor) in enumerate(value.parts):
+                key = f"{name}#{index}" if index else name
+                mine.append(Piece(key, name, tensor.detach(), box, value.shape))
+    for piece in (*mine, *shared):
+        if piece.tensor.dtype not in DTYPE_NAMES:
+            raise CheckpointError(f"{piece.name}: tensors of dtype {piece.tensor.dtype} cannot be saved")
+    shared.sort(key=lambda piece: (-piece.tensor.nbytes, piece.name))
     loads = [0] * world_size
-    for size, name, local in shared:
+    for piece in shared:
         writer = loads.index(min(loads))
-        loads[writer] += max(1, size)
+        loads[writer] += max(1, piece.tensor.nbytes)
         if writer == rank:
-            mine.append((name, local))
-    text = json.dumps(
-        [(name, local.global_shape, DTYPE_NAMES[local.tensor.dtype]) for _, name, local in shared]
-    )
+            mine.append(piece)
+    text = json.dumps([(piece.name, piece.global_shape, DTYPE_NAMES[piece.tensor.dtype]) for piece in shared])
     return mine, hashlib.sha256(text.encode()).hexdigest()
 
 
 _pinned: dict[str, Tensor] = {}  # host buffers of the last save from a GPU: pinning costs more than the copy
 
 
-def snapshot(parts: Sequence[tuple[str, Local]], *, copy: bool) -> list[Piece]:
-    """The parts in host memory, safe from later changes where `copy` (host tensors are used as they are where not).
+def snapshot(pieces: Sequence[Piece], *, copy: bool) -> list[Piece]:
+    """The pieces in host memory, safe from later changes where `copy` (host tensors are used as they are where not).
 
     From a GPU: into pinned buffers that the next save uses again, so one save at a time. All copies are finished when
     this returns.
     """
-    pieces, buffers, devices = [], {}, set()
-    for name, local in parts:
-        tensor = local.tensor
+    copies, buffers, devices = [], {}, set()
+    for piece in pieces:
+        tensor = piece.tensor
         if tensor.is_cuda:
             devices.add(tensor.device)
-            host = _pinned.get(name)
+            host = _pinned.get(piece.key)
             if host is None or host.shape != tensor.shape or host.dtype != tensor.dtype:
                 host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             host.copy_(tensor, non_blocking=True)
-            buffers[name] = host
+            buffers[piece.key] = host
         else:
             contiguous = tensor.cpu().contiguous()
             owns = contiguous.data_ptr() != tensor.data_ptr()
             host = contiguous.clone() if copy and not owns else contiguous
-        pieces.append(Piece(name, host, local.box, local.global_shape))
+        copies.append(replace(piece, tensor=host))
     for device in devices:
         torch.cuda.synchronize(device)
     _pinned.clear()
     _pinned.update(buffers)
     # safetensors has no padding: elements stay aligned if the widest dtypes come first.
-    return sorted(pieces, key=lambda piece: (-piece.tensor.element_size(), piece.name))
+    return sorted(copies, key=lambda piece: (-piece.tensor.element_size(), piece.key))
 
 
 def _write_and_publish(job: Job) -> None:
@@ -220,11 +222,12 @@ def _write_own_file(job: Job) -> dict[str, Any]:
     name = f"rank-{job.rank:05d}.safetensors"
     entry = _write_tensors(job.temporary / name, job.pieces)
     report["files"][name] = file_to_json(entry)
+    tensors: dict[str, TensorEntry] = {}
     for piece in job.pieces:
-        chunk = Chunk(name, piece.name, piece.box)
-        report["tensors"][piece.name] = tensor_to_json(
-            TensorEntry(piece.tensor.dtype, piece.global_shape, (chunk,))
-        )
+        known = tensors[piece.name].chunks if piece.name in tensors else ()
+        chunks = (*known, Chunk(name, piece.key, piece.box))
+        tensors[piece.name] = TensorEntry(piece.tensor.dtype, piece.global_shape, chunks)
+    report["tensors"] = {name: tensor_to_json(entry) for name, entry in tensors.items()}
     return report
 
 
@@ -235,7 +238,7 @@ def _write_tensors(path: Path, pieces: Sequence[Piece]) -> FileEntry:
     for piece in pieces:
         stop = offset + piece.tensor.nbytes
         shape = list(piece.tensor.shape)
-        header[piece.name] = {
+        header[piece.key] = {
             "dtype": DTYPE_NAMES[piece.tensor.dtype],
             "shape": shape,
             "data_offsets": [offset, stop],

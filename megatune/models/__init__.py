@@ -1,6 +1,6 @@
 """Models: one decoder, one file a family, weights by global names."""
 
-from megatune.models.build import build, initialise, materialise_random, set_dtypes
+from megatune.models.build import build, fill_random, materialise_random, set_dtypes, whole_weights
 from megatune.models.causal_lm import CausalLM
 from megatune.models.convert import from_hf_state, fuse_parts, split_parts, to_hf_state
 from megatune.models.decoder import Decoder
@@ -21,14 +21,15 @@ __all__ = [
     "count_parameters",
     "family_for",
     "family_named",
+    "fill_random",
     "flops_per_token",
     "from_hf_state",
     "fuse_parts",
-    "initialise",
     "materialise_random",
     "set_dtypes",
     "shard_specs",
     "split_parts",
     "supported_model_types",
     "to_hf_state",
+    "whole_weights",
 ]

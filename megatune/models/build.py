@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
 
 from megatune.models.decoder import Decoder
 from megatune.models.spec import DecoderSpec
+from megatune.parallel.shard import Box, Parts, parts_of_local
 from megatune.parallel.stages import Stage
 from megatune.parallel.world import World
 
@@ -26,69 +26,88 @@ def build(spec: DecoderSpec, world: World | None = None, stages: Sequence[Stage]
 
 
 def set_dtypes(model: nn.Module, compute_dtype: torch.dtype) -> None:
-    """Trainable parameters to fp32 (master weights), frozen ones to `compute_dtype`. On meta, before sharding."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else compute_dtype)
+    """Trainable parameters to fp32 (master weights), frozen ones to `compute_dtype`, but for what routers choose by,
+    which is fp32 always. On meta, before sharding."""
+    for name, parameter in model.named_parameters():
+        is_fp32 = parameter.requires_grad or name.endswith(".router.correction")
+        parameter.data = parameter.data.to(torch.float32 if is_fp32 else compute_dtype)
+
+
+def whole_weights(model: Decoder) -> dict[str, Parts]:
+    """All parameters of a model that no ZeRO stage shards, as checkpoints and loading see them: for chat, tools, tests.
+    Of the processes that hold the same slice, one `writes` it."""
+    world, tensors = model.world, {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    found = {}
+    for name, spec in model.shard_specs().items():
+        shard, tensor = (world.efsdp, world.etp) if spec.expert else (world.fsdp, world.tp)
+        writes = (
+            shard.is_first
+            and world.dp_replicate.is_first
+            and (spec.tensor_dim is not None or tensor.is_first)
+        )
+        if name == "embed.weight":  # the copy of a tied head is not written again
+            writes = writes and model.stages[0].is_first
+        found[name] = parts_of_local(spec, world.cut, tensors[name].detach(), writes)
+    return found
 
 
 def materialise_random(
     model: Decoder, seed: int, device: torch.device | str, dtype: torch.dtype | None = None
 ) -> None:
-    """Give a model on meta, sharded or not, memory on `device` and random weights: for benchmarks and tests.
+    """Give a model on meta memory on `device` and random weights (`fill_random`): for benchmarks and tests.
 
-    The values depend on seed, parameter name and kind of device, not on the sharding. `dtype`: default the
-    parameters' own. Only the base model's parameters are filled; adapters fill their own.
+    `dtype`: default the parameters' own. Only the base model's parameters are filled; adapters fill their own.
     """
     if dtype is not None:
         model.to(dtype)
     model.to_empty(device=device)
-    parameters = dict(model.named_parameters())
-    for name in model.shard_specs():
-        with torch.no_grad():
-            local, first_row = _local(parameters[name])
-            initialise(name, model.spec, local, seed, first_row)
+    fill_random(whole_weights(model), model.spec, seed)
 
 
-def initialise(name: str, spec: DecoderSpec, rows: Tensor, seed: int, first_row: int = 0) -> None:
-    """Fill `rows`, the rows from `first_row` on of parameter `name`, in place.
+@torch.no_grad()
+def fill_random(weights: Mapping[str, Parts], spec: DecoderSpec, seed: int) -> None:
+    """Random values for what this process holds of a base model; adapters are left as they are.
 
-    Matrices: normal, standard deviation 0.02, those that write to the residual stream 0.02 / sqrt(2 * layers)
-    (GPT-2). Norm weights: an effective 1. Biases: 0.
+    The values depend on seed, parameter name and kind of device, not on the layout. Matrices: normal, standard
+    deviation 0.02, those that write to the residual stream 0.02 / sqrt(2 * layers) (GPT-2). Norm weights: an effective
+    1. Biases: 0.
     """
+    for name, parts in weights.items():
+        if ".adapter." in name:
+            continue
+        for box, tensor in parts.parts:
+            _initialise(name, spec, parts.shape, box, tensor, seed)
+
+
+def _initialise(
+    name: str, spec: DecoderSpec, shape: tuple[int, ...], box: Box, tensor: Tensor, seed: int
+) -> None:
     kind = name.rpartition(".")[2]
-    if kind == "bias":
-        rows.zero_()
-    elif rows.dim() == 1:
-        rows.fill_(1.0 - spec.norm_offset)
+    if kind in ("bias", "correction"):
+        tensor.zero_()
+    elif len(shape) == 1 and kind != "sinks":
+        tensor.fill_(1.0 - spec.norm_offset)
     else:
-        writes_residual = name.endswith(("attn.out.weight", "mlp.down.weight"))
+        writes_residual = name.endswith(("attn.out.weight", ".down.weight"))
         deviation = 0.02 / math.sqrt(2 * spec.num_layers) if writes_residual else 0.02
-        _normal(rows, deviation, f"{seed}/{name}", first_row)
+        _normal(f"{seed}/{name}", deviation, shape, box, tensor)
 
 
-def _normal(rows: Tensor, deviation: float, key: str, first_row: int) -> None:
-    end = first_row + rows.shape[0]
-    generator = torch.Generator(rows.device)
-    for block in range(first_row // _BLOCK_ROWS, -(-end // _BLOCK_ROWS)):
+def _normal(key: str, deviation: float, shape: tuple[int, ...], box: Box, tensor: Tensor) -> None:
+    """Elements `box` of the random tensor of `shape`, into `tensor`. Experts' matrices count as one of all rows."""
+    if len(shape) == 3:
+        for place in range(box.shape[0]):
+            first = (box.offset[0] + place) * shape[1] + box.offset[1]
+            rows = Box((first, box.offset[2]), box.shape[1:])
+            _normal(key, deviation, (shape[0] * shape[1], shape[2]), rows, tensor[place])
+        return
+    first, end = box.offset[0], box.offset[0] + box.shape[0]
+    generator = torch.Generator(tensor.device)
+    for block in range(first // _BLOCK_ROWS, -(-end // _BLOCK_ROWS)):
         digest = hashlib.sha256(f"{key}/{block}".encode()).digest()
         generator.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         start = block * _BLOCK_ROWS
-        values = torch.randn(_BLOCK_ROWS, *rows.shape[1:], generator=generator, device=rows.device)
-        low, high = max(start, first_row), min(start + _BLOCK_ROWS, end)
-        rows[low - first_row : high - first_row] = values[low - start : high - start] * deviation
-
-
-def _local(parameter: Tensor) -> tuple[Tensor, int]:
-    """This process's rows of a parameter, and the first of them (a DTensor sharded along dimension 0, or whole)."""
-    if not isinstance(parameter, DTensor):
-        return parameter, 0
-    start, count = 0, parameter.shape[0]
-    for dim, placement in enumerate(parameter.placements):
-        if placement.is_replicate():
-            continue
-        if placement != Shard(0):
-            raise ValueError(f"random weights: placement {placement} is not supported, only Shard(0)")
-        chunk = -(-count // parameter.device_mesh.size(dim))
-        before = min(chunk * parameter.device_mesh.get_local_rank(dim), count)
-        start, count = start + before, min(chunk, count - before)
-    return parameter.to_local(), start
+        values = torch.randn(_BLOCK_ROWS, *shape[1:], generator=generator, device=tensor.device)
+        low, high = max(start, first), min(start + _BLOCK_ROWS, end)
+        held = Box((low - start, *box.offset[1:]), (high - low, *box.shape[1:])).of(values)
+        tensor[low - first : high - first] = held * deviation

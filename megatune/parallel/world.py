@@ -132,6 +132,14 @@ class World:
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
 
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Everyone's JSON-like value, by rank, on rank 0; an empty list on the others."""
+        if self.world_size == 1:
+            return [value]
+        found = [None] * self.world_size if self.is_main else None
+        dist.gather_object(value, found, dst=0)
+        return found or []
+
     def close(self) -> None:
         """End the process groups, unless a caller had started them before `init`; of no use afterwards."""
         if self.owns_group and dist.is_initialized():

@@ -43,9 +43,10 @@ def load_model(
     folder = checkpoint.resolve_model(base)
     ops.configure({}, where)
     model = _build(folder, method, kind)
-    checkpoint.load_pretrained(model, folder, device=where)
+    weights = models.whole_weights(model.to_empty(device=where))
+    checkpoint.load_pretrained(weights, folder.spec, folder)
     if method is not None:
-        checkpoint.load_peft(model, adapter.parent)
+        checkpoint.load_peft(weights, model, adapter.parent)
     wrapped = models.CausalLM(model)
     wrapped.folder = folder
     return wrapped.eval()
@@ -56,7 +57,7 @@ def export_hf(model: models.CausalLM, folder: str | os.PathLike[str]) -> Path:
     merged, tokenizer and chat template come along. `model`: from `load_model`. Returns the folder."""
     source = getattr(model, "folder", None)
     decoder = model.decoder if isinstance(model, models.CausalLM) else model
-    checkpoint.export_hf(decoder, Path(folder), source=source, merge=True)
+    checkpoint.export_hf(models.whole_weights(decoder), decoder, Path(folder), source=source, merge=True)
     return Path(folder)
 
 

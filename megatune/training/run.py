@@ -96,7 +96,7 @@ class _Run:
         check_layout(config, source.spec, world.world_size)
         built = assemble(source.spec, config, world, self.dtype)
         zero = built.zero
-        checkpoint.load_pretrained(zero.weights(), built.specs, source.spec, source, seed=config.train.seed)
+        checkpoint.load_pretrained(zero.weights(), source.spec, source, seed=config.train.seed)
         optimizer, pipeline, state = training_parts(built, config, world, self.dtype)
         facts = {"base": source.digest, "data": module.digest, "seed": config.train.seed}
         progress = self._restore(state, optimizer, facts, trackers)

@@ -17,13 +17,14 @@ from megatune.models import (
     RopeSpec,
     build,
     count_parameters,
+    fill_random,
     flops_per_token,
-    initialise,
     materialise_random,
     set_dtypes,
 )
 from megatune.models.generate import generate
 from megatune.ops import Segments
+from megatune.parallel.shard import Box, Parts
 from tests.helpers.dist import run_ranks
 from tests.helpers.families import CASES, documents, pair
 
@@ -112,12 +113,20 @@ def test_random_weights_are_as_documented() -> None:
     assert not torch.equal(model.embed.weight, model.head.weight)
 
 
-@pytest.mark.parametrize("first, last", [(0, 1), (1000, 1050), (1024, 2048), (1100, 3000)])
-def test_any_rows_of_a_random_matrix_are_those_of_the_whole(first: int, last: int) -> None:
-    whole, rows = torch.empty(3000, 4), torch.empty(last - first, 4)
-    initialise("embed.weight", SPEC, whole, 7)
-    initialise("embed.weight", SPEC, rows, 7, first)
-    assert torch.equal(rows, whole[first:last])
+@pytest.mark.parametrize("shape", [(3000, 4), (5, 600, 4)])
+def test_any_part_of_a_random_tensor_is_that_of_the_whole(shape: tuple[int, ...]) -> None:
+    whole = torch.empty(shape)
+    fill_random({"embed.weight": Parts(shape, ((Box((0,) * len(shape), shape), whole),), True)}, SPEC, 7)
+    assert whole.std().item() == pytest.approx(0.02, rel=0.05)
+    assert len(whole.unique()) > 0.9 * whole.numel()
+    lead = len(shape) - 2
+    for first, last in (
+        [(0, 1), (300, 550), (599, 600)] if lead else [(0, 1), (1000, 1050), (1024, 2048), (1100, 3000)]
+    ):
+        box = Box((2,) * lead + (first, 1), (3,) * lead + (last - first, 2))
+        part = torch.empty(box.shape)
+        fill_random({"embed.weight": Parts(shape, ((box, part),), True)}, SPEC, 7)
+        assert torch.equal(part, box.of(whole))
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gpt2"])
@@ -163,11 +172,11 @@ def _sharded(rank: int, world_size: int, tied: bool, recompute: int) -> tuple[fl
     from torch.distributed.fsdp import fully_shard
 
     model = build(replace(SPEC, tied_embeddings=tied))
+    materialise_random(model, 5, "cpu")
     mesh = init_device_mesh("cpu", (world_size,))
     for layer in model.layers.values():
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    materialise_random(model, 5, "cpu")
     loss, gradients, tokens = _run(model, recompute)
     answer = list(generate(model, [1, 2, 3], max_new_tokens=4))
     return loss, gradients, tokens + answer

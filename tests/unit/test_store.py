@@ -13,9 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatune.checkpoint import files, manifest, store
-from megatune.checkpoint.boxes import Box, tile_exactly
+from megatune.checkpoint import files, manifest, reader, store
+from megatune.checkpoint.boxes import hull, tile_exactly
 from megatune.errors import CheckpointError
+from megatune.parallel.shard import Box, Parts
 
 
 class Alone:
@@ -30,6 +31,9 @@ class Alone:
 
     def max(self, values):
         return values
+
+    def gather_objects(self, value):
+        return [value]
 
 
 OPERATIONS = (
@@ -99,8 +103,6 @@ def test_round_trip_of_every_dtype_and_shape(tmp_path: Path) -> None:
 
 
 def test_tensors_larger_than_a_block_and_a_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatune.checkpoint import reader
-
     monkeypatch.setattr(reader, "_SLAB_BYTES", manifest.BLOCK_BYTES)
     state = {"big": torch.randn(3, 1000, 1100), "other": torch.arange(5)}
     store.save(tmp_path, 1, state, {}, Alone()).wait()
@@ -152,7 +154,6 @@ def test_saving_the_same_step_again_replaces_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s.pop("model/a"), "holds model/a too"),
         (lambda s: s.update({"model/new": torch.zeros(2)}), "lacks model/new"),
         (
             lambda s: s.update({"model/a": torch.zeros(5, 7)}),
@@ -174,9 +175,70 @@ def test_a_state_that_does_not_fit_is_refused_before_anything_is_filled(
         store.load(tmp_path / "step-000001", target)
     assert not isinstance(caught.value, manifest.DamagedError)
     assert all(not tensor.any() for tensor in target.values())
-    if "model/a" not in target or "model/new" in target:  # names alone may differ where the caller says so
+    with pytest.raises(CheckpointError, match=message):
+        store.restore(tmp_path, target, Alone())
+    if "model/new" in target:  # names alone may differ where the caller says so
         store.load(tmp_path / "step-000001", target, strict=False)
         assert target["optim/steps"] == 4
+
+
+def test_what_no_process_wants_is_refused_by_a_start_only(tmp_path: Path) -> None:
+    state = save(tmp_path, 1)
+    target = zeros(state)
+    del target["model/a"]
+    with pytest.raises(CheckpointError, match="holds model/a too"):
+        store.restore(tmp_path, target, Alone())
+    assert all(not tensor.any() for tensor in target.values())
+    store.load(tmp_path / "step-000001", target)  # another process may have it
+    assert all(torch.equal(tensor, state[name]) for name, tensor in target.items())
+
+
+def test_parts_of_a_tensor(tmp_path: Path) -> None:
+    """Several boxes of one tensor in one file; loaded into a view of something larger."""
+    whole = torch.arange(60.0).view(5, 12)
+    boxes = [Box((0, 0), (1, 7)), Box((0, 7), (1, 5)), Box((1, 0), (4, 12))]
+    parts = Parts((5, 12), tuple((box, box.of(whole)) for box in boxes), True)
+    store.save(
+        tmp_path, 1, {"p": parts, "none": Parts((3, 3), (), True), "plain": torch.ones(2)}, {}, Alone()
+    ).wait()
+    step = tmp_path / "step-000001"
+    store.verify(step)
+    room = torch.zeros(9, 12)
+    box = Box((1, 3), (3, 4))
+    store.load(step, {"p": Parts((5, 12), ((box, room[2:5, 3:7]),), False)})
+    assert torch.equal(room[2:5, 3:7], box.of(whole))
+    assert room.count_nonzero() == 12
+    assert store.written_bytes({"p": parts, "q": Parts((3, 3), ((box, room),), False)}) == 240
+    with pytest.raises(CheckpointError, match=r"p has shape \(5, 12\), this run needs \(5, 13\)"):
+        store.load(step, {"p": Parts((5, 13), (), False)})
+    missing = Parts((5, 12), parts.parts[1:], True)
+    with pytest.raises(CheckpointError, match=r"p: its chunks do not cover \(5, 12\) exactly once"):
+        store.save(tmp_path, 2, {"p": missing}, {}, Alone()).wait()
+
+
+@pytest.mark.parametrize("slab", [1, 2**26])
+def test_reading_parts_of_matrices_reads_little_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slab: int
+) -> None:
+    monkeypatch.setattr(reader, "_SLAB_BYTES", slab)
+    monkeypatch.setattr(reader, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(manifest, "BLOCK_BYTES", 64)
+    whole = torch.randn(6, 40, 10)
+    store.save(tmp_path, 1, {"experts": whole}, {}, Alone()).wait()
+    sizes: list[int] = []
+    read = reader.CheckpointFile.read
+    monkeypatch.setattr(
+        reader.CheckpointFile,
+        "read",
+        lambda self, start, stop: sizes.append(stop - start) or read(self, start, stop),
+    )
+    for box in (Box((1, 7, 0), (3, 2, 10)), Box((0, 0, 3), (6, 40, 2)), Box((5, 39, 9), (1, 1, 1))):
+        sizes.clear()
+        found = torch.zeros(box.shape)
+        store.load(tmp_path / "step-000001", {"experts": Parts((6, 40, 10), ((box, found),), False)})
+        assert torch.equal(found, box.of(whole))
+        rows = box.shape[0] * box.shape[1]
+        assert sum(sizes) < rows * 40 + 2000  # whole rows of 40 bytes, run.json and a header
 
 
 def test_unsavable_dtype_is_named(tmp_path: Path) -> None:
@@ -415,8 +477,8 @@ def test_a_folder_that_cannot_be_made_is_an_error_at_once(tmp_path: Path) -> Non
 
 def test_space_is_checked_with_numbers(tmp_path: Path) -> None:
     state = {"a": torch.zeros(1000, 1000), "b": torch.zeros(1000, dtype=torch.bfloat16)}
-    assert store.required_bytes(state) == 4_002_000
-    store.check_space(tmp_path / "not" / "yet", store.required_bytes(state))
+    assert store.written_bytes(state) == 4_002_000
+    store.check_space(tmp_path / "not" / "yet", store.written_bytes(state))
     with pytest.raises(CheckpointError, match=r"GiB free and this run's .* need 1048576\.00 GiB"):
         store.check_space(tmp_path / "not" / "yet", 2**50)
     (tmp_path / "file").write_text("")
@@ -445,3 +507,10 @@ def test_boxes() -> None:
     assert not tile_exactly([Box((1,), (2,))], (2,))
     assert tile_exactly([], (0, 3))
     assert tile_exactly([Box((), ())], ())
+    assert not tile_exactly([Box((), ()), Box((), ())], ())
+    # Flat shards of odd sizes of a matrix, of which another process has the other columns.
+    left = [Box((0, 0), (1, 2)), Box((0, 2), (1, 1)), Box((1, 0), (2, 3)), Box((3, 0), (1, 3))]
+    right = [Box((0, 3), (2, 3)), Box((2, 3), (2, 3))]
+    assert tile_exactly([*left, *right], (4, 6))
+    assert not tile_exactly([*left, Box((0, 3), (2, 3)), Box((1, 3), (2, 3))], (4, 6))
+    assert hull([Box((2, 0), (1, 4)), Box((3, 1), (2, 5))]) == Box((2, 0), (3, 6))
