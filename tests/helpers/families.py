@@ -39,6 +39,24 @@ LONGROPE = {
     "short_factor": [1.0, 1.1, 1.2],
     "long_factor": [1.0, 2.5, 4.0],
 }
+# Rotated dimensions of DeepSeek's heads: 6, so that the ramp of YaRN is inside of them.
+_DEEPSEEK = {
+    "num_key_value_heads": 6,
+    "kv_lora_rank": 20,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 12,
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 8,
+    "num_mtp_layers": 0,
+}
+_QWEN3_MOE = {
+    "head_dim": 16,
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "num_hidden_layers": 3,
+}
 _GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 7}
 
 # name -> (transformers' config class, its arguments beyond SIZES)
@@ -90,7 +108,54 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "n_positions": 64,
         },
     ),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 7}),
+    "qwen3-moe": ("Qwen3MoeConfig", _QWEN3_MOE | {"norm_topk_prob": True, "mlp_only_layers": [1]}),
+    "qwen3-moe-sparse": (
+        "Qwen3MoeConfig",
+        _QWEN3_MOE | {"norm_topk_prob": False, "decoder_sparse_step": 2, "attention_bias": True},
+    ),
+    "deepseek-v3": (
+        "DeepseekV3Config",
+        _DEEPSEEK
+        | {
+            "num_hidden_layers": 3,
+            "q_lora_rank": 28,
+            "n_group": 4,
+            "topk_group": 2,
+            "num_experts_per_tok": 3,
+            "first_k_dense_replace": 1,
+            "rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.0},
+        },
+    ),
+    "deepseek-v3-direct": (
+        "DeepseekV3Config",
+        _DEEPSEEK
+        | {
+            "q_lora_rank": None,
+            "n_group": 1,
+            "topk_group": 1,
+            "num_experts_per_tok": 2,
+            "first_k_dense_replace": 0,
+            "n_shared_experts": 2,
+            "norm_topk_prob": False,
+            "rope_interleave": False,
+            "attention_bias": True,
+            "rms_norm_eps": 1e-4,
+        },
+    ),
+    "gpt-oss": (
+        "GptOssConfig",
+        {
+            "head_dim": 16,
+            "sliding_window": 7,
+            "num_hidden_layers": 3,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "rope_parameters": YARN | {"truncate": False},
+        },
+    ),
 }
+MOE_CASES = [name for name in CASES if name.startswith(("mixtral", "qwen3-moe", "deepseek", "gpt-oss"))]
 
 
 @dataclass(frozen=True)
@@ -103,11 +168,20 @@ class Pair:
     family: Family
 
     def hf_state(self) -> dict[str, Tensor]:
-        """Tensors as in a safetensors file: a tied head is not there."""
-        state = self.hf.state_dict()
+        """Tensors as in a safetensors file: a tied head is not there, and experts are as that family's files have
+        them."""
+        state = as_in_files(self.hf, self.hf.state_dict())
         if self.spec.tied_embeddings:
             del state["lm_head.weight"]
         return state
+
+
+def as_in_files(hf: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by the names of transformers' model in memory, where experts stand in one tensor -> by those of the files
+    that it saves."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(hf, dict(tensors))
 
 
 def hf_config(name: str) -> Any:
@@ -115,18 +189,15 @@ def hf_config(name: str) -> Any:
     import transformers
 
     class_name, extra = CASES[name]
-    arguments = {key: value for key, value in (SIZES | extra).items() if value is not None}
+    # None takes a key of SIZES away.
+    left = (item for item in (SIZES | extra).items() if item[1] is not None or item[0] not in SIZES)
     special = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
-    if "sliding_window" in extra:
-        arguments["sliding_window"] = extra["sliding_window"]
-    return getattr(transformers, class_name)(**arguments, **special)
+    return getattr(transformers, class_name)(**dict(left), **special)
 
 
 def hf_model(name: str, seed: int = 0) -> Any:
     """transformers' model of a case; every weight random, norms and biases too."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_config(hf_config(name), attn_implementation="eager").eval()
+    model = hf_from_config(hf_config(name))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
@@ -134,9 +205,22 @@ def hf_model(name: str, seed: int = 0) -> Any:
             if parameter.dim() == 1:
                 base = parameter if "norm" in key or ".ln_" in key else 0.0
                 parameter.copy_(base + 0.2 * noise)
+            elif key.endswith("gate_up_proj_bias"):
+                parameter.copy_(5.0 * noise)  # GPT-OSS: beyond the gate's limits
             else:
                 parameter.copy_(0.15 * noise)
+        for key, buffer in model.named_buffers():
+            if key.endswith("e_score_correction_bias"):
+                buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
     return model
+
+
+def hf_from_config(config: Any) -> Any:
+    """transformers' model of a config with its plainest code, in evaluation mode."""
+    from transformers import AutoModelForCausalLM
+
+    options = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    return AutoModelForCausalLM.from_config(config, **options).eval()
 
 
 @cache
@@ -147,7 +231,7 @@ def pair(name: str) -> Pair:
     family = family_for(config)
     spec = family.spec(config)
     ours = build(spec).to_empty(device="cpu")
-    ours.load_state_dict(from_hf_state(spec, family, hf.state_dict()))
+    ours.load_state_dict(from_hf_state(spec, family, as_in_files(hf, hf.state_dict())))
     return Pair(hf, ours, spec, family)
 
 

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import re
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from megatune.checkpoint.mapping import Mapped
+from megatune.checkpoint.sources import SafetensorsFolder
 from megatune.errors import CheckpointError, ConfigError
 from megatune.models import (
     Decoder,
     LayerSpec,
     build,
+    count_parameters,
     family_for,
     family_named,
+    flops_per_token,
     from_hf_state,
     fuse_parts,
     shard_specs,
@@ -23,8 +31,20 @@ from megatune.models import (
     to_hf_state,
 )
 from megatune.models.families.rope_config import rope_to_hf
+from megatune.parallel.shard import local_shape
 from megatune.parallel.stages import cut
-from tests.helpers.families import CASES, LLAMA3, LONGROPE, YARN, documents, hf_config, pair
+from megatune.parallel.world import Axis, World
+from tests.helpers.families import (
+    CASES,
+    LLAMA3,
+    LONGROPE,
+    MOE_CASES,
+    YARN,
+    documents,
+    hf_config,
+    hf_from_config,
+    pair,
+)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -60,15 +80,16 @@ def test_layout_of_a_stage_is_that_of_its_module() -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_every_slice_of_groups_holds_the_same_groups_of_every_part(name: str) -> None:
     one = pair(name)
-    state = one.ours.state_dict()
-    fused = {key: spec.fused for key, spec in one.ours.shard_specs().items() if spec.fused}
-    assert any("qkv" in key for key in fused)
-    for key, order in fused.items():
-        parts = split_parts(order, state[key])
-        assert torch.equal(fuse_parts(order, parts), state[key])
+    fused = {key: spec for key, spec in one.ours.shard_specs().items() if spec.fused}
+    assert fused
+    for key, spec in fused.items():
+        order, matrix = spec.fused, one.ours.state_dict()[key]
+        matrix = matrix[-1] if spec.expert else matrix
+        parts = split_parts(order, matrix)
+        assert torch.equal(fuse_parts(order, parts), matrix)
         half = order.groups // 2
         for first, last in ((0, half), (half, order.groups)):
-            piece = state[key][first * order.group_rows : last * order.group_rows]
+            piece = matrix[first * order.group_rows : last * order.group_rows]
             for part, rows in split_parts(order, piece).items():
                 size = order.part_rows(part)
                 assert torch.equal(rows, parts[part][first * size : last * size])
@@ -88,7 +109,7 @@ def test_qkv_rows_are_grouped_by_kv_head() -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_config_round_trip(name: str) -> None:
     """Ours -> config.json -> transformers gives the same logits, and a kept config is given back untouched."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     one = pair(name)
     written = json.loads(json.dumps(one.family.hf_config(one.spec)))
@@ -97,7 +118,7 @@ def test_config_round_trip(name: str) -> None:
     assert one.family.hf_config(one.spec, original) == original
     special = dict.fromkeys(("pad_token_id", "eos_token_id"))  # Phi-3's defaults are beyond a tiny vocabulary
     config = AutoConfig.for_model(**written, **special)
-    again = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    again = hf_from_config(config)
     again.load_state_dict(one.hf.state_dict())
     tokens, _, _ = documents((29,), one.spec.vocab_size)
     with torch.no_grad():
@@ -139,6 +160,24 @@ def test_a_base_that_no_longer_fits_keeps_its_other_keys() -> None:
             },
         ),
         ("phi3", {"rope_theta": 100.0, "partial_rotary_factor": 0.5, "rope_scaling": None}),
+        ("mixtral", {"rope_theta": 1000000.0}),
+        (
+            "qwen3-moe",
+            {"rope_theta": 10000.0, "rope_scaling": None, "num_experts": 5, "num_local_experts": None},
+        ),
+        (
+            "deepseek-v3",
+            {
+                "rope_theta": 10000,
+                "rope_scaling": {key: YARN[key] for key in ("factor", "original_max_position_embeddings")}
+                | {"type": "yarn", "mscale": 0.7, "mscale_all_dim": 1.0},
+                "scoring_func": "sigmoid",
+                "topk_method": "noaux_tc",
+                "moe_layer_freq": 1,
+                "num_nextn_predict_layers": 1,
+            },
+        ),
+        ("gpt-oss", {"rope_theta": 10000.0, "rope_scaling": YARN | {"truncate": False}, "swiglu_limit": 7.0}),
     ],
 )
 def test_configs_of_older_transformers_mean_the_same(name: str, old_style: dict) -> None:
@@ -147,7 +186,7 @@ def test_configs_of_older_transformers_mean_the_same(name: str, old_style: dict)
     assert one.family.spec(config | old_style) == one.spec
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gemma3", "qwen2-window"])
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "qwen2-window", "gpt-oss"])
 def test_layer_patterns_without_layer_types(name: str) -> None:
     one = pair(name)
     config = {key: value for key, value in one.hf.config.to_dict().items() if key != "layer_types"}
@@ -156,7 +195,22 @@ def test_layer_patterns_without_layer_types(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "model_type", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "gpt2"]
+    "model_type",
+    [
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "gemma2",
+        "gemma3_text",
+        "phi3",
+        "olmo2",
+        "gpt2",
+        "mixtral",
+        "qwen3_moe",
+        "deepseek_v3",
+        "gpt_oss",
+    ],
 )
 def test_keys_left_out_have_transformers_defaults(model_type: str) -> None:
     """A config with only its sizes: our spec equals that of the config that transformers completes."""
@@ -194,6 +248,103 @@ def test_scale_of_published_models() -> None:
     assert spec.tied_embeddings and spec.norm_offset == 1.0 and spec.attention_scale == 1 / 16
 
 
+def test_facts_of_published_mixtures() -> None:
+    """DeepSeek-V3 (arXiv:2412.19437, section 4.2: 671B, 37B of them active) and gpt-oss-20b (model card: 20.9B, 3.6B
+    active without the embedding's rows), from the keys of their config.json."""
+    deepseek = family_for({"model_type": "deepseek_v3"}).spec(
+        {
+            "vocab_size": 129280,
+            "hidden_size": 7168,
+            "num_hidden_layers": 61,
+            "num_attention_heads": 128,
+            "max_position_embeddings": 163840,
+            "rope_scaling": {
+                "type": "yarn",
+                "factor": 40,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "original_max_position_embeddings": 4096,
+            },
+        }
+    )
+    assert count_parameters(deepseek) == pytest.approx(671e9, rel=0.002)
+    assert deepseek.attention_scale == pytest.approx(192**-0.5 * (0.1 * math.log(40) + 1) ** 2)
+    assert deepseek.ropes[0].attention_factor == 1.0
+    # Products alone: without attention's share, which grows with the length.
+    assert flops_per_token(deepseek, 1) / 6 == pytest.approx(37e9, rel=0.02)
+    gpt_oss = family_for({"model_type": "gpt_oss"}).spec(
+        {
+            "vocab_size": 201088,
+            "hidden_size": 2880,
+            "intermediate_size": 2880,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 64,
+            "num_local_experts": 32,
+        }
+    )
+    assert count_parameters(gpt_oss) == pytest.approx(20.9e9, rel=0.002)
+    assert flops_per_token(gpt_oss, 1) / 6 == pytest.approx(3.6e9, rel=0.01)
+    assert [layer.window for layer in gpt_oss.layers[:3]] == [128, None, 128]
+    assert gpt_oss.ropes[0].theta == 150000.0 and not gpt_oss.ropes[0].truncate
+
+
+@pytest.mark.parametrize("name", MOE_CASES)
+def test_files_of_transformers_are_read(name: str, tmp_path: Path) -> None:
+    """What `save_pretrained` writes is what the name map says, and every expert comes to its place."""
+    one = pair(name)
+    one.hf.save_pretrained(tmp_path)
+    source = SafetensorsFolder(tmp_path)
+    specs, state = one.ours.shard_specs(), one.ours.state_dict()
+    pieces = one.family.name_map(one.spec)
+    mapped = {key: Mapped(spec.shape, tuple(pieces[key]), spec.fused) for key, spec in specs.items()}
+    assert (
+        source.names() == {hf for item in mapped.values() for hf in item.hf_shapes()} == set(one.hf_state())
+    )
+    for key, item in mapped.items():
+        assert all(source.shape(hf) == shape for hf, shape in item.hf_shapes().items())
+        assert torch.equal(item.read(source, 0, item.shape[0]), state[key])
+
+
+@pytest.mark.parametrize("name", MOE_CASES)
+def test_shapes_of_a_slice_are_those_of_its_module(name: str) -> None:
+    """Every process of tp 2, ep 2 and ep 2 with etp 2; joined, their boxes are the whole."""
+    spec = pair(name).spec
+    if spec.moe.num_experts % 2:
+        spec = replace(spec, moe=replace(spec.moe, num_experts=spec.moe.num_experts + 1))
+    for tp, ep, etp in ((2, 1, 2), (1, 2, 1), (2, 2, 1), (2, 2, 2)):
+        covered: dict[str, int] = {}
+        for ranks in itertools.product(range(tp), range(ep), range(etp)):
+            axes = {
+                axis: Axis(axis, size, rank, tuple(range(size)))
+                for axis, size, rank in zip(("tp", "ep", "etp"), (tp, ep, etp), ranks, strict=True)
+            }
+            world = replace(World.alone(), **axes)
+            model = build(spec, world)
+            found = {key: tuple(value.shape) for key, value in model.named_parameters()}
+            specs = model.shard_specs()
+            assert found == {key: local_shape(one, world.cut) for key, one in specs.items()}
+            for key, one in specs.items():
+                # Of the processes that hold the same slice, the first counts.
+                if not any(ranks[:1] if one.expert else ranks[1:]) and (
+                    one.tensor_dim is not None or not ranks[2 * one.expert]
+                ):
+                    covered[key] = covered.get(key, 0) + math.prod(found[key])
+        assert covered == {key: math.prod(one.shape) for key, one in shard_specs(spec).items()}
+
+
+def test_layers_for_multi_token_prediction_are_left_out() -> None:
+    one = pair("deepseek-v3")
+    unused = one.family.is_unused
+    assert unused(one.spec, "model.layers.3.eh_proj.weight") and unused(one.spec, "layers.4.mlp.gate.weight")
+    assert not unused(one.spec, "model.layers.2.mlp.gate.weight") and not unused(
+        one.spec, "model.norm.weight"
+    )
+    assert not unused(one.spec, "other.layers.9.weight")
+    assert not pair("mixtral").family.is_unused(pair("mixtral").spec, "model.layers.9.weight")
+    base = one.hf.config.to_dict() | {"num_nextn_predict_layers": 1}
+    assert one.family.hf_config(one.spec, base) == base | {"num_nextn_predict_layers": 0}
+
+
 # ---- what is refused
 
 
@@ -209,6 +360,7 @@ def _llama(**changes: object) -> dict:
         ({}, ["None", "llama"]),
         (_llama(architectures=["LlamaForSequenceClassification"]), ["LlamaForSequenceClassification"]),
         (_llama(quantization_config={"quant_method": "gptq"}), ["gptq", "bf16"]),
+        ({"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}}, ["mxfp4", "bf16"]),
     ],
 )
 def test_unknown_models_are_refused_and_supported_ones_named(config: dict, words: list[str]) -> None:
@@ -244,6 +396,14 @@ def test_odd_llama_configs_are_refused(changes: dict, words: str) -> None:
         ("gemma3", {"layer_types": ["chunked_attention"] * 3}, "chunked_attention"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention"),
+        ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise"),
+        ("mixtral", {"num_local_experts": None}, "num_local_experts"),
+        ("qwen3-moe", {"num_experts": 0}, "num_experts"),
+        ("deepseek-v3", {"scoring_func": "softmax"}, "scoring_func.*'sigmoid' is supported"),
+        ("deepseek-v3", {"n_group": 3}, r"n_group \(3\) must divide n_routed_experts \(8\)"),
+        ("deepseek-v3", {"kv_lora_rank": None}, "kv_lora_rank"),
+        ("gpt-oss", {"swiglu_limit": 5.0}, "swiglu_limit.*7.0 is supported"),
+        ("gpt-oss", {"layer_types": ["full_attention"]}, "layer_types has 1"),
     ],
 )
 def test_odd_configs_of_other_families_are_refused(name: str, changes: dict, words: str) -> None:
@@ -278,7 +438,15 @@ def test_families_by_name() -> None:
         assert family_named(one.spec.family) is one.family
     with pytest.raises(ConfigError, match="known are llama"):
         family_named("nothing")
-    assert len(set(supported_model_types())) == len(supported_model_types()) == 9
+    assert len(set(supported_model_types())) == len(supported_model_types()) == 13
+
+
+def test_expert_tensors_that_are_missing_are_named() -> None:
+    one = pair("mixtral")
+    state = one.hf_state()
+    name = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
+    with pytest.raises(CheckpointError, match=re.escape(name)):
+        from_hf_state(one.spec, one.family, {key: value for key, value in state.items() if key != name})
 
 
 def test_rope_without_scaling_writes_none() -> None:

@@ -251,6 +251,14 @@ class Family:
                 f"config.json: `{key}: {hf[key]!r}` is not supported for {self.name} models: {why}"
             )
 
+    def only(self, hf: Config, values: Config) -> None:
+        """Raise ConfigError when the config has one of these keys with another value than this, the supported one."""
+        for key, value in values.items():
+            if hf.get(key, value) != value:
+                raise ConfigError(
+                    f"config.json: `{key}` is {hf[key]!r}; of {self.name} models {value!r} is supported"
+                )
+
     def rope(self, hf: Config, parameters: Config, dim: int, theta: float = 10000.0) -> RopeSpec:
         """A `RopeSpec` from one dict of rotary settings and the config's top level."""
         return rope_from_hf(

@@ -42,16 +42,16 @@ class DeepseekV3(Family):
         "first_k_dense_replace": 3,
     }
 
+    def spec(self, hf: Config) -> DecoderSpec:
+        # Keys and values are of all heads, whatever the config says of them.
+        return super().spec({**hf, "num_key_value_heads": None})
+
     def layers(self, hf: Config) -> tuple[LayerSpec, ...]:
         dense = hf["first_k_dense_replace"] or 0
         return tuple(LayerSpec(moe=index >= dense) for index in range(self.integer(hf, "num_hidden_layers")))
 
     def extras(self, hf: Config) -> dict[str, Any]:
-        for key, value in _FIXED.items():
-            if hf.get(key, value) != value:
-                raise ConfigError(
-                    f"config.json: `{key}` is {hf[key]!r}; of {self.name} models {value!r} is supported"
-                )
+        self.only(hf, _FIXED)
         mla = MLASpec(
             q_rank=None if hf["q_lora_rank"] is None else self.integer(hf, "q_lora_rank"),
             kv_rank=self.integer(hf, "kv_lora_rank"),
@@ -66,7 +66,6 @@ class DeepseekV3(Family):
             scale *= yarn_magnitude(rope.factor, rope.mscale_all_dim) ** 2
         bias = bool(hf.get("attention_bias"))
         return {
-            "num_kv_heads": self.integer(hf, "num_attention_heads"),
             "head_dim": mla.query_dim,
             "ropes": (rope,),
             "attention_scale": scale,
@@ -130,10 +129,8 @@ class DeepseekV3(Family):
             f"attn.{our}.weight": [Piece(f"{at}{name}.weight")] for our, name in (theirs | norms).items()
         }
         biased = {"q_a": spec.qkv_bias, "kv_a": spec.qkv_bias, "out": spec.attention_out_bias}
-        for our in theirs:
-            if biased.get(our):
-                names[f"attn.{our}.bias"] = [Piece(f"{at}{theirs[our]}.bias")]
-        return names
+        kept = (our for our in theirs if biased.get(our))
+        return names | {f"attn.{our}.bias": [Piece(f"{at}{theirs[our]}.bias")] for our in kept}
 
     def experts_map(self, spec: DecoderSpec, at: str) -> dict[str, list[Piece]]:
         names = super().experts_map(spec, at)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from megatune.errors import ConfigError
 from megatune.models.families.base import Config, Family, Piece, layer_types
 from megatune.models.families.rope_config import rope_to_hf
 from megatune.models.spec import DecoderSpec, LayerSpec, MoESpec, RopeSpec
@@ -48,11 +47,7 @@ class GptOss(Family):
         return (self.rope(hf, parameters, head_dim, theta=150000.0),)
 
     def extras(self, hf: Config) -> dict[str, Any]:
-        for key, value in _FIXED.items():
-            if hf.get(key, value) != value:
-                raise ConfigError(
-                    f"config.json: `{key}` is {hf[key]!r}; of {self.name} models {value} is supported"
-                )
+        self.only(hf, _FIXED)
         bias = bool(hf["attention_bias"])
         moe = MoESpec(
             num_experts=self.integer(hf, "num_local_experts"),
