@@ -55,11 +55,7 @@ def attention(
     ValueError where shapes, dtypes or devices do not fit, or the body asked for cannot do this.
     """
     keys = segments if key_segments is None else key_segments
-    _check(q, k, v, segments, keys, window, softcap)
-    if sinks is not None and sinks.shape != q.shape[1:2]:
-        raise ValueError(
-            f"attention: sinks {tuple(sinks.shape)} must be one for each of the {q.shape[1]} heads of q"
-        )
+    check_attention(q, k, v, segments, keys, window, softcap, sinks)
     if window is not None and window >= keys.max_seqlen:
         window = None
     features = ()
@@ -78,7 +74,7 @@ def attention(
     )
 
 
-def _check(
+def check_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -86,7 +82,9 @@ def _check(
     keys: Segments,
     window: int | None,
     softcap: float | None,
+    sinks: Tensor | None,
 ) -> None:
+    """ValueError where shapes, dtypes or devices of attention's arguments do not fit."""
     if q.dim() != 3 or k.dim() != 3 or k.shape[:2] != v.shape[:2] or q.shape[2] != k.shape[2]:
         raise ValueError(
             f"attention: q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} must be [T, heads, D] with "
@@ -106,7 +104,11 @@ def _check(
         )
     if (window is not None and window < 1) or (softcap is not None and softcap <= 0):
         raise ValueError(f"attention: window ({window}) and softcap ({softcap}) must be positive")
+    if sinks is not None and sinks.shape != q.shape[1:2]:
+        raise ValueError(
+            f"attention: sinks {tuple(sinks.shape)} must be one for each of the {q.shape[1]} heads of q"
+        )
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"attention: q is {q.dtype}, k {k.dtype}, v {v.dtype}; they must have one dtype")
     floating("attention", q=q)
-    same_device("attention", q, k=k, v=v)
+    same_device("attention", q, k=k, v=v, sinks=sinks)

@@ -66,6 +66,19 @@ def exchange_rows(x: Tensor, axis: Axis, send: Sequence[int], receive: Sequence[
     return out
 
 
+def swap(
+    outgoing: Tensor | None, to: int, incoming: Tensor | None, source: int, axis: Axis
+) -> list[dist.Work]:
+    """Starts sending `outgoing` to process `to` of the axis and receiving `incoming` from `source` (contiguous; None:
+    nothing). Wait for the works before the tensors are read or written. All processes call it in the same order."""
+    ops = []
+    if outgoing is not None:
+        ops.append(dist.P2POp(dist.isend, outgoing, axis.ranks[to], axis.group))
+    if incoming is not None:
+        ops.append(dist.P2POp(dist.irecv, incoming, axis.ranks[source], axis.group))
+    return dist.batch_isend_irecv(ops) if ops else []
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:

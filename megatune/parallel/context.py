@@ -15,6 +15,9 @@ from torch import Tensor
 from megatune import ops
 from megatune.errors import ParallelError
 from megatune.ops import Segments, Targets
+from megatune.ops.attention import check_attention
+from megatune.parallel.ring import ring
+from megatune.parallel.ulysses import ulysses
 from megatune.parallel.world import Axis
 
 Method = Literal["ring", "ulysses"]
@@ -101,9 +104,18 @@ def attention(
 
     q [T / cp, Q, D], k [T / cp, K, D], v [T / cp, K, Dv] of the tokens `segments.rows` -> [T / cp, Q, Dv]; `sinks` [Q],
     whose gradient is the part of this process (the sum over cp is the whole). A stream that is not cut
-    (`segments.rows` is None, as in generation) is computed here as on one process.
+    (`segments.rows` is None, as in generation) is computed here as on one process. `method`: "ring" (`ring.py`; takes
+    any heads) or "ulysses" (`ulysses.py`; `check_context` says which). ValueError as in `ops.attention`.
     """
     options = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
     if cp.size == 1 or segments.rows is None:
         return ops.attention(q, k, v, segments, key_segments=key_segments, **options)
-    raise NotImplementedError
+    if key_segments is not None:
+        raise ValueError(
+            "attention: a stream cut over context parallel processes has no cache (key_segments)"
+        )
+    check_attention(q, k, v, segments, segments, window, softcap, sinks)
+    if method == "ulysses":
+        check_context(q.shape[1], k.shape[1], 1, cp.size, method)
+        return ulysses(q, k, v, segments, cp, **options)
+    return ring(q, k, v, segments, cp, **options)
