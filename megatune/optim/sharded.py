@@ -1,135 +1,153 @@
-"""AdamW over this process's shards.
+"""AdamW over this process's shards: fp32 tensors, whatever the layout.
 
-Parameters may be plain tensors or DTensors (ZeRO). The step runs on the local shards as plain tensors: DTensor costs
-tens of microseconds of host time a tensor, and nothing in AdamW needs more than the local numbers.
+Masters that stand in line in a bucket, and are treated alike, are updated as one tensor: the optimizer's cost on the
+host does not grow with the number of adapters.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate
 
 from megatune.config.schema import OptimConfig
+from megatune.parallel import Master, Parts
 
 SLOTS = ("exp_avg", "exp_avg_sq")
 
 
-class ShardedAdamW:
-    """AdamW (arXiv:1711.05101) with decoupled weight decay on matrices only; states in fp32, sharded as the weights.
+@dataclass
+class _Run:
+    """Masters that are updated as one. `grad`: the gradient of all, always in the same place; None for one master that
+    stands alone, whose gradient may be another tensor in every step."""
 
-    `step` counts finished steps. Use: backward, `grad_norm()`, `step_with(lr, scale)`, which also clears gradients.
+    tensor: nn.Parameter
+    grad: Tensor | None
+    decays: bool
+    counts: bool
+    members: list[Master] = field(default_factory=list)
+
+    def gradient(self) -> Tensor:
+        grad = self.members[0].grad if self.grad is None else self.grad
+        return torch.zeros_like(self.tensor) if grad is None else grad
+
+
+class ShardedAdamW:
+    """AdamW (arXiv:1711.05101) with decoupled weight decay on matrices only; moments in fp32, sharded as the masters.
+
+    `masters`: by name; none where all that this process holds is frozen (a pipeline stage). `steps` counts finished
+    steps. Use: gradients finished, `grad_square()`, `step_with(lr, scale)`.
     """
 
-    def __init__(self, model: nn.Module, config: OptimConfig) -> None:
+    def __init__(self, masters: Mapping[str, Master], config: OptimConfig) -> None:
         self.config = config
         self.steps = 0
-        self._sources = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        if not self._sources:
-            raise ValueError("the model has no trainable parameter")
-        self._local = {name: nn.Parameter(_local(p.detach())) for name, p in self._sources.items()}
-        decayed = [p for n, p in self._local.items() if self._sources[n].ndim >= 2 and p.numel()]
-        plain = [p for n, p in self._local.items() if self._sources[n].ndim < 2 and p.numel()]
+        self._masters = masters
+        self._runs = _join(masters)
         groups = [
             {"params": params, "weight_decay": decay}
-            for params, decay in ((decayed, config.weight_decay), (plain, 0.0))
+            for params, decay in (
+                ([run.tensor for run in self._runs if run.decays], config.weight_decay),
+                ([run.tensor for run in self._runs if not run.decays], 0.0),
+            )
             if params
         ]
+        betas = (config.beta1, config.beta2)
         self._optimizer = (
-            torch.optim.AdamW(
-                groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
-            )
+            torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
             if groups
-            else None  # every shard of this process is empty (more processes than rows)
+            else None  # nothing is trained here, or every shard is empty (more processes than elements)
         )
-        for p in self._local.values():
-            if p.numel():
-                self._optimizer.state[p] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=p.device),
-                    **{slot: torch.zeros_like(p) for slot in SLOTS},
-                }
+        for run in self._runs:
+            self._optimizer.state[run.tensor] = {
+                "step": torch.zeros((), dtype=torch.float32, device=run.tensor.device),
+                **{slot: torch.zeros_like(run.tensor) for slot in SLOTS},
+            }
 
-    def grad_norm(self) -> float:
-        """L2 norm of the gradient of all trainable parameters, over all shards, on the host."""
-        by_dtype = [g.float() for g in self._local_grads().values() if g.numel()]
-        norms = torch._foreach_norm(by_dtype) if by_dtype else []
-        square = sum((n.double() ** 2 for n in norms), torch.zeros((), dtype=torch.float64))
-        square = square.cpu()
-        mesh = self._shard_mesh()
-        if mesh is not None and mesh.size() > 1:
-            dist.all_reduce(square, group=mesh.get_group())
-        return math.sqrt(square.item())
+    @torch.no_grad()
+    def grad_square(self) -> float:
+        """Sum of the squares of the gradient's elements that this process counts: summed over all processes it is the
+        square of the global norm. Waits for the device, once."""
+        grads = [run.gradient() for run in self._runs if run.counts]
+        if not grads:
+            return 0.0
+        return torch.stack(torch._foreach_norm(grads)).double().square().sum().item()
 
+    @torch.no_grad()
     def step_with(self, lr: float, scale: float = 1.0) -> None:
-        """One update with learning rate `lr`, gradients multiplied by `scale` first (clipping), then cleared."""
-        grads = self._local_grads()
-        if scale != 1.0 and grads:
-            torch._foreach_mul_(list(grads.values()), scale)
-        for name, p in self._local.items():
-            p.grad = grads[name]
-        if self._optimizer is not None:
-            for group in self._optimizer.param_groups:
-                group["lr"] = lr
-            self._optimizer.step()
+        """One update with learning rate `lr`, gradients multiplied by `scale` first (clipping)."""
         self.steps += 1
-        self.zero_grad()
+        if self._optimizer is None:
+            return
+        grads = [run.gradient() for run in self._runs]
+        if scale != 1.0:
+            torch._foreach_mul_(grads, scale)
+        for run, grad in zip(self._runs, grads, strict=True):
+            run.tensor.grad = grad
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._optimizer.step()
+        for run in self._runs:
+            run.tensor.grad = None
 
-    def zero_grad(self) -> None:
-        for p in self._local.values():
-            p.grad = None
-        for p in self._sources.values():
-            p.grad = None
-
-    def state(self) -> dict[str, Tensor]:
-        """Optimizer states by `optim/<slot>/<name>`, each with the sharding of its parameter. The tensors are the
-        live ones: filling them in place (and setting `load_steps`) restores the optimizer."""
-        found: dict[str, Tensor] = {}
-        for name, local in self._local.items():
-            source = self._sources[name]
-            slots = self._optimizer.state[local] if local.numel() else {s: local.detach() for s in SLOTS}
-            for slot in SLOTS:
-                found[f"optim/{slot}/{name}"] = _like(source, slots[slot])
-        return found
+    def state(self) -> dict[str, Parts]:
+        """Moments by `optim/<slot>/<name>`, each sharded as its master. The tensors are the live ones: filling them in
+        place (and `load_steps`) restores the optimizer."""
+        moments: dict[tuple[str, str], Tensor] = {}
+        for run in self._runs:
+            slots, start = self._optimizer.state[run.tensor], 0
+            for master in run.members:
+                size = master.tensor.numel()
+                for slot in SLOTS:
+                    here = slots[slot].view(-1)[start : start + size]
+                    moments[slot, master.name] = here.view(master.tensor.shape)
+                start += size
+        return {
+            # Empty shards are in no run, and their moments as empty as they are.
+            f"optim/{slot}/{name}": master.parts(moments.get((slot, name), master.tensor))
+            for name, master in self._masters.items()
+            for slot in SLOTS
+        }
 
     def load_steps(self, steps: int) -> None:
-        """Set the number of finished steps after the states were filled."""
+        """Set the number of finished steps after the moments were filled."""
         self.steps = steps
-        if self._optimizer is not None:
-            for state in self._optimizer.state.values():
-                state["step"].fill_(float(steps))
-
-    def _local_grads(self) -> dict[str, Tensor]:
-        grads = {}
-        for name, p in self._sources.items():
-            grads[name] = torch.zeros_like(self._local[name]) if p.grad is None else _local(p.grad)
-        return grads
-
-    def _shard_mesh(self):
-        for p in self._sources.values():
-            if isinstance(p, DTensor):
-                mesh = p.device_mesh
-                dims = [i for i, placement in enumerate(p.placements) if not isinstance(placement, Replicate)]
-                return mesh[mesh.mesh_dim_names[dims[0]]] if dims and mesh.ndim > 1 else mesh
-        return None
+        for run in self._runs:
+            self._optimizer.state[run.tensor]["step"].fill_(float(steps))
 
 
-def build(model: nn.Module, config: OptimConfig) -> ShardedAdamW:
-    """The optimizer of `config` over the trainable parameters of `model` (already sharded and filled)."""
-    return ShardedAdamW(model, config)
+def build(masters: Mapping[str, Master], config: OptimConfig) -> ShardedAdamW:
+    """The optimizer of `config` over the trainable parameters of a model (`Zero.masters`)."""
+    return ShardedAdamW(masters, config)
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _like(source: Tensor, local: Tensor) -> Tensor:
-    """`local` as the shard of a tensor that is sharded as `source`."""
-    if not isinstance(source, DTensor):
-        return local.detach()
-    mesh, placements = source.device_mesh, source.placements
-    return DTensor.from_local(
-        local.detach(), mesh, placements, run_check=False, shape=source.shape, stride=source.stride()
-    )
+def _join(masters: Mapping[str, Master]) -> list[_Run]:
+    """Runs of masters that stand behind one another in a bucket, with or without decay, counted or not."""
+    runs: list[_Run] = []
+    in_line: dict[int, list[Master]] = {}
+    for master in masters.values():
+        if not master.tensor.numel():
+            continue
+        if master.run is None:
+            tensor = nn.Parameter(master.tensor, requires_grad=False)
+            runs.append(_Run(tensor, None, master.is_matrix, master.counts, [master]))
+        else:
+            in_line.setdefault(id(master.run[0]), []).append(master)
+    for line in in_line.values():
+        line.sort(key=lambda master: master.run[2])
+        groups: list[list[Master]] = []
+        for master in line:
+            last = groups[-1][-1] if groups else None
+            is_next = last is not None and last.run[2] + last.tensor.numel() == master.run[2]
+            if is_next and (last.is_matrix, last.counts) == (master.is_matrix, master.counts):
+                groups[-1].append(master)
+            else:
+                groups.append([master])
+        for group in groups:
+            flat, grads, start = group[0].run
+            here = slice(start, start + sum(master.tensor.numel() for master in group))
+            tensor = nn.Parameter(flat[here], requires_grad=False)
+            runs.append(_Run(tensor, grads[here], group[0].is_matrix, group[0].counts, group))
+    return runs

@@ -4,7 +4,7 @@ from megatune.config.layout import Layout, layout_of
 from megatune.parallel.shard import Box, Cut, Fused, Parts, ShardSpec
 from megatune.parallel.stages import Stage
 from megatune.parallel.world import Axis, World, init, make_world
-from megatune.parallel.zero import set_last_micro_batch, wrap
+from megatune.parallel.zero import Master, Zero
 
 __all__ = [
     "Axis",
@@ -12,13 +12,13 @@ __all__ = [
     "Cut",
     "Fused",
     "Layout",
+    "Master",
     "Parts",
     "ShardSpec",
     "Stage",
     "World",
+    "Zero",
     "init",
     "layout_of",
     "make_world",
-    "set_last_micro_batch",
-    "wrap",
 ]
