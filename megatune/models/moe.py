@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from megatune import ops
 from megatune.config.schema import MoEConfig
 from megatune.models.mlp import GatedMLP
+from megatune.models.recompute import recomputed
 from megatune.models.spec import DecoderSpec, MoESpec
 from megatune.ops import Segments
 from megatune.ops import moe as moe_ops
@@ -135,10 +136,17 @@ class Experts(nn.Module):
             moe.num_experts, moe.expert_size, hidden, moe.expert_bias, shard="row", world=world
         )
 
+    @property
+    def drops_out(self) -> bool:
+        """Whether adapters here have dropout now."""
+        adapters = (self.gate_up.adapter, self.down.adapter)
+        return self.training and any(one is not None and one.dropout > 0 for one in adapters)
+
     def forward(self, rows: Tensor, groups: Groups) -> Tensor:
-        gate_up = self.gate_up(rows, groups)
-        inner = ops.clamped_glu(gate_up) if self.clamped else ops.glu(gate_up, self.activation)
-        return self.down(inner, groups)
+        def gate(gate_up: Tensor) -> Tensor:
+            return ops.clamped_glu(gate_up) if self.clamped else ops.glu(gate_up, self.activation)
+
+        return recomputed(gate, lambda inner: self.down(inner, groups), self.gate_up(rows, groups))
 
 
 class MoE(nn.Module):
@@ -173,7 +181,16 @@ class MoE(nn.Module):
         drops = self.training and self.capacity is not None
         if drops:
             experts = self._drop(experts, segments)
-        y = through_experts(x, experts, weights, self.spec.num_experts, self.world, self.experts, drops)
+        y = through_experts(
+            x,
+            experts,
+            weights,
+            self.spec.num_experts,
+            self.world,
+            self.experts,
+            drops=drops,
+            keys=self._keys(x, segments) if self.experts.drops_out else None,
+        )
         return y if self.shared is None else y + self.shared(x, segments)
 
     def _rows(self, x: Tensor, segments: Segments) -> Tensor:
@@ -182,6 +199,10 @@ class MoE(nn.Module):
         if rows is None:
             rows = torch.arange(segments.tokens, device=x.device)
         return own_tokens(rows, self.world.tp)
+
+    def _keys(self, x: Tensor, segments: Segments) -> Tensor:
+        """int64 [T]: what dropout knows the tokens by, wherever they are sent."""
+        return self._rows(x, segments) ^ (segments.key & 2**31 - 1)
 
     def _real(self, x: Tensor, segments: Segments) -> Tensor | None:
         """bool [T]: which tokens are no padding; None: all."""

@@ -40,10 +40,12 @@ def on_host(counts: Tensor, total: int) -> tuple[int, ...]:
 
 @dataclass(eq=False)
 class Groups:
-    """Rows that stand sorted by expert: `counts` int64 [E], how many each has; `rows`, all of them."""
+    """Rows that stand sorted by expert: `counts` int64 [E], how many each has; `rows`, all of them. `keys`: int64 [R],
+    names of the tokens in the rows, for dropout; None where nobody asks."""
 
     counts: Tensor
     rows: int
+    keys: Tensor | None = None
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:

@@ -39,12 +39,14 @@ from megatune.parallel.world import Axis, World
 @dataclass(frozen=True, eq=False)
 class GroupedLowRank:
     """A change beside each expert's weight: scale * scatter(b[e]) a[e]. `a` [E here, adapters * r, in here], `b` [E
-    here, adapted rows here, r]; `layout`: which rows of one expert's weight it changes."""
+    here, adapted rows here, r]; `layout`: which rows of one expert's weight it changes. `dropped`: the layer's input
+    after the adapter's dropout (None: the input itself)."""
 
     a: Tensor
     b: Tensor
     layout: ops.LoraLayout
     scale: float
+    dropped: Tensor | None = None
 
     @property
     def stacked(self) -> ops.LoraLayout:
@@ -98,8 +100,9 @@ class GroupedLinear(nn.Module):
 
     def product(self, x: Tensor, groups: Groups, change: GroupedLowRank | None = None) -> Tensor:
         """x [R, in here] (W[e] + change[e])^T + b[e] -> [R, out here]."""
-        a, b = (None, None) if change is None else (change.a, change.b)
-        return _Grouped.apply(x, self.weight, self.bias, a, b, change, groups, self.adds_bias)
+        a, b, dropped = (None,) * 3 if change is None else (change.a, change.b, change.dropped)
+        layout, scale = (None, 1.0) if change is None else (change.stacked, change.scale)
+        return _Grouped.apply(x, self.weight, self.bias, a, b, dropped, layout, scale, groups, self.adds_bias)
 
     def extra_repr(self) -> str:
         sizes = f"{self.experts} x ({self.in_features} -> {self.out_features})"
@@ -107,15 +110,15 @@ class GroupedLinear(nn.Module):
 
 
 class _Grouped(torch.autograd.Function):
-    """out = x @ weight[e]^T + bias[e] + low @ block[e]^T for each row's expert e, with low = x @ a[e]^T and block[e] =
-    scale * scatter(b[e]); without an adapter the first two terms.
+    """out = x @ weight[e]^T + bias[e] + low @ block[e]^T for each row's expert e, with low = dropped @ a[e]^T and
+    block[e] = scale * scatter(b[e]); without an adapter the first two terms.
 
     | tensor | shape | |
     | --- | --- | --- |
-    | x | [R, in] | saved as far as a weight's gradient needs it |
+    | x, dropped | [R, in] | saved as far as a weight's gradient needs them |
     | low | [R, adapters * r] | saved |
     | grad_low = grad @ block[e] | [R, adapters * r] | |
-    | grad_x = grad @ weight[e] + grad_low @ a[e] | [R, in] | |
+    | grad_x = grad @ weight[e] (+ grad_low @ a[e] if x is dropped) | [R, in] | |
     """
 
     @staticmethod
@@ -126,42 +129,48 @@ class _Grouped(torch.autograd.Function):
         bias: Tensor | None,
         a: Tensor | None,
         b: Tensor | None,
-        change: GroupedLowRank | None,
+        x_dropped: Tensor | None,
+        layout: ops.LoraLayout | None,
+        scale: float,
         groups: Groups,
         adds_bias: bool,
     ) -> Tensor:
         out = moe.grouped_linear(x, weight, bias if adds_bias else None, groups)
+        dropped = x if x_dropped is None else x_dropped
         low = None
         if a is not None:
-            low = moe.grouped_linear(x, a.to(x.dtype), None, groups)
-            out += moe.grouped_linear(low, _block(b, change, x.dtype), None, groups)
-            ctx.layout, ctx.scale = change.stacked, change.scale
-        needs_x = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
-        ctx.save_for_backward(x if needs_x else None, low, weight, a, b)
+            low = moe.grouped_linear(dropped, a.to(x.dtype), None, groups)
+            out += moe.grouped_linear(low, _block(b, layout, scale, x.dtype), None, groups)
+        need_weight, need_a = ctx.needs_input_grad[1], ctx.needs_input_grad[3]
+        ctx.save_for_backward(x if need_weight else None, dropped if need_a else None, low, weight, a, b)
         ctx.parameters = weight, a, b
-        ctx.groups, ctx.change, ctx.adds_bias = groups, change, adds_bias
+        ctx.layout, ctx.scale, ctx.groups, ctx.adds_bias = layout, scale, groups, adds_bias
+        ctx.has_dropped = x_dropped is not None
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, low, weight, a, b = ctx.saved_tensors
-        groups = ctx.groups
-        need_x, need_weight, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
-        grad = grad.contiguous()
-        grad_x = grad_low = grad_weight = grad_bias = grad_a = grad_b = None
+        x, dropped, low, weight, a, b = ctx.saved_tensors
+        groups, grad = ctx.groups, grad.contiguous()
+        need_x, need_weight, need_bias, need_a, need_b, need_dropped = ctx.needs_input_grad[:6]
+        through_low = a is not None and (need_dropped or (need_x and not ctx.has_dropped))
+        grad_x = grad_low = grad_dropped = grad_weight = grad_bias = grad_a = grad_b = None
         if need_x:
             grad_x = moe.grouped_input_grad(grad, weight, groups)
-        if a is not None and (need_x or need_a):
-            grad_low = moe.grouped_input_grad(grad, _block(b, ctx.change, grad.dtype), groups)
-            if need_x:
-                grad_x += moe.grouped_input_grad(grad_low, a.to(grad.dtype), groups)
+        if need_a or through_low:
+            block = _block(b, ctx.layout, ctx.scale, grad.dtype)
+            grad_low = moe.grouped_input_grad(grad, block, groups)
+        if through_low:
+            grad_dropped = moe.grouped_input_grad(grad_low, a.to(grad.dtype), groups)
+            if not ctx.has_dropped:
+                grad_x, grad_dropped = grad_x.add_(grad_dropped), None
         if need_weight:
             grad_weight = deferred.defer(ctx.parameters[0], lambda: moe.grouped_weight_grad(grad, x, groups))
         if need_a:
             dtype = a.dtype
             grad_a = deferred.defer(
-                ctx.parameters[1], lambda: moe.grouped_weight_grad(grad_low, x, groups).to(dtype)
+                ctx.parameters[1], lambda: moe.grouped_weight_grad(grad_low, dropped, groups).to(dtype)
             )
         if need_b:
             grad_b = _grad_b(ctx, grad, low, b)
@@ -169,13 +178,12 @@ class _Grouped(torch.autograd.Function):
             # Where the bias is not added its gradient is zero, and the sum over etp complete.
             shape = groups.counts.shape[0], grad.shape[1]
             grad_bias = moe.grouped_sum(grad, groups) if ctx.adds_bias else grad.new_zeros(shape)
-        return grad_x, grad_weight, grad_bias, grad_a, grad_b, None, None, None
+        return grad_x, grad_weight, grad_bias, grad_a, grad_b, grad_dropped, None, None, None, None
 
 
-def _block(b: Tensor, change: GroupedLowRank, dtype: torch.dtype) -> Tensor:
-    """[E, adapted rows, r] -> [E, rows, adapters * r], the scale in it."""
-    flat = (b.to(dtype) * change.scale).flatten(0, 1)
-    return change.stacked.scatter(flat).unflatten(0, (b.shape[0], -1))
+def _block(b: Tensor, layout: ops.LoraLayout, scale: float, dtype: torch.dtype) -> Tensor:
+    """[E, adapted rows, r] -> [E, rows, adapters * r], the scale in it. `layout`: of all experts' rows."""
+    return layout.scatter((b.to(dtype) * scale).flatten(0, 1)).unflatten(0, (b.shape[0], -1))
 
 
 def _grad_b(ctx: Any, grad: Tensor, low: Tensor, b: Tensor) -> Tensor | None:
@@ -203,7 +211,7 @@ class _Exchange:
     groups: Groups
 
 
-def _exchange(groups: Groups, ep: Axis) -> _Exchange:
+def _exchange(groups: Groups, keys: Tensor | None, ep: Axis) -> _Exchange:
     """From the rows that this process has for each of all experts. The host waits for the device once: sizes of what
     is sent must be known there."""
     here = groups.counts.shape[0] // ep.size
@@ -218,7 +226,9 @@ def _exchange(groups: Groups, ep: Axis) -> _Exchange:
     expert_of_row = torch.repeat_interleave(local, arriving, output_size=rows)
     order = torch.argsort(expert_of_row, stable=True)
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(rows, device=order.device))
-    of_expert = Groups(arriving.view(ep.size, here).sum(0), rows)
+    if keys is not None:
+        keys = exchange_rows(keys, ep, *sizes).index_select(0, order)
+    of_expert = Groups(arriving.view(ep.size, here).sum(0), rows, keys)
     return _Exchange(tuple(sizes[0]), tuple(sizes[1]), order, inverse, of_expert)
 
 
@@ -229,22 +239,26 @@ def through_experts(
     num_experts: int,
     world: World,
     compute: Callable[[Tensor, Groups], Tensor],
+    *,
     drops: bool = False,
+    keys: Tensor | None = None,
 ) -> Tensor:
     """Each token's weighted sum of its experts' outputs: [T, H] -> [T, H], of the tokens that are here.
 
     `experts`: int64 [T, k] (`num_experts`: this choice is dropped; `drops`: there may be such), `weights`: fp32 [T,
     k]. `compute`: (rows [R, H] sorted by expert, their groups, of the experts that are here) -> [R, H], called once on
-    every process, be it for no row. All processes of an ep and an etp line must call this together, those of an etp
-    line with equally many tokens.
+    every process, be it for no row. `keys`: int64 [T], names of the tokens that shall be in the groups. All processes
+    of an ep and an etp line must call this together, those of an etp line with equally many tokens.
     """
     x, weights = gather(x, world.etp), gather(weights, world.etp)
     order = moe.sort_by_expert(gather_rows(experts, world.etp)[0], num_experts, drops)
     rows = moe.permute(x, order)
+    if keys is not None:
+        keys = gather_rows(keys, world.etp)[0].index_select(0, order.tokens)
     if world.ep.size == 1:
-        rows = compute(rows, order.groups)
+        rows = compute(rows, Groups(order.groups.counts, order.groups.rows, keys))
     else:
-        plan = _exchange(order.groups, world.ep)
+        plan = _exchange(order.groups, keys, world.ep)
         rows = all_to_all(rows, world.ep, plan.send, plan.receive)
         rows = compute(moe.reorder(rows, plan.order, plan.inverse), plan.groups)
         rows = moe.reorder(rows, plan.inverse, plan.order)
