@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from megatune import ops
 from megatune.models.cache import KVCache
 from megatune.models.norm import Norm
+from megatune.models.recompute import recomputed
 from megatune.models.rope import Rotary
 from megatune.models.spec import DecoderSpec
 from megatune.ops import Segments
@@ -50,12 +51,38 @@ class Attention(nn.Module):
             self.q_norm, self.k_norm = Norm(spec, self.head_dim), Norm(spec, self.head_dim)
         elif spec.qk_norm == "full":
             self.q_norm, self.k_norm = Norm(spec, queries, cut=world), Norm(spec, keys, cut=world)
+        # Whether making the heads from the projection's output takes other processes.
+        self.communicates = self.tp.size > 1 and (self.share > 1 or spec.qk_norm == "full")
         self.out = Linear(queries, spec.hidden_size, spec.attention_out_bias, shard="row", world=world)
 
     def forward(
         self, x: Tensor, segments: Segments, rotary: Rotary | None, cache: KVCache | None = None
     ) -> Tensor:
-        q_TKGD, k_TKD, v_TKD = self._heads(self.qkv(x, segments))
+        qkv = self.qkv(x, segments)
+
+        def attend(*heads: Tensor) -> Tensor:
+            return self._attend(
+                *(heads if self.communicates else self._heads(*heads)), segments, rotary, cache
+            )
+
+        def out(attended: Tensor) -> Tensor:
+            return self.out(attended, segments)
+
+        heads = self._heads(qkv) if self.communicates else (qkv,)
+        if self.cp.size > 1:
+            return out(attend(*heads))
+        return recomputed(attend, out, *heads)
+
+    def _attend(
+        self,
+        q_TKGD: Tensor,
+        k_TKD: Tensor,
+        v_TKD: Tensor,
+        segments: Segments,
+        rotary: Rotary | None,
+        cache: KVCache | None,
+    ) -> Tensor:
+        """Heads as of `_heads` -> the output projection's input [T, Q * D]."""
         if rotary is not None:
             q_TKGD = ops.rope(q_TKGD, rotary.cos, rotary.sin)
             k_TKD = ops.rope(k_TKD, rotary.cos, rotary.sin)
@@ -75,7 +102,7 @@ class Attention(nn.Module):
             sinks=self.sinks,
             key_segments=key_segments,
         )
-        return self.out(attended_TQD.flatten(1), segments)
+        return attended_TQD.flatten(1)
 
     def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Output of the projection -> q [T, K, G, D] and k [T, K, D], normed, and v [T, K, D], of the heads here."""

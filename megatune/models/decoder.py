@@ -7,11 +7,11 @@ V vocabulary, S scored tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from megatune import ops
 from megatune.models.attention import Attention
@@ -19,9 +19,11 @@ from megatune.models.cache import KVCache
 from megatune.models.layout import shard_specs
 from megatune.models.mlp import MLP, GatedMLP
 from megatune.models.norm import Norm
+from megatune.models.recompute import Recompute, drops_layer, selective, whole_layer
 from megatune.models.rope import Rotary, inverse_frequencies, rotary
 from megatune.models.spec import DecoderSpec
 from megatune.ops import Segments, Targets
+from megatune.parallel.offload import Offload
 from megatune.parallel.shard import ShardSpec, vocab_rows
 from megatune.parallel.stages import Stage, whole
 from megatune.parallel.tensor import Embedding, Linear, gather_columns, gather_tokens, own_tokens
@@ -76,8 +78,9 @@ class Decoder(nn.Module):
     """Embedding, layers, final norm and head.
 
     `world`: the layout whose slices of the weights this process holds; default: all. `stages`: the pipeline stages
-    that it holds, in order; default: the one there is. Modules and parameters keep their global names. `recompute`:
-    every n-th layer keeps only its input and is computed again in backward; 0: none.
+    that it holds, in order; default: the one there is. Modules and parameters keep their global names.
+    `recompute`: which activations are computed again in backward (`models.recompute`). `offload`: activations of the
+    layers wait for backward in host memory.
     """
 
     def __init__(
@@ -87,7 +90,9 @@ class Decoder(nn.Module):
         self.spec = spec
         self.world = world or World.alone()
         self.stages = tuple(stages) if stages is not None else whole(spec.num_layers)
-        self.recompute = 0
+        self.recompute: Recompute = "none"
+        self.offload = False
+        self._offload: Offload | None = None
         has_first, has_last = self.stages[0].is_first, self.stages[-1].is_last
         if has_first or (has_last and spec.tied_embeddings):
             self.embed = Embedding(spec.vocab_size, spec.hidden_size, vocab=True, world=self.world)
@@ -125,17 +130,30 @@ class Decoder(nn.Module):
         lengths = tuple(length + seen for length in segments.lengths)
         rotaries = [rotary(rope, positions, lengths) for rope in self.spec.ropes]
         x = self._embed(tokens, positions) if part.is_first else tokens
-        for index in part.layers:
-            layer = self.layers[str(index)]
-            rope = self.spec.layers[index].rope
-            inputs = (x, segments, None if rope is None else rotaries[rope])
-            if self.recompute and index % self.recompute == 0 and torch.is_grad_enabled():
-                x = checkpoint(layer, *inputs, use_reentrant=False)
-            else:
-                x = layer(*inputs, cache)
+        trains = torch.is_grad_enabled()
+        away = self._away(x.device, segments, rotaries) if self.offload and trains else None
+        with selective(self.recompute == "selective"):
+            for index in part.layers:
+                layer = self.layers[str(index)]
+                rope = self.spec.layers[index].rope
+                inputs = (x, segments, None if rope is None else rotaries[rope])
+                with nullcontext() if away is None else away.layer():
+                    if trains and drops_layer(self.recompute, index):
+                        x = whole_layer(layer, *inputs)
+                    else:
+                        x = layer(*inputs, cache)
         if cache is not None and part.number == self.stages[-1].number:
             cache.advance(tokens.shape[0])
         return self._head(x, targets) if part.is_last else x
+
+    def _away(self, device: torch.device, segments: Segments, rotaries: Sequence[Rotary]) -> Offload:
+        """Where the layers' activations go; what all layers use stays."""
+        if self._offload is None:
+            self._offload = Offload(device)
+        tables = [table for one in rotaries for table in (one.cos, one.sin)]
+        rows = [] if segments.rows is None else [segments.rows]
+        self._offload.begin((segments.positions, segments.cu_seqlens, *rows, *tables))
+        return self._offload
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         x = self.embed(tokens)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from megatune import ops
 from megatune.models.cache import KVCache
 from megatune.models.norm import Norm
+from megatune.models.recompute import recomputed
 from megatune.models.rope import Rotary
 from megatune.models.spec import DecoderSpec
 from megatune.ops import Segments
@@ -48,8 +49,42 @@ class MLA(nn.Module):
     def forward(
         self, x: Tensor, segments: Segments, rotary: Rotary | None, cache: KVCache | None = None
     ) -> Tensor:
-        q_TQC = self._queries(x, segments, rotary)
-        k_TQC, v_TQD = self._keys_and_values(x, segments, rotary)
+        mla = self.spec
+        if mla.q_rank is None:
+            q = self.q(x, segments)
+        else:
+            q = self.q_b(self.q_a_norm(self.q_a(x, segments)), segments)
+        latent, k_TR = self.kv_a(x, segments).split((mla.kv_rank, mla.rope_dim), dim=1)
+        # Every process's heads use the one rotated key: the gather's backward sums what they give back.
+        k_TR = gather_tokens(k_TR, self.tp)
+        kv = self.kv_b(self.kv_a_norm(latent), segments)
+
+        def attend(q: Tensor, k_TR: Tensor, kv: Tensor) -> Tensor:
+            return self._attend(q, k_TR, kv, segments, rotary, cache)
+
+        def out(attended: Tensor) -> Tensor:
+            return self.out(attended, segments)
+
+        return out(attend(q, k_TR, kv)) if self.cp.size > 1 else recomputed(attend, out, q, k_TR, kv)
+
+    def _attend(
+        self,
+        q: Tensor,
+        k_TR: Tensor,
+        kv: Tensor,
+        segments: Segments,
+        rotary: Rotary | None,
+        cache: KVCache | None,
+    ) -> Tensor:
+        """q [T, Q * (N + R)], kv [T, Q * (N + D)], of all tokens and this process's heads -> [T, Q * D]."""
+        mla = self.spec
+        q_TQN, q_TQR = q.unflatten(1, (-1, mla.query_dim)).split((mla.nope_dim, mla.rope_dim), dim=2)
+        q_TQC = torch.cat((q_TQN, self._rotate(q_TQR, rotary)), 2)
+        k_TQN, v_TQD = kv.unflatten(1, (-1, mla.nope_dim + mla.value_dim)).split(
+            (mla.nope_dim, mla.value_dim), dim=2
+        )
+        k_T1R = self._rotate(k_TR.unsqueeze(1), rotary)
+        k_TQC = torch.cat((k_TQN, k_T1R.expand(-1, k_TQN.shape[1], -1)), 2)
         key_segments = None
         if cache is not None:
             k_TQC, v_TQD, key_segments = cache.extend(self.index, k_TQC, v_TQD, None)
@@ -63,27 +98,7 @@ class MLA(nn.Module):
             scale=self.scale,
             key_segments=key_segments,
         )
-        return self.out(attended_TQD.flatten(1), segments)
-
-    def _queries(self, x: Tensor, segments: Segments, rotary: Rotary | None) -> Tensor:
-        """[T, Q, N + R] of all tokens and this process's heads."""
-        mla = self.spec
-        if mla.q_rank is None:
-            q = self.q(x, segments)
-        else:
-            q = self.q_b(self.q_a_norm(self.q_a(x, segments)), segments)
-        q_TQN, q_TQR = q.unflatten(1, (-1, mla.query_dim)).split((mla.nope_dim, mla.rope_dim), dim=2)
-        return torch.cat((q_TQN, self._rotate(q_TQR, rotary)), 2)
-
-    def _keys_and_values(self, x: Tensor, segments: Segments, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
-        """([T, Q, N + R], [T, Q, D]) of all tokens and this process's heads."""
-        mla = self.spec
-        latent, k_TR = self.kv_a(x, segments).split((mla.kv_rank, mla.rope_dim), dim=1)
-        # Every process's heads use the one rotated key: the gather's backward sums what they give back.
-        k_T1R = self._rotate(gather_tokens(k_TR, self.tp).unsqueeze(1), rotary)
-        kv = self.kv_b(self.kv_a_norm(latent), segments).unflatten(1, (-1, mla.nope_dim + mla.value_dim))
-        k_TQN, v_TQD = kv.split((mla.nope_dim, mla.value_dim), dim=2)
-        return torch.cat((k_TQN, k_T1R.expand(-1, k_TQN.shape[1], -1)), 2), v_TQD
+        return attended_TQD.flatten(1)
 
     def _rotate(self, x: Tensor, rotary: Rotary | None) -> Tensor:
         """Turns x [T, heads, R]. Pairs that stand side by side come out in halves, as in transformers: the order is the

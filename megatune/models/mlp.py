@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatune import ops
+from megatune.models.recompute import recomputed
 from megatune.models.spec import DecoderSpec
 from megatune.ops import Segments
 from megatune.parallel.shard import Fused
@@ -29,7 +30,11 @@ class GatedMLP(nn.Module):
         self.down = Linear(size, spec.hidden_size, spec.mlp_bias, shard="row", world=world)
 
     def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
-        return self.down(ops.glu(self.gate_up(x, segments), self.activation), segments)
+        return recomputed(
+            lambda gate_up: ops.glu(gate_up, self.activation),
+            lambda inner: self.down(inner, segments),
+            self.gate_up(x, segments),
+        )
 
 
 class MLP(nn.Module):
@@ -42,4 +47,6 @@ class MLP(nn.Module):
         self.down = Linear(spec.mlp_size, spec.hidden_size, spec.mlp_bias, shard="row", world=world)
 
     def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
-        return self.down(_ACTIVATIONS[self.activation](self.up(x, segments)), segments)
+        return recomputed(
+            _ACTIVATIONS[self.activation], lambda inner: self.down(inner, segments), self.up(x, segments)
+        )

@@ -6,6 +6,7 @@ one layer before it is needed. Storages travel whole and once, however many view
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -38,9 +39,10 @@ class _Held:
 
 @dataclass(eq=False)
 class _Layer:
-    """What one layer's forward pass saved; `before`: the layer before it in the same micro-batch."""
+    """What one layer's forward pass saved; `before`: the layer before it in the same micro-batch. A layer lives as
+    long as something that it saved is waited for."""
 
-    before: _Layer | None
+    before: weakref.ref[_Layer] | None
     held: dict[tuple[int, int], _Held] = field(default_factory=dict)
     gone: Any = None  # event: all copies to the host are made
     back: Any = None  # event: all copies from the host are made
@@ -57,7 +59,7 @@ class Offload:
         self._is_cuda = device.type == "cuda"
         self._out = torch.cuda.Stream(device) if self._is_cuda else None
         self._back = torch.cuda.Stream(device) if self._is_cuda else None
-        self._last: _Layer | None = None
+        self._last: weakref.ref[_Layer] | None = None
         self._pending: _Layer | None = None  # its sources are still there
 
     def begin(self, shared: Iterable[Tensor] = ()) -> None:
@@ -71,7 +73,7 @@ class Offload:
         layer = _Layer(self._last)
         with saved_tensors_hooks(lambda tensor: self._pack(layer, tensor), self._unpack):
             yield
-        self._last = layer
+        self._last = weakref.ref(layer)
         if self._is_cuda:
             layer.gone = self._out.record_event()
         # A layer's own memory is free when the layer after it has been computed, so at most two wait for the bus.
@@ -116,8 +118,9 @@ class Offload:
             self._fetch(layer)
             if layer.back is not None:
                 torch.cuda.current_stream().wait_event(layer.back)
-            if layer.before is not None:
-                self._fetch(layer.before)
+            before = layer.before and layer.before()
+            if before is not None:
+                self._fetch(before)
         if held.source is not None:
             storage = held.source
         else:
