@@ -26,13 +26,13 @@ _DTYPES = tuple(DTYPE_NAMES)
 _END, _NOTHING = -1, -2
 
 # Of each name that a process writes: dtype (an index), and boxes of the global tensor.
-_Offer = dict[str, tuple[int, tuple[Box, ...]]]
+Offer = dict[str, tuple[int, tuple[Box, ...]]]
 
 
 class Collected:
     """All processes' tensors by name, on rank 0. Other processes must be in `_serve`."""
 
-    def __init__(self, weights: Mapping[str, Parts], offers: list[_Offer]) -> None:
+    def __init__(self, weights: Mapping[str, Parts], offers: list[Offer]) -> None:
         self._weights = weights
         self._offers = offers
         self._indices = [{name: index for index, name in enumerate(sorted(offer))} for offer in offers]
@@ -112,8 +112,8 @@ def on_main(weights: Mapping[str, Parts], folder: Path, work: Callable[[Collecte
     """`work` on rank 0, which writes `folder`, with all processes' tensors at hand; every process calls it. Raises the
     same CheckpointError on all of them where rank 0 cannot write."""
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    offer = _offer(weights)
-    offers: list[_Offer] = [offer] * world_size
+    offer = offer_of(weights)
+    offers: list[Offer] = [offer] * world_size
     if world_size > 1:
         dist.gather_object(offer, offers if rank == 0 else None, dst=0)
     if rank:
@@ -132,7 +132,8 @@ def on_main(weights: Mapping[str, Parts], folder: Path, work: Callable[[Collecte
     _agree(error)
 
 
-def _offer(weights: Mapping[str, Parts]) -> _Offer:
+def offer_of(weights: Mapping[str, Parts]) -> Offer:
+    """What a process can send."""
     return {
         name: (_DTYPES.index(parts.parts[0][1].dtype), tuple(box for box, _ in parts.parts))
         for name, parts in weights.items()

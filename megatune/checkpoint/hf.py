@@ -25,6 +25,7 @@ from megatune.models.registry import family_named
 from megatune.parallel.shard import Box, Parts
 
 MAX_SHARD_BYTES = 5 * 10**9
+FP32 = "e_score_correction_bias"  # of routers, also in models of 16 bits
 # What travels from the source folder beside the weights.
 _COPIED = (
     "tokenizer*",
@@ -62,9 +63,8 @@ def export_hf(
 
     def write(tensors: Collected) -> None:
         kind = dtype or tensors.dtype("embed.weight")
-        shapes = {
-            name: shape for item in base_map(model.spec).values() for name, shape in item.hf_shapes().items()
-        }
+        mapped = _ordered(base_map(model.spec))
+        shapes = {name: shape for item in mapped.values() for name, shape in item.hf_shapes().items()}
         with FolderWriter(folder, shapes, kind, config, source.path if source else None) as writer:
             for name, tensor in hf_tensors(tensors, model, merge=merge, dtype=kind):
                 writer.write(name, tensor)
@@ -75,18 +75,20 @@ def export_hf(
 def hf_tensors(
     tensors: Collected, model: nn.Module, *, merge: bool, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, tensor in `dtype`, on the host) of each tensor of a checkpoint of `model`, the whole one.
+    """(Hugging Face name, tensor on the host) of each tensor of a checkpoint of `model`, the whole one; in `dtype`, but
+    for what routers choose experts by (fp32).
 
     One of our tensors is in memory at a time, or one expert of it where the checkpoint has the experts one by one.
     CheckpointError where the processes do not hold it all.
     """
-    mapped = base_map(model.spec)
+    mapped = _ordered(base_map(model.spec))
     tensors.check({name: item.shape for name, item in mapped.items()})
     for name, item in mapped.items():
         adapter = _adapter_of(model, name) if merge else None
         if adapter is None:
             for box in item.boxes():
-                yield from item.split(tensors.pull(name, box, dtype), box)
+                kind = torch.float32 if _is_fp32(item) else dtype
+                yield from item.split(tensors.pull(name, box, kind), box)
             continue
         factors = {f"{name.rpartition('.')[0]}.adapter.{n}": p.shape for n, p in adapter.named_parameters()}
         tensors.check({factor: tuple(shape) for factor, shape in factors.items()})
@@ -95,6 +97,15 @@ def hf_tensors(
             change = adapter.delta(*(_experts(factor, item, box) for factor in (a, b)))
             merged = (tensors.pull(name, box).float() + change).to(dtype)
             yield from item.split(merged, box)
+
+
+def _is_fp32(item: Mapped) -> bool:
+    return item.pieces[0].hf_name.endswith(FP32)
+
+
+def _ordered(mapped: dict[str, Mapped]) -> dict[str, Mapped]:
+    """fp32 first, as files align their tensors."""
+    return dict(sorted(mapped.items(), key=lambda item: not _is_fp32(item[1])))
 
 
 def _experts(factor: Tensor, item: Mapped, box: Box) -> Tensor:
@@ -106,8 +117,8 @@ class FolderWriter:
     """Writes a Hugging Face folder: weights in shards of at most MAX_SHARD_BYTES, their index, config and the
     `source` folder's tokenizer files. A context manager; the folder takes its place on a clean exit.
 
-    `shapes`: of all tensors by Hugging Face name, in the order in which `write` will be called. CheckpointError where
-    `folder` is there and is no model folder.
+    `shapes`: of all tensors by Hugging Face name, in the order in which `write` will be called. `dtype`: of all of them
+    but those that end in FP32, which come first. CheckpointError where `folder` is there and is no model folder.
     """
 
     def __init__(
@@ -120,20 +131,21 @@ class FolderWriter:
     ) -> None:
         self._folder = folder
         self._temporary = temporary_beside(folder, source)
-        self._shards = _plan(shapes, dtype)
+        self._dtypes = {name: torch.float32 if name.endswith(FP32) else dtype for name in shapes}
+        self._shards = _plan(shapes, self._dtypes)
         self._config, self._source, self._dtype = config, source, dtype
         self._shapes = shapes
         self._open: SafetensorsWriter | None = None
         self._count = 0
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """The next tensor, in the folder's dtype."""
+        """The next tensor; it is cast where it has to be."""
         if self._open is None:
             self._count += 1
             path = self._temporary / _file_name(self._count, len(self._shards))
             shard = self._shards[self._count - 1]
-            self._open = SafetensorsWriter(path, [(n, self._dtype, self._shapes[n]) for n in shard])
-        self._open.write(name, tensor)
+            self._open = SafetensorsWriter(path, [(n, self._dtypes[n], self._shapes[n]) for n in shard])
+        self._open.write(name, tensor.to(self._dtypes[name]))
         if name == self._shards[self._count - 1][-1]:
             self._open.close()
             self._open = None
@@ -159,7 +171,7 @@ class FolderWriter:
             files = {
                 n: _file_name(i + 1, len(self._shards)) for i, shard in enumerate(self._shards) for n in shard
             }
-            total = sum(math.prod(shape) for shape in self._shapes.values()) * self._dtype.itemsize
+            total = sum(math.prod(shape) * self._dtypes[n].itemsize for n, shape in self._shapes.items())
             write_json(self._temporary / INDEX, {"metadata": {"total_size": total}, "weight_map": files})
         config = dict(self._config)
         for key in {"torch_dtype", "dtype"} & config.keys() or {"torch_dtype"}:
@@ -208,12 +220,12 @@ def _adapter_of(model: nn.Module, name: str) -> nn.Module | None:
     return getattr(model.get_submodule(module), "adapter", None) if kind == "weight" else None
 
 
-def _plan(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> list[list[str]]:
+def _plan(shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype]) -> list[list[str]]:
     """Names of each shard, in order; a tensor larger than a shard has one to itself."""
     shards: list[list[str]] = [[]]
     size = 0
     for name, shape in shapes.items():
-        own = math.prod(shape) * dtype.itemsize
+        own = math.prod(shape) * dtypes[name].itemsize
         if shards[-1] and size + own > MAX_SHARD_BYTES:
             shards.append([])
             size = 0

@@ -15,7 +15,7 @@ from megatune.adapters.lora import HfModule, LoraAdapter, lora_scale
 from megatune.checkpoint.boxes import whole_box
 from megatune.checkpoint.collect import Collected, on_main
 from megatune.checkpoint.filling import fill
-from megatune.checkpoint.hf import FolderWriter, put_in_place, temporary_beside, write_json
+from megatune.checkpoint.hf import FP32, FolderWriter, put_in_place, temporary_beside, write_json
 from megatune.checkpoint.mapping import Mapped, check_source
 from megatune.checkpoint.resolve import ModelFolder
 from megatune.checkpoint.safetensors_file import SafetensorsFile, SafetensorsWriter
@@ -163,7 +163,7 @@ def merge_peft(base: ModelFolder, adapter: Path, folder: Path, dtype: torch.dtyp
     config, deltas = _open(adapter)
     scale = lora_scale(_method(config, adapter))
     source = base.tensors()
-    names = sorted(source.names())
+    names = sorted(source.names(), key=lambda name: (not name.endswith(FP32), name))
     dtype = dtype or source.dtype(max(names, key=lambda name: math.prod(source.shape(name))))
     left = deltas.names()
     shapes = {name: source.shape(name) for name in names}
@@ -181,7 +181,7 @@ def merge_peft(base: ModelFolder, adapter: Path, folder: Path, dtype: torch.dtyp
                         f"{list(tensor.shape)}; the adapter belongs to another base model"
                     )
                 tensor = tensor.float() + change
-            writer.write(name, tensor.to(dtype))
+            writer.write(name, tensor)
         if left:
             raise CheckpointError(
                 f"{adapter}: {len(left)} tensors have no place in {base.path}, the first is {min(left)}; the adapter "

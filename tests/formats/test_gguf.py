@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 
 from megatune.checkpoint import load_pretrained, resolve_model
 from megatune.errors import CheckpointError
-from megatune.models import build
+from megatune.models import build, whole_weights
 from tests.helpers.families import LLAMA3, YARN, documents
 from tests.helpers.tiny import CHATML, make_tokenizer
 
@@ -229,7 +229,7 @@ def test_every_architecture_gives_transformers_logits(name: str, tmp_path: Path)
     write_gguf(tmp_path / "model.gguf", hf, CASES[name][0])
     source = resolve_model(str(tmp_path / "model.gguf"), str(tmp_path / "cache"))
     ours = build(source.spec)
-    load_pretrained(ours, source, device="cpu")
+    load_pretrained(whole_weights(ours.to_empty(device="cpu")), source.spec, source)
     tokens, segments, _ = documents((33,), 320)
     with torch.no_grad():
         torch.testing.assert_close(ours(tokens, segments), hf(tokens[None]).logits[0], rtol=1e-5, atol=2e-5)

@@ -1,4 +1,4 @@
-"""Export as a Hugging Face folder: every family, shards, dtypes, sharded models, and places that cannot be written."""
+"""Export as a Hugging Face folder: every family, shards, dtypes, layouts, and places that cannot be written."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatune import adapters
-from megatune.checkpoint import export_hf, hf, hf_tensors, load_pretrained, resolve_model
+from megatune.checkpoint import collect, export_hf, export_peft, hf, load_pretrained, resolve_model
+from megatune.checkpoint.collect import Collected, offer_of
 from megatune.checkpoint.safetensors_file import SafetensorsWriter
 from megatune.config.schema import LoraMethod
 from megatune.errors import CheckpointError
-from megatune.models import build
+from megatune.models import build, whole_weights
 from tests.helpers.dist import run_ranks
-from tests.helpers.families import CASES, documents, pair
+from tests.helpers.families import CASES, documents, hf_model, pair
+from tests.helpers.parts import held, shards, worlds
+from tests.helpers.tiny import make_llama
 
 
 def _load(folder: Path, method: LoraMethod | None = None):
@@ -27,7 +28,7 @@ def _load(folder: Path, method: LoraMethod | None = None):
     model = build(source.spec)
     if method is not None:
         adapters.attach(model, method)
-    load_pretrained(model, source, device="cpu")
+    load_pretrained(whole_weights(model.to_empty(device="cpu")), source.spec, source)
     return model, source
 
 
@@ -42,7 +43,7 @@ def test_transformers_opens_every_family(name: str, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(hf, "MAX_SHARD_BYTES", 30_000)
     pair(name).hf.save_pretrained(tmp_path / "source")
     ours, source = _load(tmp_path / "source")
-    export_hf(ours, tmp_path / "out", source=source, merge=False)
+    export_hf(whole_weights(ours), ours, tmp_path / "out", source=source, merge=False)
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
     files = sorted(file.name for file in (tmp_path / "out").glob("*.safetensors"))
     assert len(files) > 1 and set(files) == set(index["weight_map"].values())
@@ -55,7 +56,7 @@ def test_transformers_opens_every_family(name: str, tmp_path: Path, monkeypatch:
 
 def test_the_same_bits_and_all_files_come_out(tiny_llama: Path, tmp_path: Path) -> None:
     model, source = _load(tiny_llama)
-    export_hf(model, tmp_path / "deep/out", source=source, merge=False)
+    export_hf(whole_weights(model), model, tmp_path / "deep/out", source=source, merge=False)
     out = tmp_path / "deep/out"
     before, after = load_file(tiny_llama / "model.safetensors"), load_file(out / "model.safetensors")
     assert before.keys() == after.keys()
@@ -71,7 +72,7 @@ def test_the_same_bits_and_all_files_come_out(tiny_llama: Path, tmp_path: Path) 
 
 def test_a_model_without_a_source_folder(tmp_path: Path) -> None:
     ours = pair("qwen3").ours
-    export_hf(ours, tmp_path / "out", source=None, merge=False)
+    export_hf(whole_weights(ours), ours, tmp_path / "out", source=None, merge=False)
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
     tokens, segments, _ = documents((11,), ours.spec.vocab_size)
     with torch.no_grad():
@@ -82,7 +83,7 @@ def test_a_model_without_a_source_folder(tmp_path: Path) -> None:
 
 def test_dtype_of_the_export(tiny_llama: Path, tmp_path: Path) -> None:
     model, source = _load(tiny_llama)
-    export_hf(model, tmp_path / "out", source=source, merge=False, dtype=torch.bfloat16)
+    export_hf(whole_weights(model), model, tmp_path / "out", source=source, merge=False, dtype=torch.bfloat16)
     assert json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"] == "bfloat16"
     for name, tensor in load_file(tmp_path / "out/model.safetensors").items():
         assert torch.equal(tensor, load_file(tiny_llama / "model.safetensors")[name].bfloat16())
@@ -91,11 +92,11 @@ def test_dtype_of_the_export(tiny_llama: Path, tmp_path: Path) -> None:
 def test_an_earlier_export_is_replaced(tiny_llama: Path, tmp_path: Path) -> None:
     model, source = _load(tiny_llama)
     out = tmp_path / "out"
-    export_hf(model, out, source=source, merge=False)
+    export_hf(whole_weights(model), model, out, source=source, merge=False)
     (out / "stale.txt").touch()
     with torch.no_grad():
         model.norm.weight.fill_(2.0)
-    export_hf(model, out, source=source, merge=False)
+    export_hf(whole_weights(model), model, out, source=source, merge=False)
     assert load_file(out / "model.safetensors")["model.norm.weight"].eq(2.0).all()
     assert not (out / "stale.txt").exists()
 
@@ -105,71 +106,130 @@ def test_places_that_must_not_be_replaced(tiny_llama: Path, tmp_path: Path) -> N
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters/mother.txt").write_text("dear")
     with pytest.raises(CheckpointError, match="letters: is there and is no model folder"):
-        export_hf(model, tmp_path / "letters", source=source, merge=False)
+        export_hf(whole_weights(model), model, tmp_path / "letters", source=source, merge=False)
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="file: is there and is no model folder"):
-        export_hf(model, tmp_path / "file", source=source, merge=False)
+        export_hf(whole_weights(model), model, tmp_path / "file", source=source, merge=False)
     with pytest.raises(CheckpointError, match="is the folder that the model comes from"):
-        export_hf(model, tiny_llama, source=source, merge=False)
+        export_hf(whole_weights(model), model, tiny_llama, source=source, merge=False)
     assert (tmp_path / "letters/mother.txt").read_text() == "dear"
 
 
-def test_low_level_iteration_holds_one_tensor(tiny_llama: Path) -> None:
+def test_one_tensor_is_in_memory_at_a_time(tiny_llama: Path) -> None:
     model, _ = _load(tiny_llama)
+    weights = whole_weights(model)
+    found = hf.hf_tensors(Collected(weights, [offer_of(weights)]), model, merge=False, dtype=torch.float32)
     expected = load_file(tiny_llama / "model.safetensors")
-    found = {
-        name: tuple(tensor.shape) for name, tensor in hf_tensors(model, merge=False, dtype=torch.float32)
-    }
-    assert found == {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    assert {name: tuple(t.shape) for name, t in found} == {n: tuple(t.shape) for n, t in expected.items()}
 
 
-def _export_sharded(rank: int, world_size: int, folder: Path, out: Path) -> str:
+def _export_cut(rank: int, world_size: int, folder: Path, out: Path) -> list[str]:
+    """Exports under layouts of this many processes; what cannot be written is said by all."""
     source = resolve_model(str(folder))
+    model, method = build(source.spec), LoraMethod(type="lora", rank=3)
+    adapters.attach(model, method)
+    specs, values = model.shard_specs(), _values(source)
+    errors = []
+    for name, sizes in LAYOUTS[world_size].items():
+        world = worlds(**sizes)[rank]
+        weights = shards(held(specs, world, source.spec.num_layers), world, values)
+        target = out / name
+        export_hf(weights, model, target / "model", source=source, merge=False)
+        export_hf(weights, model, target / "merged", source=source, merge=True, dtype=torch.bfloat16)
+        export_peft(weights, model, target / "adapter", method=method, base_path="base")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(collect, "QUIET_SECONDS", 0.0)  # the others hear something after each tensor
+            if rank == 0:
+                patch.setattr(SafetensorsWriter, "write", _no_space)
+            for export in (
+                lambda w=weights, t=target: export_hf(w, model, t / "full", source=source, merge=False),
+                lambda w=weights, t=target: export_hf(
+                    _without(w, rank), model, t / "part", source=None, merge=False
+                ),
+            ):
+                try:
+                    export()
+                except CheckpointError as error:
+                    errors.append(str(error))
+    return errors
+
+
+LAYOUTS = {
+    2: {"tp2": {"tp": 2}, "pp2": {"pp": 2}, "dp2": {"dp_replicate": 2}},
+    4: {"tp4": {"tp": 4}, "tp2-pp2": {"tp": 2, "pp": 2}, "fsdp4": {"dp_shard": 2, "cp": 2}},
+}
+
+
+def _values(source) -> dict[str, torch.Tensor]:
+    """The folder's weights and random adapters, by our names."""
     model = build(source.spec)
-    adapters.attach(model, LoraMethod(type="lora", rank=2))
-    mesh = init_device_mesh("cpu", (world_size,))
-    for layer in model.layers.values():
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    load_pretrained(model, source, device="cpu")
-    export_hf(model, out / "base", source=source, merge=False)  # before any forward pass
-    _set_adapters(model)
-    tokens, segments, _ = documents((5,), source.spec.vocab_size)
-    with torch.no_grad():
-        model(tokens, segments)  # leaves the root unsharded
-    export_hf(model, out / "merged", source=source, merge=True)
-    if rank == 0:
-        SafetensorsWriter.write = _no_space
-    try:
-        export_hf(model, out / "full-disk", source=source, merge=False)
-    except CheckpointError as error:
-        return str(error)
-    return ""
+    adapters.attach(model, LoraMethod(type="lora", rank=3))
+    weights = whole_weights(model.to_empty(device="cpu"))
+    load_pretrained(weights, source.spec, source)
+    generator = torch.Generator().manual_seed(1)
+    values = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return {
+        name: 0.1 * torch.randn(value.shape, generator=generator) if ".adapter." in name else value
+        for name, value in values.items()
+    }
+
+
+def _without(weights, rank: int):
+    """The last process lacks a tensor that it should write."""
+    last = [
+        name for name, parts in weights.items() if parts.writes and parts.parts and ".adapter." not in name
+    ][-1:]
+    return {name: parts for name, parts in weights.items() if rank == 0 or name not in last}
 
 
 def _no_space(self, name, tensor):
-    raise OSError(28, "No space left on device")
+    if name.endswith("norm.weight"):
+        raise OSError(28, "No space left on device")
 
 
-def _set_adapters(model) -> None:
-    with torch.no_grad():
-        for index, (name, parameter) in enumerate(model.named_parameters()):
-            if ".adapter." in name:
-                parameter.fill_(0.01 * (index % 7 - 3))
-
-
-def test_export_of_a_sharded_model(tiny_llama: Path, tmp_path: Path) -> None:
-    errors = run_ranks(_export_sharded, 2, tiny_llama, tmp_path)
-    assert errors == [f"{tmp_path}/full-disk: cannot be written (No space left on device)"] * 2
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "merged"]
-    base = load_file(tiny_llama / "model.safetensors")
-    for name, tensor in load_file(tmp_path / "base/model.safetensors").items():
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_layout_writes_the_same_bytes(tied: bool, tmp_path: Path) -> None:
+    """Weights that nothing divides, under tensor and pipeline parallelism and ZeRO; fewer KV heads than processes."""
+    folder = make_llama(tmp_path / "base", vocab_size=319, mlp=132, layers=3, tied=tied)
+    source = resolve_model(str(folder))
+    model, method = build(source.spec), LoraMethod(type="lora", rank=3)
+    adapters.attach(model, method)
+    values = _values(source)
+    (alone,) = worlds()
+    weights = shards(model.shard_specs(), alone, values)
+    export_hf(weights, model, tmp_path / "1/model", source=source, merge=False)
+    export_hf(weights, model, tmp_path / "1/merged", source=source, merge=True, dtype=torch.bfloat16)
+    export_peft(weights, model, tmp_path / "1/adapter", method=method, base_path="base")
+    expected = {what: _files(tmp_path / "1" / what) for what in ("model", "merged", "adapter")}
+    base = load_file(folder / "model.safetensors")
+    for name, tensor in load_file(tmp_path / "1/model/model.safetensors").items():
         assert torch.equal(tensor, base[name])
-    model, _ = _load(tiny_llama, LoraMethod(type="lora", rank=2))
-    _set_adapters(model)
-    tokens, segments, _ = documents((9,), model.spec.vocab_size)
-    with torch.no_grad():
-        expected = model(tokens, segments)
-        plain, _ = _load(tiny_llama)
-        assert (expected - plain(tokens, segments)).abs().max() > 0.01  # the adapters do something
-    torch.testing.assert_close(_logits(tmp_path / "merged", tokens), expected, rtol=1e-5, atol=1e-5)
+    assert expected["merged"]["model.safetensors"] != expected["model"]["model.safetensors"]
+    for world_size, layouts in LAYOUTS.items():
+        errors = run_ranks(_export_cut, world_size, folder, tmp_path / str(world_size))
+        assert all(found == errors[0] for found in errors)
+        assert len(errors[0]) == 2 * len(layouts)
+        for number, name in enumerate(layouts):
+            place = tmp_path / str(world_size) / name
+            assert sorted(path.name for path in place.iterdir()) == ["adapter", "merged", "model"]
+            assert {what: _files(place / what) for what in expected} == expected, name
+            no_space, missing = errors[0][2 * number : 2 * number + 2]
+            assert no_space == f"{place}/full: cannot be written (No space left on device)"
+            if name != "dp2":  # there the last process writes nothing
+                assert "the processes' parts do not cover" in missing
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_what_routers_choose_by_stays_fp32(tmp_path: Path) -> None:
+    hf_model("deepseek-v3").save_pretrained(tmp_path / "source")
+    model, source = _load(tmp_path / "source")
+    export_hf(whole_weights(model), model, tmp_path / "out", source=source, merge=False, dtype=torch.bfloat16)
+    before = load_file(tmp_path / "source/model.safetensors")
+    found = load_file(tmp_path / "out/model.safetensors")
+    kept = {name for name, tensor in found.items() if tensor.dtype == torch.float32}
+    assert kept and all(name.endswith("e_score_correction_bias") for name in kept)
+    assert all(torch.equal(found[name], before[name]) for name in kept)
+    assert before.keys() == found.keys()

@@ -17,7 +17,7 @@ from megatune.checkpoint import load_pretrained, mapping, resolve_model
 from megatune.checkpoint.safetensors_file import SafetensorsFile
 from megatune.config.schema import LoraMethod
 from megatune.errors import CheckpointError, ConfigError
-from megatune.models import build
+from megatune.models import build, whole_weights
 from tests.helpers.dist import run_ranks
 from tests.helpers.families import CASES, documents, hf_model
 from tests.helpers.tiny import make_llama
@@ -26,7 +26,7 @@ from tests.helpers.tiny import make_llama
 def _load(folder: Path, seed: int = 0):
     source = resolve_model(str(folder))
     model = build(source.spec)
-    load_pretrained(model, source, device="cpu", seed=seed)
+    load_pretrained(whole_weights(model.to_empty(device="cpu")), source.spec, source, seed=seed)
     return model
 
 
@@ -89,7 +89,7 @@ def test_sharded_loading_gives_the_same_bits(tmp_path: Path) -> None:
     source = resolve_model(str(folder))
     alone = build(source.spec)
     adapters.attach(alone, LoraMethod(type="lora", rank=3))
-    load_pretrained(alone, source, device="cpu", seed=5)
+    load_pretrained(whole_weights(alone.to_empty(device="cpu")), source.spec, source, seed=5)
     expected = dict(alone.named_parameters())
     tokens, segments, _ = documents((9,), source.spec.vocab_size)
     size = (folder / "model.safetensors").stat().st_size
@@ -120,7 +120,7 @@ def test_parameters_keep_their_dtypes(tiny_llama: Path) -> None:
     source = resolve_model(str(tiny_llama))
     model = build(source.spec)
     model.layers["1"].to(torch.bfloat16)
-    load_pretrained(model, source, device="cpu")
+    load_pretrained(whole_weights(model.to_empty(device="cpu")), source.spec, source)
     expected = load_file(tiny_llama / "model.safetensors")
     assert torch.equal(model.norm.weight, expected["model.norm.weight"])
     down = model.layers["1"].mlp.down.weight
@@ -202,7 +202,7 @@ def test_weights_that_do_not_fit(change, message: str, tmp_path: Path) -> None:
     source = resolve_model(str(_edit(make_llama(tmp_path), change)))
     model = build(source.spec)
     with pytest.raises(CheckpointError, match=f"{tmp_path}: .*{message}"):
-        load_pretrained(model, source, device="cpu")
+        load_pretrained(whole_weights(model.to_empty(device="cpu")), source.spec, source)
     assert all(parameter.is_meta for parameter in model.parameters())  # before anything is loaded
 
 

@@ -24,7 +24,7 @@ from megatune.checkpoint import (
 )
 from megatune.config.schema import LoraMethod
 from megatune.errors import CheckpointError
-from megatune.models import build
+from megatune.models import build, whole_weights
 from tests.helpers.families import documents, hf_model
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
@@ -48,7 +48,7 @@ def _adapted(base: Path, method: LoraMethod, seed: int | None = 1):
     source = resolve_model(str(base))
     model = build(source.spec)
     adapters.attach(model, method)
-    load_pretrained(model, source, device="cpu")
+    load_pretrained(whole_weights(model.to_empty(device="cpu")), source.spec, source)
     generator = torch.Generator().manual_seed(seed or 0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -67,8 +67,8 @@ def test_peft_and_transformers_open_what_we_write(name: str, keys, tmp_path: Pat
     base = _base(name, tmp_path / "base")
     method = LoraMethod(type="lora", rank=4, alpha=6, **keys)
     model, source = _adapted(base, method)
-    export_peft(model, tmp_path / "adapter", method=method, base_path=str(base))
-    export_hf(model, tmp_path / "merged", source=source, merge=True)
+    export_peft(whole_weights(model), model, tmp_path / "adapter", method=method, base_path=str(base))
+    export_hf(whole_weights(model), model, tmp_path / "merged", source=source, merge=True)
     tokens, segments, _ = documents((13,), model.spec.vocab_size)
     with torch.no_grad():
         expected = model(tokens, segments)
@@ -89,7 +89,7 @@ def test_peft_and_transformers_open_what_we_write(name: str, keys, tmp_path: Pat
         torch.testing.assert_close(second[key], tensor, rtol=1e-6, atol=1e-6)
 
     again, _ = _adapted(base, peft_method(tmp_path / "adapter"), seed=None)
-    load_peft(again, tmp_path / "adapter")
+    load_peft(whole_weights(again), again, tmp_path / "adapter")
     for (key, found), (_, wanted) in zip(again.named_parameters(), model.named_parameters(), strict=True):
         assert torch.equal(found, wanted), key
 
@@ -108,7 +108,7 @@ def test_an_adapter_of_peft_loads_here(tmp_path: Path) -> None:
     method = peft_method(tmp_path / "adapter")
     assert (method.rank, method.alpha, method.rslora, method.targets) == (3, 5, True, ["k_proj", "up_proj"])
     model, _ = _adapted(base, method, seed=None)
-    load_peft(model, tmp_path / "adapter")
+    load_peft(whole_weights(model), model, tmp_path / "adapter")
     tokens, segments, _ = documents((13,), model.spec.vocab_size)
     with torch.no_grad():
         torch.testing.assert_close(model(tokens, segments), _theirs(theirs, tokens), rtol=1e-5, atol=1e-5)
@@ -118,7 +118,7 @@ def test_an_adapter_of_peft_loads_here(tmp_path: Path) -> None:
 def adapter(tiny_llama: Path, tmp_path: Path) -> Path:
     method = LoraMethod(type="lora", rank=4, targets=["q_proj", "down_proj"])
     model, _ = _adapted(tiny_llama, method)
-    export_peft(model, tmp_path / "adapter", method=method, base_path=str(tiny_llama))
+    export_peft(whole_weights(model), model, tmp_path / "adapter", method=method, base_path=str(tiny_llama))
     return tmp_path / "adapter"
 
 
@@ -159,7 +159,7 @@ def test_tensors_that_do_not_fit(adapter: Path, tiny_llama: Path, change, messag
     save_file(weights, adapter / "adapter_model.safetensors")
     model, _ = _adapted(tiny_llama, peft_method(adapter))
     with pytest.raises(CheckpointError, match=message):
-        load_peft(model, adapter)
+        load_peft(whole_weights(model), model, adapter)
 
 
 def test_an_adapter_with_another_scale(adapter: Path, tiny_llama: Path) -> None:
@@ -168,7 +168,7 @@ def test_an_adapter_with_another_scale(adapter: Path, tiny_llama: Path) -> None:
     with pytest.raises(
         CheckpointError, match="scales its adapters by 8 but the run by 0.25 .*set method.alpha: 32"
     ):
-        load_peft(model, adapter)
+        load_peft(whole_weights(model), model, adapter)
 
 
 def test_folders_that_are_no_adapters(tmp_path: Path, adapter: Path) -> None:
