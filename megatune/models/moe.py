@@ -55,10 +55,9 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(spec.num_experts, hidden_size))
         bias = nn.Parameter(torch.empty(spec.num_experts)) if spec.router_bias else None
         self.register_parameter("bias", bias)
+        # A buffer: what makes parameters trainable or casts them must pass it by.
         correction = torch.zeros(spec.num_experts, dtype=torch.float32) if spec.correction else None
-        self.register_parameter(
-            "correction", None if correction is None else nn.Parameter(correction, requires_grad=False)
-        )
+        self.register_buffer("correction", correction)
 
     def forward(self, x: Tensor) -> Choice:
         spec = self.spec
@@ -81,7 +80,7 @@ class Router(nn.Module):
         """[T, E] -> int64 [T, k]: the best experts of the best groups, the correction counted in."""
         spec = self.spec
         if self.correction is not None:
-            scores = scores + self.correction.detach().to(scores.dtype)
+            scores = scores + self.correction.to(scores.dtype)
         if spec.groups_per_token < spec.groups:
             grouped = scores.unflatten(1, (spec.groups, -1))
             best_two = grouped.topk(min(2, grouped.shape[2]), 2).values.sum(2)

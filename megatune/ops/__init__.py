@@ -5,6 +5,7 @@ from megatune.ops.cross_entropy import VocabCut, linear_cross_entropy
 from megatune.ops.dropout import keyed_dropout
 from megatune.ops.glu import glu
 from megatune.ops.lora import LoraLayout, lora_linear
+from megatune.ops.moe import clamped_glu
 from megatune.ops.norm import layer_norm, rms_norm
 from megatune.ops.registry import OPS, chosen, configure, table
 from megatune.ops.rope import rope
@@ -20,6 +21,7 @@ __all__ = [
     "VocabCut",
     "attention",
     "chosen",
+    "clamped_glu",
     "configure",
     "glu",
     "keyed_dropout",
