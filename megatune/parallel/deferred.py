@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 
@@ -26,6 +27,7 @@ class Queue:
     def add(self, parameter: nn.Parameter, compute: Callable[[], Tensor]) -> None:
         self._entries.append((parameter, compute))
 
+    @torch.no_grad()
     def run(self) -> None:
         """Compute and accumulate all, and forget them; a parameter that was used several times is ready after the
         last of them."""
