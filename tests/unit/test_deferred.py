@@ -87,6 +87,15 @@ def test_activations_are_freed_one_by_one() -> None:
     assert first.grad.tolist() == [1, 1] and second.grad.tolist() == [0, 0]
 
 
+def test_no_graph_of_gradients() -> None:
+    weight, x = nn.Parameter(torch.ones(2)), torch.ones(2, requires_grad=True)
+    made = []
+    with deferred.collecting() as queue:
+        deferred.defer(weight, lambda: made.append(x * 2) or made[0])
+    queue.run()
+    assert not made[0].requires_grad and not weight.grad.requires_grad
+
+
 def test_collects_no_more_after_an_error() -> None:
     with pytest.raises(ZeroDivisionError), deferred.collecting():
         raise ZeroDivisionError
