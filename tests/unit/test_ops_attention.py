@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from megatune import ops
-from megatune.ops import Segments, attention_packed
+from megatune.ops import Segments, attention_blocks, attention_packed
+from megatune.ops.attention_blocks import Block, block_attention, block_attention_backward
 from tests.helpers.ops import DTYPES, compare, need_body, relative_error
 
 OPTIONS = {
@@ -57,6 +58,61 @@ def test_bodies(body: str, dtype: torch.dtype, heads: tuple[int, int, int], opti
     )
 
 
+@pytest.mark.parametrize("options", ["plain", "both"])
+@pytest.mark.parametrize("dims", [(32, 32), (24, 16), (16, 40)])
+@pytest.mark.parametrize(
+    ("body", "dtype"), [("reference", torch.float32), ("reference", torch.bfloat16), ("cpu", torch.bfloat16)]
+)
+def test_sinks_and_values_of_another_width(
+    body: str, dtype: torch.dtype, dims: tuple[int, int], options: str
+) -> None:
+    need_body("attention", body, dtype, features=("sinks", *OPTIONS[options]))
+    segments = Segments.from_lengths([5, 64, 1, 33])
+    q, k, _ = inputs(segments.tokens, 6, 2, dims[0])
+    compare(
+        "attention",
+        body,
+        lambda q, k, v, sinks: ops.attention(
+            q, k, v, segments, scale=dims[0] ** -0.5, sinks=sinks, **OPTIONS[options]
+        ),
+        (q, k, torch.randn(segments.tokens, 2, dims[1]), torch.randn(6)),
+        dtype,
+        tolerance=5e-6 if dtype == torch.float32 else 8e-3,
+    )
+
+
+@pytest.mark.parametrize("dims", [(8, 4), (4, 8)])
+@pytest.mark.parametrize(("body", "dtype"), [case[:2] for case in CASES if case[2] == "plain"])
+def test_values_of_another_width(body: str, dtype: torch.dtype, dims: tuple[int, int]) -> None:
+    need_body("attention", body, dtype)
+    segments = Segments.from_lengths([5, 34])
+    q, k, _ = inputs(39, 4, 2, dims[0])
+    compare(
+        "attention",
+        body,
+        lambda q, k, v: ops.attention(q, k, v, segments, scale=0.4),
+        (q, k, torch.randn(39, 2, dims[1])),
+        dtype,
+        tolerance=5e-6 if dtype == torch.float32 else 8e-3,
+    )
+
+
+@pytest.mark.parametrize("value_dim", [5, 8, 11])
+def test_a_sink_is_a_key_with_a_score_of_its_own_and_no_value(value_dim: int) -> None:
+    """Reference with sinks and a width of its own against PyTorch, which is given one more key."""
+    ops.configure({"attention": "reference"}, "cpu")
+    q, k, _ = (x.double() for x in inputs(12, 4, 2, 8))
+    v, sinks = torch.randn(12, 2, value_dim).double(), torch.randn(4).double()
+    bias = torch.zeros(4, 12, 13).double().masked_fill(torch.ones(12, 13).triu(1).bool(), -torch.inf)
+    bias[:, :, 12] = sinks[:, None]
+    more_k, more_v = (F.pad(x, (0, 0, 0, 0, 0, 1)) for x in (k, v))
+    expected = F.scaled_dot_product_attention(
+        *(x.transpose(0, 1)[None] for x in (q, more_k, more_v)), attn_mask=bias, scale=0.3, enable_gqa=True
+    )[0].transpose(0, 1)
+    actual = ops.attention(q, k, v, Segments.from_lengths([12]), scale=0.3, sinks=sinks)
+    torch.testing.assert_close(actual, expected)
+
+
 @pytest.mark.parametrize("body", ["reference", "sdpa", "cpu"])
 def test_views_of_the_fused_projection(body: str) -> None:
     need_body("attention", body, torch.bfloat16)
@@ -96,10 +152,13 @@ def test_sdpa_and_reference_agree_with_one_padded_call() -> None:
 
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("softcap", [None, 3.0])
-def test_decoding_with_a_cache_equals_the_whole(window: int | None, softcap: float | None) -> None:
+@pytest.mark.parametrize("sinks", [None, torch.tensor([0.5, -1.0, 2.0, 0.0])])
+def test_decoding_with_a_cache_equals_the_whole(
+    window: int | None, softcap: float | None, sinks: torch.Tensor | None
+) -> None:
     q, k, v = inputs(16, 4, 2, 8)
     keys = Segments.from_lengths([9, 7])
-    options = {"scale": 0.3, "window": window, "softcap": softcap}
+    options = {"scale": 0.3, "window": window, "softcap": softcap, "sinks": sinks}
     whole = ops.attention(q, k, v, keys, **options)
     last = [6, 7, 8, 15]  # three new tokens of the first document, one of the second
     segments = Segments.from_lengths([3, 1])
@@ -107,28 +166,65 @@ def test_decoding_with_a_cache_equals_the_whole(window: int | None, softcap: flo
     torch.testing.assert_close(part, whole[last])
 
 
+@pytest.mark.parametrize("with_sinks", [False, True])
 @pytest.mark.parametrize("options", OPTIONS)
-def test_gradcheck_of_both_references(options: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradcheck_of_both_references(
+    options: str, with_sinks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The one that autograd differentiates, and the operators' with its written-out gradient."""
     q, k, v = (x.double().requires_grad_() for x in inputs(7, 4, 2, 3))
+    sinks = [torch.randn(4).double().requires_grad_()] if with_sinks else []
     segments = Segments.from_lengths([3, 4])
     chosen = {"window": 2, "softcap": 1.5}
     chosen = {name: chosen[name] for name in OPTIONS[options]}
     ops.configure({"attention": "reference"}, "cpu")
-    assert torch.autograd.gradcheck(
-        lambda *qkv: ops.attention(*qkv, segments, scale=0.7, **chosen), (q, k, v), atol=1e-6
-    )
+
+    def whole(*x: torch.Tensor) -> torch.Tensor:
+        return ops.attention(*x[:3], segments, scale=0.7, sinks=x[3] if with_sinks else None, **chosen)
+
+    def packed(*x: torch.Tensor) -> torch.Tensor:
+        rest = (0.7, chosen.get("window"), chosen.get("softcap"), *x[3:])
+        return attention_packed.packed(*x[:3], segments, segments, *rest)
+
+    assert torch.autograd.gradcheck(whole, (q, k, v, *sinks), atol=1e-6)
     monkeypatch.setattr(attention_packed, "FORWARD", attention_packed._reference)
     monkeypatch.setattr(attention_packed, "BACKWARD", attention_packed._reference_backward)
-    packed = attention_packed.packed
-    window, softcap = chosen.get("window"), chosen.get("softcap")
-    assert torch.autograd.gradcheck(
-        lambda *qkv: packed(*qkv, segments, segments, 0.7, window, softcap), (q, k, v), atol=1e-6
-    )
-    torch.testing.assert_close(
-        packed(q, k, v, segments, segments, 0.7, window, softcap),
-        ops.attention(q, k, v, segments, scale=0.7, **chosen),
-    )
+    assert torch.autograd.gradcheck(packed, (q, k, v, *sinks), atol=1e-6)
+    torch.testing.assert_close(packed(q, k, v, *sinks), whole(q, k, v, *sinks))
+
+
+@pytest.mark.parametrize("window", [None, 11])
+@pytest.mark.parametrize("scores_at_once", [1 << 24, 50])
+def test_blocks_of_keys_join_to_the_whole(
+    window: int | None, scores_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Queries 12 to 19 of one document with its keys 0 to 11 and with their own: output and gradients."""
+    monkeypatch.setattr(attention_blocks, "_SCORES", scores_at_once)
+    options = {"scale": 0.3, "softcap": 2.0}
+    segments, ten = Segments.from_lengths([20]), torch.arange(12, 20)
+    leaves = [x.double().requires_grad_() for x in inputs(20, 4, 2, 6)]
+    whole = ops.attention(*leaves, segments, window=window, **options)[ten]
+    grad = torch.randn_like(whole)
+    expected = torch.autograd.grad(whole, leaves, grad)
+    q, k, v = (x.detach() for x in leaves)
+    own = torch.tensor([0, 8], dtype=torch.int32)
+    left = None if window is None else window - 1
+    near = Block((8,), (8,), own, own, left, 0)
+    far = Block(
+        (8,), (12,), own, torch.tensor([0, 12], dtype=torch.int32), left and left - 8
+    )  # the ends are 8 apart
+    parts = [(slice(12, 20), near), (slice(0, 12), far)]
+    results = [block_attention(q[ten], k[rows], v[rows], block, **options) for rows, block in parts]
+    lse = torch.logaddexp(*(result[1] for result in results))
+    out = sum(out * torch.exp(part - lse).t()[..., None] for out, part in results)
+    torch.testing.assert_close(out, whole.detach())
+    grads = [torch.zeros_like(x) for x in (q, k, v)]
+    for rows, block in parts:
+        found = block_attention_backward(grad, q[ten], k[rows], v[rows], out, lse, block, **options)
+        for total, where, part in zip(grads, (ten, rows, rows), found, strict=True):
+            total[where] += part
+    for value, truth in zip(grads, expected, strict=True):
+        torch.testing.assert_close(value, truth)
 
 
 def test_large_scores_stay_finite() -> None:
@@ -184,6 +280,7 @@ def test_wrong_arguments_are_named() -> None:
             ),
         ),
         ("window", lambda: ops.attention(q, k, v, segments, scale=1.0, window=0)),
+        ("one for each of the 4", lambda: ops.attention(q, k, v, segments, scale=1.0, sinks=torch.ones(2))),
         ("one dtype", lambda: ops.attention(q, k.double(), v.double(), segments, scale=1.0)),
     ):
         with pytest.raises(ValueError, match=message):
@@ -191,6 +288,8 @@ def test_wrong_arguments_are_named() -> None:
     ops.configure({"attention": "sdpa"}, "cpu")
     with pytest.raises(ValueError, match="asks for body 'sdpa', but here it cannot do softcap"):
         ops.attention(q, k, v, segments, scale=1.0, softcap=2.0)
+    with pytest.raises(ValueError, match="cannot do sinks"):
+        ops.attention(q, k, v, segments, scale=1.0, sinks=torch.zeros(4))
 
 
 def test_segments() -> None:
