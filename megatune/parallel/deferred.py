@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-import torch
 from torch import Tensor, nn
 
 
@@ -28,7 +27,6 @@ class Queue:
     def add(self, parameter: nn.Parameter, compute: Callable[[], Tensor]) -> None:
         self._entries.append((parameter, compute))
 
-    @torch.no_grad()
     @torch.no_grad()
     def run(self) -> None:
         """Compute and accumulate all, and forget them; a parameter that was used several times is ready after the
