@@ -248,7 +248,7 @@ class Bucket:
             self._received = self.grad if self._is_fresh else torch.empty_like(self.grad)
             self._is_fresh = False
             self._work = dist.reduce_scatter_tensor(
-                self._received, self._whole, group=self.axis.group, async_op=True
+                self._received, self._whole.view(-1), group=self.axis.group, async_op=True
             )
         elif self.axis.size > 1:
             self._work = dist.all_reduce(self.grad, group=self.axis.group, async_op=True)

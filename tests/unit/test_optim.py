@@ -1,5 +1,6 @@
 """Schedules and AdamW against plain formulas and torch."""
 
+import copy
 import math
 from itertools import pairwise
 
@@ -9,6 +10,7 @@ from torch import nn
 
 from megatune.config.schema import OptimConfig
 from megatune.optim import ShardedAdamW, learning_rate, warmup_steps
+from megatune.parallel import ShardSpec, World, Zero
 
 
 def rates(steps=100, **settings):
@@ -49,12 +51,30 @@ def test_wsd_is_constant_then_falls_linearly_to_the_floor():
     assert falls == pytest.approx([falls[0]] * len(falls))
 
 
+def sharded(model: nn.Module, specs: dict[str, ShardSpec] | None = None) -> tuple[Zero, ShardedAdamW]:
+    """One process's masters of `model` (its values) and their optimizer; `model` trains on."""
+    given = {name: p.detach().clone() for name, p in model.named_parameters()}
+    specs = specs or {name: ShardSpec(name, tuple(p.shape)) for name, p in given.items()}
+    zero = Zero(model.to("meta"), specs, World.alone(), torch.float32)
+    zero.materialise("cpu")
+    for name, parts in zero.weights().items():
+        for box, view in parts.parts:
+            view.copy_(box.of(given[name]))
+    zero.publish()
+    return zero, ShardedAdamW(zero.masters(), OptimConfig(lr=1e-2, weight_decay=0.1))
+
+
+def backward(zero: Zero, loss: torch.Tensor) -> None:
+    zero.begin_backward(0, True)
+    loss.backward()
+    zero.finish()
+
+
 def test_adamw_equals_torch_with_decay_on_matrices_only():
     torch.manual_seed(0)
     ours = nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.Linear(7, 3))
-    theirs = nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.Linear(7, 3))
-    theirs.load_state_dict(ours.state_dict())
-    optim = ShardedAdamW(ours, OptimConfig(lr=1e-2, weight_decay=0.1))
+    theirs = copy.deepcopy(ours)
+    zero, optim = sharded(ours)
     matrices = [p for p in theirs.parameters() if p.ndim >= 2]
     vectors = [p for p in theirs.parameters() if p.ndim < 2]
     oracle = torch.optim.AdamW(
@@ -62,11 +82,12 @@ def test_adamw_equals_torch_with_decay_on_matrices_only():
     )
     for _ in range(5):
         x = torch.randn(4, 5)
-        for model in (ours, theirs):
-            model(x).square().mean().backward()
+        backward(zero, ours(x).square().mean())
+        theirs(x).square().mean().backward()
         norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.05)
-        assert optim.grad_norm() == pytest.approx(norm.item(), rel=1e-6)
+        assert math.sqrt(optim.grad_square()) == pytest.approx(norm.item(), rel=1e-6)
         optim.step_with(1e-2, 0.05 / (norm.item() + 1e-6))
+        zero.zero_grad()
         oracle.step()
         oracle.zero_grad()
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
@@ -74,37 +95,69 @@ def test_adamw_equals_torch_with_decay_on_matrices_only():
     assert optim.steps == 5
 
 
+def test_what_decays_is_decided_by_the_shape_of_one_expert():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4, 3, 2))
+            self.bias = nn.Parameter(torch.ones(4, 3))
+            self.matrix = nn.Parameter(torch.ones(4, 3))
+
+    model = Experts()
+    specs = {n: ShardSpec(n, tuple(p.shape), expert=n != "matrix") for n, p in model.named_parameters()}
+    zero, optim = sharded(model, specs)
+    backward(zero, 0.0 * sum(p.sum() for p in model.parameters()))
+    optim.step_with(0.5)
+    decayed = 1 - 0.5 * 0.1
+    for name, p in model.named_parameters():
+        assert torch.allclose(p, torch.tensor(1.0 if name == "bias" else decayed)), name
+
+
+def test_masters_in_line_are_updated_as_one_tensor():
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(10)))
+    optim = sharded(model)[1]
+    assert len(optim._runs) == 2  # with and without decay
+    assert sum(len(run.members) for run in optim._runs) == 20
+
+
 def test_adamw_state_restores_in_place():
     torch.manual_seed(0)
     model = nn.Linear(4, 4)
-    optim = ShardedAdamW(model, OptimConfig())
+    zero, optim = sharded(model)
     for _ in range(3):
-        model(torch.randn(2, 4)).sum().backward()
+        backward(zero, model(torch.randn(2, 4)).sum())
         optim.step_with(1e-2)
-    saved = {k: v.clone() for k, v in optim.state().items()}
+        zero.zero_grad()
+    saved = {k: [view.clone() for _, view in parts.parts] for k, parts in optim.state().items()}
     weights = {k: v.clone() for k, v in model.state_dict().items()}
     assert set(saved) == {
         f"optim/{slot}/{n}" for slot in ("exp_avg", "exp_avg_sq") for n in ("weight", "bias")
     }
 
-    def two_more(target, optimizer):
+    def two_more(target, engine, optimizer):
         torch.manual_seed(1)
         for _ in range(2):
-            target(torch.randn(2, 4)).sum().backward()
+            backward(engine, target(torch.randn(2, 4)).sum())
             optimizer.step_with(1e-2)
+            engine.zero_grad()
         return target.weight.detach().clone()
 
-    expected = two_more(model, optim)
+    expected = two_more(model, zero, optim)
     fresh = nn.Linear(4, 4)
     fresh.load_state_dict(weights)
-    other = ShardedAdamW(fresh, OptimConfig())
-    for key, tensor in other.state().items():
-        tensor.copy_(saved[key])
+    engine, other = sharded(fresh)
+    for key, parts in other.state().items():
+        for (_, view), tensor in zip(parts.parts, saved[key], strict=True):
+            view.copy_(tensor)
     other.load_steps(3)
-    assert torch.equal(two_more(fresh, other), expected)
+    assert torch.equal(two_more(fresh, engine, other), expected)
 
 
-def test_a_model_without_trainable_parameters_is_refused():
+def test_where_all_is_frozen_nothing_is_counted_or_updated():
     model = nn.Linear(2, 2).requires_grad_(False)
-    with pytest.raises(ValueError, match="no trainable"):
-        ShardedAdamW(model, OptimConfig())
+    before = model.weight.clone()
+    zero, optim = sharded(model)
+    zero.finish()
+    assert optim.grad_square() == 0.0
+    optim.step_with(1.0)
+    assert optim.state() == {} and torch.equal(model.weight, before)
