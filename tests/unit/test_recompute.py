@@ -25,18 +25,22 @@ FAMILIES = ("llama-biases", "gemma2", "qwen3", "olmo2", "gpt2", "mixtral", "gpt-
 SPEC = DecoderSpec(
     family="llama",
     vocab_size=300,
-    hidden_size=512,
-    mlp_size=768,
+    hidden_size=64,
+    mlp_size=96,
     num_heads=8,
     num_kv_heads=4,
-    head_dim=64,
+    head_dim=8,
     layers=(LayerSpec(),) * 3,
-    ropes=(RopeSpec(theta=1e4, dim=64),),
+    ropes=(RopeSpec(theta=1e4, dim=8),),
     max_positions=1024,
-    attention_scale=64**-0.5,
+    attention_scale=8**-0.5,
 )
-# Each activation [T, hidden_size] is larger than what offload leaves where it is.
-LENGTHS = (300, 1, 299)
+LENGTHS = (90, 1, 89)
+
+
+@pytest.fixture(autouse=True)
+def _small_ones_move_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "SMALLEST", 256)
 
 
 def gradients(model: Decoder, lengths: tuple[int, ...] = (9, 14, 8)) -> dict[str, Tensor]:
@@ -64,8 +68,7 @@ def wide(world: World | None = None, method: LoraMethod | None = None) -> Decode
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_mode_gives_the_same_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(offload, "SMALLEST", 256)
+def test_every_mode_gives_the_same_gradients(name: str) -> None:
     model = pair(name).ours
     try:
         wanted = gradients(model)
@@ -129,7 +132,9 @@ def test_each_mode_keeps_what_it_says() -> None:
     tokens, layers = sum(LENGTHS), SPEC.num_layers
     per_token = 2 * SPEC.hidden_size * 2 + SPEC.qkv.rows + SPEC.gate_up.rows
     logits = kept["selective"] - 4 * tokens * layers * per_token
-    assert 0 < logits < 4 * tokens * 3 * SPEC.hidden_size  # of the head: its input and what the norm saves
+    assert (
+        0 < logits < 4 * tokens * 5 * SPEC.hidden_size
+    )  # of the head, and what norms and attention save beside
     # Given up: q and k after the rotary embedding, the attention's output, the gate's product.
     queries, keys = SPEC.num_heads * SPEC.head_dim, SPEC.num_kv_heads * SPEC.head_dim
     given_up = 4 * tokens * layers * (queries + keys + queries + SPEC.mlp_size)
@@ -139,7 +144,7 @@ def test_each_mode_keeps_what_it_says() -> None:
 
 def test_backward_may_come_after_other_forwards() -> None:
     model = wide()
-    batches = [documents(lengths, SPEC.vocab_size, seed) for seed, lengths in enumerate([(300,), LENGTHS])]
+    batches = [documents(lengths, SPEC.vocab_size, seed) for seed, lengths in enumerate([(100,), LENGTHS])]
     found = {}
     for mode in ("none", "selective", "full"):
         for away in (False, True):
@@ -207,29 +212,44 @@ def test_nothing_is_given_up_without_autograd_or_outside_selective() -> None:
 
 
 def test_no_graph_is_kept_alive_by_a_cycle() -> None:
+    def held() -> int:
+        return sum(type(thing) is offload._Held for thing in gc.get_objects())
+
     model = wide()
     gc.collect()
     gc.disable()
     try:
+        before = held()
         for mode in ("selective", "full"):
             model.recompute, model.offload = mode, True
             gradients(model, LENGTHS)
-        held = [type(thing).__name__ for thing in gc.get_objects() if type(thing).__name__ == "_Held"]
-        # Of the last layer of the last micro-batch, until the next one comes.
-        assert len(held) <= 1
+        # The input of the last layer of the last micro-batch, until the next one comes.
+        assert held() - before == 1
     finally:
         gc.enable()
 
 
+def test_compiled_layers_recompute_too() -> None:
+    model = wide()
+    wanted = gradients(model)
+    for layer in model.layers.values():
+        layer.compile(backend="aot_eager")
+    for mode in ("selective", "full"):
+        model.recompute = mode
+        found = gradients(model)
+        for name, grad in wanted.items():
+            torch.testing.assert_close(found[name], grad, rtol=1e-5, atol=1e-5, msg=f"{mode} {name}")
+
+
 def test_offload_moves_storages_once_and_leaves_what_is_small_shared_or_a_weight() -> None:
     away = Offload(torch.device("cpu"))
-    weight = nn.Parameter(torch.randn(600, 600))
-    shared, small = torch.randn(600, 600), torch.randn(10)
-    x = torch.randn(600, 600, requires_grad=True)
+    weight = nn.Parameter(torch.randn(60, 60))
+    shared, small = torch.randn(60, 60), torch.randn(10)
+    x = torch.randn(60, 60, requires_grad=True)
     away.begin((shared,))
     with away.layer():
         y = x @ weight.t()
-        z = (y[:300] * y[300:]).sum() + (y * shared).sum() + (x[0, :10] * small).sum()
+        z = (y[:30] * y[30:]).sum() + (y * shared).sum() + (x[0, :10] * small).sum()
     (layer,) = [away._pending]
     sizes = sorted(held.host.nbytes for held in layer.held.values())
     assert sizes == [x.nbytes] * 2  # x and y
@@ -237,5 +257,5 @@ def test_offload_moves_storages_once_and_leaves_what_is_small_shared_or_a_weight
     moved = x.grad.clone()
     x.grad = None
     y = x @ weight.t()
-    ((y[:300] * y[300:]).sum() + (y * shared).sum() + (x[0, :10] * small).sum()).backward()
+    ((y[:30] * y[30:]).sum() + (y * shared).sum() + (x[0, :10] * small).sum()).backward()
     assert torch.equal(moved, x.grad)
