@@ -15,7 +15,7 @@ from megatune.config.schema import ParallelConfig
 from megatune.errors import ParallelError
 from megatune.ops import Segments, Targets
 from megatune.parallel import context
-from megatune.parallel.ring import plan_of
+from megatune.parallel.ring_plan import plan_of
 from megatune.parallel.world import Axis
 from tests.helpers.dist import run_ranks
 
