@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -25,25 +25,30 @@ def generate(
     seed: int = 0,
     stop_ids: Collection[int] = frozenset(),
     device: torch.device | str | None = None,
+    forward: Callable[[Tensor, Segments, KVCache], Tensor] | None = None,
 ) -> Iterator[int]:
     """Token ids that continue the prompt, one by one as they are found.
 
     Ends after `max_new_tokens`, or before one of `stop_ids`, which is not given out. `temperature` 0: the most likely
     token; else sampling, from the `top_k` most likely tokens (0: all) and of these from the smallest set that holds
     `top_p` of the probability; the same `seed` gives the same answer. `device`: where the model computes; default:
-    where its embedding is. A sharded model needs the same call on every process.
+    where its embedding is. `forward`: what gives the logits of (tokens, segments, cache), at least of the last token;
+    default: the model (`Pipeline.logits` where it is spread over a pipeline). A sharded model needs the same call on
+    every process.
     Raises ConfigError for an empty prompt, options out of range, or more tokens than a model with learned positions
     has.
     """
     _check(model, prompt_ids, max_new_tokens, temperature, top_p, top_k)
     where = torch.device(device) if device is not None else model.embed.weight.device
+    call = forward or (lambda tokens, segments, cache: model(tokens, segments, cache=cache))
     return _generate(
-        model, list(prompt_ids), max_new_tokens, temperature, top_p, top_k, seed, stop_ids, where
+        model, call, list(prompt_ids), max_new_tokens, temperature, top_p, top_k, seed, stop_ids, where
     )
 
 
 def _generate(
     model: Decoder,
+    forward: Callable[[Tensor, Segments, KVCache], Tensor],
     ids: list[int],
     max_new_tokens: int,
     temperature: float,
@@ -58,7 +63,7 @@ def _generate(
     for _ in range(max_new_tokens):
         if _rotary_changes(model, cache.length, len(ids)):
             cache.clear()
-        logits = _next_logits(model, ids[cache.length :], cache, device)
+        logits = _next_logits(model, forward, ids[cache.length :], cache, device)
         token = sample(logits, temperature=temperature, top_p=top_p, top_k=top_k, generator=generator)
         if token in stop_ids:
             return
@@ -67,13 +72,19 @@ def _generate(
 
 
 @whole_tokens()
-def _next_logits(model: Decoder, new_ids: list[int], cache: KVCache, device: torch.device) -> Tensor:
+def _next_logits(
+    model: Decoder,
+    forward: Callable[[Tensor, Segments, KVCache], Tensor],
+    new_ids: list[int],
+    cache: KVCache,
+    device: torch.device,
+) -> Tensor:
     """Logits [V] of the token after `new_ids`, which continue what is in the cache."""
     training = model.training
     if training:
         model.eval()
     tokens = torch.tensor(new_ids, device=device)
-    logits = model(tokens, Segments.from_lengths((len(new_ids),), device), cache=cache)
+    logits = forward(tokens, Segments.from_lengths((len(new_ids),), device), cache)
     if training:
         model.train()
     return logits[-1]

@@ -164,14 +164,31 @@ def flops_per_token(spec: DecoderSpec, seq_length: int, *, frozen: bool = False)
     query sees. Recomputed activations do not count.
     """
     matrices = float(spec.vocab_size * spec.hidden_size)
-    for one in shard_specs(spec).values():
-        if one.name.endswith("weight") and len(one.shape) == 3:
-            matrices += math.prod(one.shape) * spec.moe.top_k / spec.moe.num_experts
-        elif len(one.shape) == 2 and not one.expert and one.name not in _LOOKED_UP:
-            matrices += math.prod(one.shape)
+    matrices += sum(
+        _multiplied(one, spec) for one in shard_specs(spec).values() if one.name not in _LOOKED_UP
+    )
     keys = sum(_average_keys(seq_length, layer.window) for layer in spec.layers)
     value_dim = spec.head_dim if spec.mla is None else spec.mla.value_dim
     return (4.0 if frozen else 6.0) * matrices + 6.0 * spec.num_heads * (spec.head_dim + value_dim) * keys
+
+
+def stage_costs(spec: DecoderSpec, seq_length: int) -> tuple[list[float], float, float]:
+    """Floating point operations a token of each layer, of the embedding and of norm and head: what pipeline stages are
+    balanced by. The embedding's lookup costs no product; it counts as one pass over its output."""
+    value_dim = spec.head_dim if spec.mla is None else spec.mla.value_dim
+    layers = []
+    for index, layer in enumerate(spec.layers):
+        matrices = sum(_multiplied(one, spec) for one in _layer(spec, index, ""))
+        keys = _average_keys(seq_length, layer.window)
+        layers.append(6.0 * matrices + 6.0 * spec.num_heads * (spec.head_dim + value_dim) * keys)
+    return layers, 6.0 * spec.hidden_size, 6.0 * spec.vocab_size * spec.hidden_size
+
+
+def _multiplied(one: ShardSpec, spec: DecoderSpec) -> float:
+    """Weights of a layer's parameter that one token is multiplied with."""
+    if one.name.endswith("weight") and len(one.shape) == 3:
+        return math.prod(one.shape) * spec.moe.top_k / spec.moe.num_experts
+    return math.prod(one.shape) if len(one.shape) == 2 and not one.expert else 0.0
 
 
 def _average_keys(seq_length: int, window: int | None) -> float:

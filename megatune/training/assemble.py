@@ -53,4 +53,4 @@ def training_parts(
     if config.moe.bias_rate:
         kept |= {name for name in weights if name.endswith("router.correction")}
     state = {f"model/{name}": parts for name, parts in weights.items() if name in kept} | optimizer.state()
-    return optimizer, Pipeline(assembled.model, world, dtype), state
+    return optimizer, Pipeline(assembled.model, world, dtype=dtype), state
