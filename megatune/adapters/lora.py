@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from megatune import ops
+from megatune.adapters.expert_lora import attach_expert_lora
 from megatune.config.schema import LoraMethod
 from megatune.errors import ConfigError
 from megatune.models.families.base import Piece
 from megatune.models.registry import family_named
 from megatune.ops import Segments
+from megatune.parallel.expert import GroupedLinear
 from megatune.parallel.shard import Fused, ShardSpec, local_shape
 from megatune.parallel.tensor import Linear, LowRank
 
@@ -85,10 +87,13 @@ class LoraAdapter(nn.Module):
         dropped = None
         if self.training and self.dropout:
             rows, first_column = linear.place(segments)
-            key = self._uid ^ (0 if segments is None else segments.key)
-            dropped = ops.keyed_dropout(x, self.dropout, key, rows, first_column)
+            dropped = ops.keyed_dropout(x, self.dropout, self.key(segments), rows, first_column)
         change = LowRank(self.lora_a, self.lora_b, self.local_layout, self.scale, dropped)
         return linear.product(x, change)
+
+    def key(self, segments: Segments | None) -> int:
+        """Names this adapter's dropout of these tokens' micro-batch."""
+        return self._uid ^ (0 if segments is None else segments.key)
 
     def shard_specs(self, name: str) -> list[ShardSpec]:
         """Global shape and slicing of lora_a and lora_b; `name`: the adapter's global name.
@@ -118,14 +123,15 @@ class LoraAdapter(nn.Module):
 
 
 def lora(model: nn.Module, method: LoraMethod) -> None:
-    """Freeze `model` and give each targeted linear layer a `LoraAdapter`; the values come with the weights.
+    """Freeze `model` and give each targeted linear layer a `LoraAdapter`, each layer of experts an `ExpertLora`; the
+    values come with the weights.
 
     Raises ConfigError, listing the choices, for a target that the model does not have.
     """
     linears = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, Linear) and name.startswith("layers.")
+        if isinstance(module, Linear | GroupedLinear) and name.startswith("layers.")
     }
     modules = {name: hf_modules(model, name) for name in linears}
     choices = list(dict.fromkeys(module.target for found in modules.values() for module in found))
@@ -158,7 +164,10 @@ def attach_lora(
     for name, modules in chosen.items():
         if modules:
             linear = model.get_submodule(name)
-            linear.adapter = LoraAdapter(linear, modules, rank, scale, dropout, name)
+            if isinstance(linear, GroupedLinear):
+                attach_expert_lora(linear, name, modules, rank=rank, scale=scale, dropout=dropout)
+            else:
+                linear.adapter = LoraAdapter(linear, modules, rank, scale, dropout, name)
 
 
 def hf_modules(model: nn.Module, name: str) -> list[HfModule]:

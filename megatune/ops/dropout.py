@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,15 +11,18 @@ from torch.autograd.function import once_differentiable
 from megatune.ops.checks import floating, same_device
 from megatune.ops.registry import Body, add_op, compiled_body, fuse
 
+_Number = TypeVar("_Number", Tensor, int)
+
 # Numbers of 31 bits: the product of two fits into int64, so that nothing overflows on any device.
 _MASK = 2**31 - 1
-_COLUMNS = 0x3C6EF372  # tells the stream of column numbers from that of rows
+# Two constants that keep the hashes of rows, columns and keys apart.
+_COLUMNS, _KEYS = 0x3C6EF372, 0x1B873593
 # Elements of the mask that exist at a time, 8 bytes each and several of them, unless they are fused away.
 _BLOCK = 2**20
 
 
-def _mix(x: Tensor) -> Tensor:
-    """A bijection-like scramble of 31-bit numbers (xor-shift and multiply, as in the finaliser of MurmurHash3)."""
+def _mix(x: _Number) -> _Number:
+    """A bijection of 31-bit numbers that scrambles them (xor-shift and multiply, as MurmurHash3 ends)."""
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK
     x = ((x ^ (x >> 15)) * 0x046CA68B) & _MASK
     return x ^ (x >> 16)
@@ -77,6 +80,9 @@ def keyed_dropout(x: Tensor, p: float, key: int, rows: Tensor | None = None, fir
     if rows is None:
         rows = torch.arange(x.shape[0], device=x.device)
     columns = torch.arange(first_column, first_column + x.shape[1], device=x.device)
-    rows = _mix(_mix((rows & _MASK) ^ (key & _MASK)) ^ (key >> 31 & _MASK))
+    # The key is scrambled first: rows under similar keys must not be each other's permutation.
+    low = _mix(key & _MASK)
+    high = _mix((key >> 31 & _MASK) ^ low ^ _KEYS)
+    rows = _mix(_mix((rows & _MASK) ^ low) ^ high)
     columns = _mix(columns ^ _COLUMNS)
     return _KeyedDropout.apply(x, rows, columns, round(p * 2**31), 1 / (1 - p))

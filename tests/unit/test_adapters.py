@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
 from megatune import adapters
-from megatune.adapters.lora import LoraAdapter, lora_scale
+from megatune.adapters.lora import lora_scale
 from megatune.checkpoint.peft import adapter_map
 from megatune.checkpoint.pretrained import init_adapter
 from megatune.config.schema import FreezeMethod, FullMethod, LoraMethod
 from megatune.errors import ConfigError
 from megatune.models import build, from_hf_state
-from megatune.ops import Segments
+from megatune.ops import Segments, keyed_dropout
+from megatune.parallel.shard import Box, Parts
 from tests.helpers.families import documents, hf_model, pair
 
 
@@ -89,11 +92,16 @@ def test_lora_freezes_the_base_and_keeps_its_names() -> None:
     assert "k_proj, v_proj, rank=4, scale=8" in repr(model.layers["0"].attn.qkv)
 
 
+def _whole(tensor: torch.Tensor) -> Parts:
+    """All of a global tensor in one process."""
+    return Parts(tuple(tensor.shape), ((Box((0,) * tensor.dim(), tuple(tensor.shape)), tensor),), True)
+
+
 def test_initial_adapters_depend_on_seed_and_name_only() -> None:
     def values(name: str, seed: int) -> torch.Tensor:
-        parameter = torch.nn.Parameter(torch.full((8, 400), float("nan")))
-        init_adapter(name, parameter, seed)
-        return parameter.detach()
+        tensor = torch.full((8, 400), float("nan"))
+        init_adapter(name, _whole(tensor), seed)
+        return tensor
 
     first = values("layers.0.attn.qkv.adapter.lora_a", 0)
     assert torch.equal(first, values("layers.0.attn.qkv.adapter.lora_a", 0))
@@ -157,25 +165,25 @@ class _Values:
 def test_dropout_acts_on_the_adapters_input_in_training_only() -> None:
     model, _ = _fresh("llama")
     adapters.attach(model, LoraMethod(type="lora", rank=4, dropout=0.5, targets=["down_proj"]))
-    linear = model.layers["0"].mlp.down
-    adapter: LoraAdapter = linear.adapter
-    torch.nn.init.normal_(adapter.lora_a)
-    torch.nn.init.normal_(adapter.lora_b)
+    linears = [model.layers[index].mlp.down for index in "01"]
+    for linear in linears:
+        torch.nn.init.normal_(linear.adapter.lora_a)
+        torch.nn.init.normal_(linear.adapter.lora_b)
+    linear, adapter = linears[0], linears[0].adapter
     x = torch.randn(5, linear.in_features)
-    model.train()
-    torch.manual_seed(7)
-    found = linear(x)
-    torch.manual_seed(7)
-    dropped = torch.nn.functional.dropout(x, 0.5)
     base = torch.nn.functional.linear(x, linear.weight)
-    expected = base + dropped @ adapter.lora_a.T @ adapter.lora_b.T * adapter.scale
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(
-        model.eval().layers["0"].mlp.down(x),
-        base + x @ adapter.lora_a.T @ adapter.lora_b.T * adapter.scale,
-        rtol=1e-5,
-        atol=1e-5,
-    )
+
+    def with_adapter(x: torch.Tensor) -> torch.Tensor:
+        return base + x @ adapter.lora_a.T @ adapter.lora_b.T * adapter.scale
+
+    model.train()
+    segments = replace(Segments.from_lengths((2, 3)), key=9)
+    masks = [keyed_dropout(torch.ones_like(x), 0.5, adapter.key(one)) for one in (segments, None)]
+    assert not torch.equal(*masks)
+    for mask, one in zip(masks, (segments, None), strict=True):
+        torch.testing.assert_close(linear(x, one), with_adapter(x * mask), rtol=1e-5, atol=1e-5)
+    assert linears[1].adapter.key(segments) != adapter.key(segments)
+    torch.testing.assert_close(model.eval().layers["0"].mlp.down(x), with_adapter(x), rtol=1e-5, atol=1e-5)
 
 
 def test_bf16_base_with_fp32_adapters() -> None:
@@ -183,7 +191,7 @@ def test_bf16_base_with_fp32_adapters() -> None:
     adapters.attach(model, LoraMethod(type="lora", rank=4))
     for name, parameter in model.named_parameters():
         if ".adapter." in name:
-            init_adapter(name.replace("lora_b", "lora_a"), parameter, 0)
+            init_adapter(name.replace("lora_b", "lora_a"), _whole(parameter.data), 0)
         else:
             parameter.data = parameter.data.bfloat16()
     logits = model(torch.arange(9), Segments.from_lengths((9,)))
