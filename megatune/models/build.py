@@ -26,11 +26,10 @@ def build(spec: DecoderSpec, world: World | None = None, stages: Sequence[Stage]
 
 
 def set_dtypes(model: nn.Module, compute_dtype: torch.dtype) -> None:
-    """Trainable parameters to fp32 (master weights), frozen ones to `compute_dtype`, but for what routers choose by,
-    which is fp32 always. On meta, before sharding."""
-    for name, parameter in model.named_parameters():
-        is_fp32 = parameter.requires_grad or name.endswith(".router.correction")
-        parameter.data = parameter.data.to(torch.float32 if is_fp32 else compute_dtype)
+    """Trainable parameters to fp32 (master weights), frozen ones to `compute_dtype`. On meta, before sharding. Buffers
+    keep their dtype."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else compute_dtype)
 
 
 def whole_weights(model: Decoder) -> dict[str, Parts]:
@@ -59,7 +58,8 @@ def materialise_random(
     `dtype`: default the parameters' own. Only the base model's parameters are filled; adapters fill their own.
     """
     if dtype is not None:
-        model.to(dtype)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
     model.to_empty(device=device)
     fill_random(whole_weights(model), model.spec, seed)
 

@@ -19,7 +19,7 @@ from megatune.errors import CheckpointError
 from megatune.models import build, whole_weights
 from tests.helpers.dist import run_ranks
 from tests.helpers.families import CASES, documents, hf_model, pair
-from tests.helpers.parts import held, shards, worlds
+from tests.helpers.parts import held, shards, values_of, worlds
 from tests.helpers.tiny import make_llama
 
 
@@ -47,7 +47,7 @@ def test_transformers_opens_every_family(name: str, tmp_path: Path, monkeypatch:
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
     files = sorted(file.name for file in (tmp_path / "out").glob("*.safetensors"))
     assert len(files) > 1 and set(files) == set(index["weight_map"].values())
-    assert index["metadata"]["total_size"] == sum(p.numel() * 4 for p in ours.parameters())
+    assert index["metadata"]["total_size"] == sum(t.numel() * 4 for t in ours.state_dict().values())
     tokens, segments, _ = documents((11,), ours.spec.vocab_size)
     with torch.no_grad():
         expected = ours(tokens, segments)
@@ -167,10 +167,9 @@ def _values(source) -> dict[str, torch.Tensor]:
     weights = whole_weights(model.to_empty(device="cpu"))
     load_pretrained(weights, source.spec, source)
     generator = torch.Generator().manual_seed(1)
-    values = {name: parameter.detach() for name, parameter in model.named_parameters()}
     return {
         name: 0.1 * torch.randn(value.shape, generator=generator) if ".adapter." in name else value
-        for name, value in values.items()
+        for name, value in values_of(model).items()
     }
 
 

@@ -1,4 +1,4 @@
-"""Weights into a model: every family, sharded and not; what is read and kept; folders that do not fit."""
+"""Weights into a model: every family, every layout; what is read and kept; folders that do not fit."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
 from megatune import adapters
-from megatune.checkpoint import load_pretrained, mapping, resolve_model
+from megatune.checkpoint import filling, load_pretrained, resolve_model
+from megatune.checkpoint.boxes import whole_parts
+from megatune.checkpoint.pretrained import init_adapter
 from megatune.checkpoint.safetensors_file import SafetensorsFile
 from megatune.config.schema import LoraMethod
 from megatune.errors import CheckpointError, ConfigError
 from megatune.models import build, whole_weights
-from tests.helpers.dist import run_ranks
+from megatune.parallel.shard import ShardSpec
 from tests.helpers.families import CASES, documents, hf_model
+from tests.helpers.parts import check, held, shards, values_of, worlds
 from tests.helpers.tiny import make_llama
 
 
@@ -35,39 +35,11 @@ def test_every_family_from_its_folder(name: str, tmp_path: Path, monkeypatch: py
     hf = hf_model(name)
     hf.save_pretrained(tmp_path, max_shard_size="30KB")
     assert (tmp_path / "model.safetensors.index.json").exists()
-    monkeypatch.setattr(mapping, "PORTION_BYTES", 2000)  # many portions, also of the small tensors here
+    monkeypatch.setattr(filling, "PORTION_BYTES", 2000)  # many portions, also of the small tensors here
     ours = _load(tmp_path)
     tokens, segments, _ = documents((11,), ours.spec.vocab_size)
     with torch.no_grad():
         torch.testing.assert_close(ours(tokens, segments), hf(tokens[None]).logits[0], rtol=1e-5, atol=1e-5)
-
-
-def _load_sharded(rank: int, world_size: int, folder: Path) -> list:
-    """For each mesh: (whole parameters, logits, bytes that this rank read)."""
-    return [
-        _load_on(init_device_mesh("cpu", shape, mesh_dim_names=names), folder, rank)
-        for shape, names in [((4,), ("dp_shard",)), ((2, 2), ("dp_replicate", "dp_shard"))]
-    ]
-
-
-def _load_on(mesh: DeviceMesh, folder: Path, rank: int) -> tuple:
-    source = resolve_model(str(folder))
-    model = build(source.spec)
-    adapters.attach(model, LoraMethod(type="lora", rank=3))
-    for layer in model.layers.values():
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    reads: list[tuple[str, int]] = []
-    with pytest.MonkeyPatch.context() as patch:
-        _spy(patch, reads)
-        load_pretrained(model, source, device="cpu", seed=5)
-    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
-    whole = {name: parameter.full_tensor().detach() for name, parameter in model.named_parameters()}
-    # The wrapped model computes with them: fully_shard's own buffers are these weights.
-    tokens, segments, _ = documents((9,), source.spec.vocab_size)
-    with torch.no_grad():
-        logits = model(tokens, segments)
-    return whole if rank == 0 else None, logits, sum(size for _, size in reads)
 
 
 def _spy(patch: pytest.MonkeyPatch, reads: list[tuple[str, int]]) -> None:
@@ -82,32 +54,81 @@ def _spy(patch: pytest.MonkeyPatch, reads: list[tuple[str, int]]) -> None:
     patch.setattr(SafetensorsFile, "rows", spy)
 
 
-def test_sharded_loading_gives_the_same_bits(tmp_path: Path) -> None:
-    # Nothing divides by 4: the last rank has fewer rows of the embedding and of gate_up, and none of the stacked A
-    # matrices; borders of the ranks' rows of qkv lie inside groups.
-    folder = make_llama(tmp_path, vocab_size=318, mlp=129)
+# How much of the file the process that reads most may read.
+LAYOUTS = {
+    "tp2": (0.7, {"tp": 2}),
+    "tp4": (0.55, {"tp": 4}),
+    "pp2": (0.75, {"pp": 2}),
+    "fsdp4": (0.45, {"dp_shard": 4}),
+    "fsdp2x2": (0.65, {"dp_replicate": 2, "dp_shard": 2}),
+    "pp2-cp3-tp2": (0.35, {"pp": 2, "cp": 3, "tp": 2}),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_process_gets_its_part_of_the_same_bits(layout: str, tmp_path: Path, monkeypatch) -> None:
+    """Nothing divides: rows of the embedding, pieces of flattened weights, borders inside of groups of qkv; fewer KV
+    heads than processes."""
+    folder = make_llama(tmp_path, vocab_size=319, mlp=132, layers=3, tied=True)
     source = resolve_model(str(folder))
-    alone = build(source.spec)
-    adapters.attach(alone, LoraMethod(type="lora", rank=3))
-    load_pretrained(whole_weights(alone.to_empty(device="cpu")), source.spec, source, seed=5)
-    expected = dict(alone.named_parameters())
-    tokens, segments, _ = documents((9,), source.spec.vocab_size)
+    whole = build(source.spec)
+    adapters.attach(whole, LoraMethod(type="lora", rank=3))
+    specs = whole.shard_specs()
+    load_pretrained(whole_weights(whole.to_empty(device="cpu")), source.spec, source, seed=5)
+    values = values_of(whole)
     size = (folder / "model.safetensors").stat().st_size
-    ranks = run_ranks(_load_sharded, 4, folder)
-    for mesh, share in ((0, 0.25), (1, 0.5)):
-        whole, logits, _ = ranks[0][mesh]
-        assert whole.keys() == expected.keys()
-        for name, tensor in whole.items():
-            assert torch.equal(tensor, expected[name]), name
-        torch.testing.assert_close(logits, alone(tokens, segments), rtol=1e-5, atol=1e-6)
-        # Each rank reads its share, and of qkv the groups that its rows are in.
-        assert max(rank[mesh][2] for rank in ranks) < share * size * 1.2
+    reads: list[tuple[str, int]] = []
+    _spy(monkeypatch, reads)
+    held_elements, share, (limit, sizes) = 0, 0.0, LAYOUTS[layout]
+    for world in worlds(**sizes):
+        reads.clear()
+        weights = shards(held(specs, world, 3), world)
+        load_pretrained(weights, source.spec, source, seed=5)
+        held_elements += check(weights, values)
+        share = max(share, sum(count for _, count in reads) / size)
+    assert share < limit  # its rows; of qkv the groups that they are in, of row-parallel weights all columns
+    assert held_elements >= sum(value.numel() for value in values.values())
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt-oss", "deepseek-v3"])
+def test_every_process_gets_its_experts(name: str, tmp_path: Path, monkeypatch) -> None:
+    hf_model(name).save_pretrained(tmp_path)
+    source = resolve_model(str(tmp_path))
+    model = _load(tmp_path)
+    values = values_of(model)
+    monkeypatch.setattr(filling, "PORTION_BYTES", 2000)
+    for sizes in (
+        {"dp_shard": 4, "ep": 2},
+        {"tp": 2, "dp_shard": 2, "ep": 2, "etp": 2},
+        {"tp": 2, "ep": 2, "pp": 2},
+    ):
+        for world in worlds(**sizes):
+            weights = shards(held(model.shard_specs(), world, source.spec.num_layers), world)
+            load_pretrained(weights, source.spec, source)
+            check(weights, values)
+
+
+def test_adapters_of_experts_start_alike_under_every_cut() -> None:
+    """Each expert's A is drawn by itself; B is zero."""
+    spec = ShardSpec("x.adapter.lora_a", (6, 4, 10), 2, expert=True)
+    whole = torch.empty(spec.shape)
+    init_adapter(spec.name, whole_parts(whole), 3)
+    assert whole.abs().max() <= 10**-0.5
+    assert whole.std().item() == pytest.approx((10 * 3) ** -0.5, rel=0.15)
+    assert len(whole.unique()) > 230
+    for world in worlds(tp=2, dp_shard=3, ep=3, etp=2):
+        weights = shards({spec.name: spec}, world)
+        init_adapter(spec.name, weights[spec.name], 3)
+        check(weights, {spec.name: whole})
+    other = torch.ones(6, 10, 4)
+    init_adapter("x.adapter.lora_b", whole_parts(other), 3)
+    assert not other.any()
 
 
 def test_reads_are_small_and_nothing_is_read_twice(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[tuple[str, int]] = []
     _spy(monkeypatch, reads)
-    monkeypatch.setattr(mapping, "PORTION_BYTES", 20_000)
+    monkeypatch.setattr(filling, "PORTION_BYTES", 20_000)
     _load(tiny_llama)
     sizes = {
         name: t.numel() * t.element_size() for name, t in load_file(tiny_llama / "model.safetensors").items()
@@ -200,10 +221,16 @@ def _with(name, tensor):
 )
 def test_weights_that_do_not_fit(change, message: str, tmp_path: Path) -> None:
     source = resolve_model(str(_edit(make_llama(tmp_path), change)))
-    model = build(source.spec)
+    model = build(source.spec).to_empty(device="cpu")
+    for parameter in model.parameters():
+        parameter.data.fill_(7.0)
     with pytest.raises(CheckpointError, match=f"{tmp_path}: .*{message}"):
-        load_pretrained(whole_weights(model.to_empty(device="cpu")), source.spec, source)
-    assert all(parameter.is_meta for parameter in model.parameters())  # before anything is loaded
+        load_pretrained(whole_weights(model), source.spec, source)
+    assert all(parameter.eq(7.0).all() for parameter in model.parameters())  # before anything is filled
+    # A process that holds nothing of what is wrong says the same.
+    few = {name: parts for name, parts in whole_weights(model).items() if name == "norm.weight"}
+    with pytest.raises(CheckpointError, match=message):
+        load_pretrained(few, source.spec, source)
 
 
 def test_buffers_of_old_transformers_are_ignored(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatune.config.layout import Layout
+from megatune.models import Decoder, whole_weights
 from megatune.parallel.shard import Parts, ShardSpec, local_boxes, local_shape, parts_of_flat
 from megatune.parallel.stages import cut
 from megatune.parallel.world import Axis, World
@@ -52,6 +53,11 @@ def held(specs: Mapping[str, ShardSpec], world: World, layers: int) -> dict[str,
         if mine:
             found[name] = spec
     return found
+
+
+def values_of(model: Decoder) -> dict[str, Tensor]:
+    """The global tensors of a model of one process."""
+    return {name: parts.parts[0][1] for name, parts in whole_weights(model).items()}
 
 
 def local_of(spec: ShardSpec, world: World, whole: Tensor) -> Tensor:
