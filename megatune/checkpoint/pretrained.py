@@ -100,6 +100,7 @@ def _resolve(
     tied = spec.tied_embeddings and {embed, head} <= names and embed != head
     if spec.tied_embeddings and embed not in names and head in names:
         mapped["embed.weight"] = replace(mapped["embed.weight"], pieces=(Piece(head),))
+    known |= {name for name in names if family.is_unused(spec, name)}
     check_source(source, mapped.values(), known, IGNORED)
     if tied and "embed.weight" in weights:
         _check_tied(source, embed, head, weights["embed.weight"])

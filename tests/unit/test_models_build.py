@@ -45,7 +45,9 @@ SPEC = DecoderSpec(
 @pytest.mark.parametrize("name", CASES)
 def test_parameters_are_counted(name: str) -> None:
     one = pair(name)
-    assert count_parameters(one.spec) == sum(parameter.numel() for parameter in one.hf.parameters())
+    tensors = (tensor for key, tensor in one.hf.state_dict().items() if key != "lm_head.weight")
+    head = 0 if one.spec.tied_embeddings else one.spec.vocab_size * one.spec.hidden_size
+    assert count_parameters(one.spec) == head + sum(tensor.numel() for tensor in tensors)
 
 
 def test_parameters_of_a_published_model() -> None:
@@ -65,14 +67,17 @@ def test_parameters_of_a_published_model() -> None:
     assert count_parameters(spec) == 8030261248
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2", "mistral"])
+@pytest.mark.parametrize(
+    "name",
+    ["llama", "llama-tied", "gpt2", "mistral", "mixtral", "deepseek-v3", "deepseek-v3-direct", "gpt-oss"],
+)
 def test_flops_are_those_of_the_forward_pass(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Products with matrices as torch counts them; attention by counting the keys that each query sees."""
     from torch.utils.flop_counter import FlopCounterMode
 
     from megatune import ops
 
-    monkeypatch.setattr(ops, "attention", lambda q, k, v, segments, **_: q)
+    monkeypatch.setattr(ops, "attention", lambda q, k, v, segments, **_: q[..., : v.shape[2]])
     one, length = pair(name), 32
     tokens, segments, _ = documents((length,), one.spec.vocab_size)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -80,7 +85,8 @@ def test_flops_are_those_of_the_forward_pass(name: str, monkeypatch: pytest.Monk
     matrices = counter.get_total_flops() / length
     spec = one.spec
     keys = sum(min(i, layer.window or i) for layer in spec.layers for i in range(1, length + 1)) / length
-    attention = 4 * spec.num_heads * spec.head_dim * keys
+    value_dim = spec.mla.value_dim if spec.mla else spec.head_dim
+    attention = 2 * spec.num_heads * (spec.head_dim + value_dim) * keys
     assert flops_per_token(spec, length) == pytest.approx(3 * (matrices + attention))
     # Frozen: the gradients of matrices are left out, attention's backward is not.
     assert flops_per_token(spec, length, frozen=True) == pytest.approx(2 * matrices + 3 * attention)
