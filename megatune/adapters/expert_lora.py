@@ -52,14 +52,15 @@ class ExpertLora(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.parts = tuple(dict.fromkeys(part for module in modules for part in module.parts))
         self.fused = _of_parts(linear.fused, self.parts)
+        # lora_b has the weight's own rows in their order where one module is all of it.
+        self._rows = linear.fused if self.fused is None else self.fused
         self.layout = self._layout(linear.fused, linear.out_features)
         self.local_layout = self._layout(linear.local_fused, linear.weight.shape[1])
         self.key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") >> 1
-        specs = self.shard_specs("")
-        for short in ("lora_a", "lora_b"):
-            shape = local_shape(specs[f".{short}"], self.cut)
-            values = torch.empty(shape, dtype=torch.float32, device=linear.weight.device)
-            self.register_parameter(short, nn.Parameter(values))
+        options = {"dtype": torch.float32, "device": linear.weight.device}
+        a, b = (local_shape(spec, self.cut) for spec in self.shard_specs(""))
+        self.lora_a = nn.Parameter(torch.empty(a, **options))
+        self.lora_b = nn.Parameter(torch.empty(b, **options))
 
     def forward(self, x: Tensor, linear: GroupedLinear, groups: Groups) -> Tensor:
         """x [R, in] -> linear(x) + scale * dropout(x) A[e]^T B[e]^T for each row's expert e, [R, out]."""
@@ -77,23 +78,22 @@ class ExpertLora(nn.Module):
         """The weights' change [n, out, in] in fp32, from whole values of lora_a and lora_b of any n experts."""
         return torch.stack([self.layout.scatter(one_b) for one_b in b.float()]) @ a.float() * self.scale
 
-    def shard_specs(self, name: str) -> dict[str, ShardSpec]:
-        """Global shape and slicing of the parameters, by global name; `name`: the adapter's."""
+    def shard_specs(self, name: str) -> list[ShardSpec]:
+        """Global shape and slicing of lora_a and lora_b; `name`: the adapter's global name."""
         is_column = self.shard == "column"
         a = (self.experts, self.layout.adapters * self.rank, self.in_features)
         b = (self.experts, self.layout.adapted_rows, self.rank)
-        specs = (
+        return [
             ShardSpec(f"{name}.lora_a", a, None if is_column else 2, partial=is_column, expert=True),
             ShardSpec(
                 f"{name}.lora_b",
                 b,
                 1 if is_column else None,
-                self.fused if is_column else None,
+                self._rows if is_column else None,
                 partial=not is_column,
                 expert=True,
             ),
-        )
-        return {spec.name: spec for spec in specs}
+        ]
 
     def _layout(self, fused: Fused | None, rows: int) -> ops.LoraLayout:
         if self.fused is None:

@@ -30,7 +30,7 @@ def layer_specs(layer: MoE, spec: DecoderSpec) -> dict[str, ShardSpec]:
     for name in ("gate_up", "down"):
         adapter = getattr(layer.experts, name).adapter
         if adapter is not None:
-            found |= adapter.shard_specs(f"experts.{name}.adapter")
+            found |= {one.name: one for one in adapter.shard_specs(f"experts.{name}.adapter")}
     return found
 
 
