@@ -114,7 +114,7 @@ class Bucket:
 
     `axis`: over it they are sharded and their gradients summed; `replicas`: the axis of further copies (hybrid
     sharding). `zero`: stage 0 (all shards on each process), 1 or 2. `is_late`: gradients come from several pipeline
-    stages; it is reduced at the end of the step.
+    stages; it is reduced at the end of the step. `puts_off`: weight gradients may come after backward (`deferred`).
     """
 
     def __init__(
@@ -124,19 +124,23 @@ class Bucket:
         axis: Axis,
         replicas: Axis,
         zero: int,
+        *,
         is_late: bool = False,
+        puts_off: bool = False,
     ) -> None:
         self.dtype, self.axis, self.replicas, self.is_late = dtype, axis, replicas, is_late
         self.shards = axis.size if zero else 1
         self.reduces_each = zero == 2 and self.shards > 1 and not is_late
-        # Gradients of whole fp32 parameters are accumulated by autograd itself, in their place in the bucket.
-        self.is_direct = self.shards == 1 and dtype == torch.float32
+        self.is_whole = self.shards == 1 and dtype == torch.float32
         self.slots: list[Slot] = []
         self.width = 0
         for one in members:
             chunk = -(-math.prod(one.shape) // (self.shards * _ALIGN)) * _ALIGN
             self.slots.append(Slot(one.name, one.spec, one.shape, self.width, chunk))
             self.width += chunk
+        # Gradients of whole fp32 parameters are accumulated by autograd itself, in their place in the bucket; but its
+        # hook, that counts them for the reduction, is also called for those put off, and they look the same then.
+        self.is_direct = self.is_whole and not (puts_off and self.sends)
         self.master: Tensor
         self.weight: Tensor
         self.grad: Tensor
@@ -158,7 +162,7 @@ class Bucket:
         """Memory for weights, masters and gradients. Zeros: the padding stays zero for good."""
         self.master = torch.zeros(self.width, dtype=torch.float32, device=device)
         self.grad = torch.zeros_like(self.master)
-        if self.is_direct:
+        if self.is_whole:
             self.weight = self.master
         else:
             self.weight = torch.zeros(self.shards * self.width, dtype=self.dtype, device=device)
@@ -293,7 +297,7 @@ class Bucket:
 
     def gather(self) -> None:
         """Start bringing the masters to the weights: cast this process's shard, gather the others'."""
-        if self.weight is self.master or not self.width:
+        if self.is_whole or not self.width:
             return
         if self.shards == 1:
             self.weight.copy_(self.master)

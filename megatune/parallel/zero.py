@@ -92,10 +92,10 @@ class Zero:
         zero = world.config.zero
         self._units = Units(model, specs, world, compute_dtype, self._stages_of) if zero == 3 else None
         sharded = self._units.names if self._units else frozenset()
-        self._plan([name for name in self._trained if name not in sharded])
-        self._masters: dict[str, Master] = {}
         # Backward with weight gradients put off: those of a micro-batch still come when the next has begun.
         self._puts_off = world.pp.size > 1 and world.config.schedule.startswith("zb")
+        self._plan([name for name in self._trained if name not in sharded])
+        self._masters: dict[str, Master] = {}
         self._waiting: deque[tuple[Bucket, int, bool]] = deque()
         self._flying: list[Bucket] = []
         self._begun: list[Bucket] = []
@@ -114,7 +114,8 @@ class Zero:
         for group in fill(members):
             expert, dtype, stages = group[0].key
             axis = world.efsdp if expert else world.fsdp
-            bucket = Bucket(group, dtype, axis, world.dp_replicate, stage, is_late=len(stages) > 1)
+            is_late, puts_off = len(stages) > 1, self._puts_off
+            bucket = Bucket(group, dtype, axis, world.dp_replicate, stage, is_late=is_late, puts_off=puts_off)
             self._buckets.append(bucket)
             if not bucket.is_late:
                 self._of_stage.setdefault(stages[0], []).append(bucket)
@@ -274,6 +275,8 @@ class Zero:
     def _ready(self, bucket: Bucket, index: int, parameter: nn.Parameter) -> None:
         """A gradient is there. Reductions start strictly in the order of `begin_backward` and buckets, whichever
         gradients come first, so that all processes start the same ones."""
+        if parameter.grad is None:  # put off
+            return
         if not bucket.is_direct:
             bucket.add(index, parameter.grad)
             parameter.grad = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -16,8 +17,7 @@ from torch import Tensor, nn
 
 from megatune.config.schema import OptimConfig
 from megatune.optim import ShardedAdamW
-from megatune.parallel import Box, Parts, ShardSpec, World, Zero, collectives
-from megatune.parallel.shard import local_boxes
+from megatune.parallel import Parts, ShardSpec, Stage, World, Zero, collectives, deferred
 
 WIDTH, INNER, OUT, RANK, EXPERTS = 7, 13, 5, 3, 4
 OPTIM = OptimConfig(lr=1e-2, weight_decay=0.1)
@@ -239,7 +239,51 @@ def step(zero: Zero, optim: ShardedAdamW, number: int) -> tuple[dict[str, Tensor
     return gradients, float(square) ** 0.5
 
 
-def local_of(spec: ShardSpec, world: World, tensor: Tensor) -> Tensor:
-    """The slice of a global tensor that this process's layout cuts out, before ZeRO."""
-    boxes: tuple[Box, ...] = local_boxes(spec, world.cut)
-    return torch.cat([box.of(tensor) for box in boxes], spec.tensor_dim or 0)
+class _Product(torch.autograd.Function):
+    """x w^T, whose weight gradient a pipeline may put off."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.parameter = weight
+        return x @ weight.t()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        return grad @ weight, deferred.defer(ctx.parameter, lambda: grad.t() @ x)
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.Parameter(torch.empty(WIDTH))
+        self.weight = nn.Parameter(torch.empty(WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(_Product.apply(x * self.norm, self.weight))
+
+
+class Staged(nn.Module):
+    """A model in two pipeline stages with tied embeddings: x [T, WORDS] -> [T, WIDTH] -> a loss.
+
+    `stages`: those that are here.
+    """
+
+    WORDS = 11
+
+    def __init__(self, stages: Sequence[Stage]) -> None:
+        super().__init__()
+        self.stages, self.spec = tuple(stages), SimpleNamespace(tied_embeddings=True)
+        self.embed = nn.Module()
+        self.embed.weight = nn.Parameter(torch.empty(self.WORDS, WIDTH))
+        held = (index for stage in stages for index in stage.layers)
+        self.layers = nn.ModuleDict({str(index): Layer() for index in held})
+
+    def forward(self, x: Tensor, stage: int = 0) -> Tensor:
+        part = self.stages[stage]
+        if part.is_first:
+            x = x @ self.embed.weight
+        for index in part.layers:
+            x = self.layers[str(index)](x)
+        return (x @ self.embed.weight.t()).square().sum() if part.is_last else x
