@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -18,8 +22,10 @@ from megatune.ops import Segments, Targets
 from megatune.parallel import deferred
 from megatune.parallel.context import MicroBatch
 from megatune.parallel.pipeline import Pipeline, held, stages_of, virtual_of
+from megatune.parallel.stages import Stage
+from megatune.parallel.tensor import Linear
 from megatune.parallel.world import World
-from tests.helpers.dist import run_ranks
+from tests.helpers.dist import RankError, run_ranks
 
 LAYERS, VOCAB = 6, 61
 SCALE = 0.37
@@ -34,9 +40,8 @@ class Case:
     virtual: int | None = None
     stages: tuple[int, ...] | None = None
     tied: bool = False
-    train_from: int = (
-        0  # first layer that is trained; above 0 the embedding is frozen too, and norms everywhere
-    )
+    # First layer that is trained; above 0 the embedding is frozen too, and the layers' norms.
+    train_from: int = 0
     recompute: str = "none"
 
     def config(self, pp: int) -> ParallelConfig:
@@ -246,3 +251,195 @@ def test_two_ranks() -> None:
 
 def test_four_ranks() -> None:
     run_ranks(run_cases, 4, FOUR)
+
+
+# torch.distributed.pipelining computes the same.
+
+TOY_STAGES, TOY_SIZE, TOY_ROWS, TOY_BATCHES = 4, 12, 6, 6
+
+
+class Block(nn.Module):
+    """One stage's layer: our linear, whose weight gradient can be put off, or torch's."""
+
+    def __init__(self, number: int, world: World | None) -> None:
+        super().__init__()
+        if world is None:
+            self.linear = nn.Linear(TOY_SIZE, TOY_SIZE, dtype=torch.float64)
+        else:
+            self.linear = Linear(TOY_SIZE, TOY_SIZE, bias=True, shard="column", world=world).double()
+        generator = torch.Generator().manual_seed(number)
+        with torch.no_grad():
+            self.linear.weight.copy_(torch.randn(TOY_SIZE, TOY_SIZE, generator=generator) * 0.4)
+            self.linear.bias.copy_(torch.randn(TOY_SIZE, generator=generator) * 0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.linear(x))
+
+
+class Toy(nn.Module):
+    """A stack of blocks, one or more a stage, called as a Decoder is."""
+
+    def __init__(self, stages: Sequence[Stage], world: World) -> None:
+        super().__init__()
+        self.stages = tuple(stages)
+        self.spec = SimpleNamespace(hidden_size=TOY_SIZE, tied_embeddings=False)
+        held = [number for stage in stages for number in stage.layers]
+        self.layers = nn.ModuleDict({str(number): Block(number, world) for number in held})
+
+    def forward(self, x: Tensor, segments: Segments, targets: Any = None, stage: int = 0) -> Tensor:
+        part = self.stages[stage]
+        for number in part.layers:
+            x = self.layers[str(number)](x)
+        return toy_loss(x, targets) if part.is_last else x
+
+
+def toy_loss(x: Tensor, targets: Tensor) -> Tensor:
+    return (x - targets).square().sum()
+
+
+def oracle(name: str, world: World, x: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss of all micro-batches (0 without the last stage) and gradients by torch.distributed.pipelining."""
+    from torch.distributed import pipelining
+
+    per_rank = 1 if name in ("gpipe", "1f1b", "zb-h1") else 2
+    numbers = held(name, world.pp.size, world.pp.rank, per_rank)
+    count, each = world.pp.size * per_rank, TOY_STAGES // (world.pp.size * per_rank)
+    parts = [nn.Sequential(*(Block(n * each + i, None) for i in range(each))) for n in numbers]
+    device = torch.device("cpu")
+    stages = [
+        pipelining.PipelineStage(part, number, count, device, group=world.pp.group)
+        for part, number in zip(parts, numbers, strict=True)
+    ]
+    kind = {
+        "gpipe": pipelining.ScheduleGPipe,
+        "1f1b": pipelining.Schedule1F1B,
+        "interleaved": pipelining.ScheduleInterleaved1F1B,
+        "zbv": pipelining.ScheduleZBVZeroBubble,
+    }[name]
+    plan = kind(stages[0] if per_rank == 1 else stages, TOY_BATCHES, loss_fn=toy_loss, scale_grads=False)
+    losses: list[Tensor] = []
+    given = {"target": targets, "losses": losses} if count - 1 in numbers else {}
+    plan.step(*([x] if 0 in numbers else []), **given)
+    grads = {
+        f"layers.{number * each + i}.linear.{kind}": parameter.grad
+        for part, number in zip(parts, numbers, strict=True)
+        for i, block in enumerate(part)
+        for kind, parameter in block.linear.named_parameters()
+    }
+    return torch.stack(losses).sum() if losses else torch.zeros(()), grads
+
+
+def against_torch(rank: int, size: int, names: Sequence[str]) -> None:
+    first = parallel.init(ParallelConfig(pipeline=size, zero=0), device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    shape = (TOY_ROWS * TOY_BATCHES, TOY_SIZE)
+    x, targets = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    segments = Segments.from_lengths((TOY_ROWS,))
+    batches = [
+        MicroBatch(one, segments, other)
+        for one, other in zip(x.chunk(TOY_BATCHES), targets.chunk(TOY_BATCHES), strict=True)
+    ]
+    for name in names:
+        config = ParallelConfig(pipeline=size, schedule=name, zero=0)
+        world = replace(first, config=config)
+        stages = stages_of(config, [1.0] * TOY_STAGES, 0.0, 0.0)
+        mine = [stages[number] for number in held(name, size, rank, virtual_of(config))]
+        model = Toy(mine, world)
+        loss = Pipeline(model, world, dtype=torch.float64).train(batches, 1.0, lambda stage, last: None)
+        # Theirs computes a gradient for the first input, ours need not: the same numbers come out.
+        expected_loss, expected = oracle(name, world, x, targets)
+        near(loss, expected_loss.double(), f"{name} loss")
+        assert expected.keys() == dict(model.named_parameters()).keys()
+        for key, parameter in model.named_parameters():
+            near(parameter.grad, expected[key], f"{name} {key}")
+
+
+def test_equals_torch_pipelining() -> None:
+    names = ["gpipe", "1f1b", "interleaved"]
+    if torch.__version__ >= "2.13":
+        names.append("zbv")  # over gloo a V does not start before
+    run_ranks(against_torch, 2, names)
+
+
+class Saved:
+    """A tensor that autograd keeps for backward; `alive` are those that it still keeps."""
+
+    alive: ClassVar[weakref.WeakSet[Saved]] = weakref.WeakSet()
+    most = 0
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        Saved.alive.add(self)
+        Saved.most = max(Saved.most, len(Saved.alive))
+
+
+def frees(rank: int, size: int) -> None:
+    first = parallel.init(ParallelConfig(pipeline=size, zero=0), device="cpu")
+    segments = Segments.from_lengths((TOY_ROWS,))
+    x = torch.ones(TOY_ROWS, TOY_SIZE, dtype=torch.float64)
+    peaks = {}
+    for name, micro_batches in (("gpipe", 1), ("gpipe", 8), ("1f1b", 8)):
+        world = replace(first, config=ParallelConfig(pipeline=size, schedule=name, zero=0))
+        model = Toy([stages_of(world.config, [1.0] * TOY_STAGES, 0.0, 0.0)[rank]], world)
+        pipeline = Pipeline(model, world, dtype=torch.float64)
+        Saved.most = 0
+        with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
+            pipeline.train([MicroBatch(x, segments, x)] * micro_batches, 1.0, lambda stage, last: None)
+        assert not Saved.alive
+        peaks[name, micro_batches] = Saved.most
+    one = peaks["gpipe", 1]
+    assert one > 0 and peaks["gpipe", 8] == 8 * one and peaks["1f1b", 8] == (size - rank) * one
+
+
+def test_activations_are_freed_by_their_backward() -> None:
+    run_ranks(frees, 2)
+
+
+# What happens when something is wrong.
+
+
+def fails_on_last(rank: int, size: int) -> None:
+    world = parallel.init(ParallelConfig(pipeline=size, zero=0), device="cpu")
+    model = stage_model(Case("1f1b", 4), world)
+    pipeline = Pipeline(model, world, dtype=torch.float64)
+    if model.stages[-1].is_last:
+        model.norm.forward = lambda x: 1 / 0
+    pipeline.train(micro_batches(4), 1.0, lambda stage, last: None)
+
+
+def test_an_error_on_one_rank_is_raised_there() -> None:
+    with pytest.raises(RankError, match="ZeroDivisionError"):
+        run_ranks(fails_on_last, 2, timeout=60)
+
+
+def misuses(rank: int, size: int) -> None:
+    world = parallel.init(ParallelConfig(pipeline=size, zero=0), device="cpu")
+    model = stage_model(Case("1f1b", 4), world)
+    wrong = replace(world, config=ParallelConfig(pipeline=size, schedule="zbv", zero=0))
+    with pytest.raises(ValueError, match=r"the model has stages .* of 2; pipeline rank . of 2 .*zbv has"):
+        Pipeline(model, wrong, dtype=torch.float64)
+    pipeline = Pipeline(model, world, dtype=torch.bfloat16)
+    if rank == 0:
+        with pytest.raises(TypeError, match=r"gave torch.float64, the pipeline was made for torch.bfloat16"):
+            pipeline.train(micro_batches(1), 1.0, lambda stage, last: None)
+
+
+def test_misuse_is_told() -> None:
+    run_ranks(misuses, 2)
+
+
+def test_one_rank_is_a_plain_loop() -> None:
+    case = Case("1f1b", 4)
+    model = whole_model(False)
+    pipeline = Pipeline(model, World.alone(), dtype=torch.float64)
+    begun: list[tuple[int, bool]] = []
+    batches = micro_batches(4)
+    loss = pipeline.train(batches, SCALE, lambda stage, last: begun.append((stage, last)))
+    expected_loss, expected = reference(case)
+    near(loss, expected_loss, "loss")
+    for name, parameter in model.named_parameters():
+        near(parameter.grad, expected[name], name)
+    assert begun == [(0, False)] * 3 + [(0, True)]
+    near(pipeline.evaluate(batches) * SCALE, expected_loss, "evaluation")
+    logits = pipeline.logits(batches[0].tokens, batches[0].segments)
+    near(logits, model(batches[0].tokens, batches[0].segments)[-1:].detach(), "logits")
