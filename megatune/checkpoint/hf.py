@@ -173,7 +173,7 @@ class FolderWriter:
             }
             total = sum(math.prod(shape) * self._dtypes[n].itemsize for n, shape in self._shapes.items())
             write_json(self._temporary / INDEX, {"metadata": {"total_size": total}, "weight_map": files})
-        config = dict(self._config)
+        config = {key: value for key, value in self._config.items() if key != "quantization_config"}
         for key in {"torch_dtype", "dtype"} & config.keys() or {"torch_dtype"}:
             config[key] = str(self._dtype).removeprefix("torch.")
         if self._source is not None:

@@ -16,7 +16,14 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from megatune.checkpoint.sources import SafetensorsFolder, digest_file, read_json, weights_digest
+from megatune.checkpoint.quantised import dequantised
+from megatune.checkpoint.sources import (
+    SafetensorsFolder,
+    TensorSource,
+    digest_file,
+    read_json,
+    weights_digest,
+)
 from megatune.errors import CheckpointError, ConfigError
 from megatune.models.families.base import Family
 from megatune.models.registry import family_for
@@ -40,9 +47,9 @@ class ModelFolder:
     family: Family
     spec: DecoderSpec
 
-    def tensors(self) -> SafetensorsFolder:
-        """The weights, open for reading."""
-        return SafetensorsFolder(self.path)
+    def tensors(self) -> TensorSource:
+        """The weights, open for reading; quantised ones as the numbers that they stand for."""
+        return dequantised(SafetensorsFolder(self.path), self.hf_config)
 
     @cached_property
     def digest(self) -> str:

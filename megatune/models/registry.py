@@ -47,7 +47,7 @@ def family_for(hf_config: Mapping[str, Any]) -> Family:
     """The family of a config.json, by its `model_type` and `architectures`.
 
     Raises ConfigError, naming the supported types, for an architecture that is not known, for models with another
-    head than a language model's, and for quantised weights.
+    head than a language model's, and for weights quantised in a way that is not undone when they are read.
     """
     model_type, architectures = hf_config.get("model_type"), hf_config.get("architectures") or []
     found = [family for family in FAMILIES if model_type in family.model_types]
@@ -64,8 +64,8 @@ def family_for(hf_config: Mapping[str, Any]) -> Family:
             f"config.json: architecture {architectures[0]} is not supported; of model type {model_type}, "
             f"{family.architectures[0]} is"
         )
-    if hf_config.get("quantization_config"):
-        method = hf_config["quantization_config"].get("quant_method", "unknown")
+    method = (hf_config.get("quantization_config") or {}).get("quant_method", "unknown")
+    if hf_config.get("quantization_config") and method not in family.dequantised:
         raise ConfigError(
             f"config.json: the weights are quantised ({method}); use the model's bf16 or fp32 checkpoint instead"
         )

@@ -362,7 +362,7 @@ def _llama(**changes: object) -> dict:
         ({}, ["None", "llama"]),
         (_llama(architectures=["LlamaForSequenceClassification"]), ["LlamaForSequenceClassification"]),
         (_llama(quantization_config={"quant_method": "gptq"}), ["gptq", "bf16"]),
-        ({"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}}, ["mxfp4", "bf16"]),
+        ({"model_type": "mixtral", "quantization_config": {"quant_method": "mxfp4"}}, ["mxfp4", "bf16"]),
     ],
 )
 def test_unknown_models_are_refused_and_supported_ones_named(config: dict, words: list[str]) -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from megatune.errors import ConfigError
@@ -56,8 +58,8 @@ class Family:
     """One model family. Class attributes: `name` (`DecoderSpec.family`), `model_types` and `architectures` as in
     config.json, `prefix` (Hugging Face's name of the part below the head; files saved from the bare model lack it),
     `layers_name` and `activation_key` (what it calls these), `defaults` (transformers' values of keys that a config
-    may leave out), `experts_name` (its name of a mixture-of-experts block) and `expert_names` (of an expert's gate, up
-    and down projection)."""
+    may leave out), `experts_name` (its name of a mixture-of-experts block), `expert_names` (of an expert's gate, up and
+    down projection) and `dequantised` (quantisations of its files that are undone when they are read)."""
 
     name: ClassVar[str]
     model_types: ClassVar[tuple[str, ...]]
@@ -68,6 +70,7 @@ class Family:
     activation_key: ClassVar[str] = "hidden_act"
     experts_name: ClassVar[str] = "mlp"
     expert_names: ClassVar[tuple[str, str, str]] = ("gate_proj", "up_proj", "down_proj")
+    dequantised: ClassVar[tuple[str, ...]] = ()
 
     # ---- config: Hugging Face -> ours
 
@@ -149,8 +152,12 @@ class Family:
 
     # ---- tensor names
 
-    def name_map(self, spec: DecoderSpec) -> dict[str, list[Piece]]:
+    def name_map(self, spec: DecoderSpec) -> Mapping[str, list[Piece]]:
         """For each of our global names, the pieces of Hugging Face tensors that it is made of."""
+        return _name_map(self, spec)
+
+    def names(self, spec: DecoderSpec) -> dict[str, list[Piece]]:
+        """Makes `name_map`."""
         names = {"embed.weight": [Piece(f"{self.prefix}embed_tokens.weight")]}
         for index in range(spec.num_layers):
             at = f"{self.prefix}{self.layers_name}.{index}."
@@ -286,6 +293,12 @@ class Family:
                 f"config.json: layer_types has {len(types)} entries for {count} layers; they must agree"
             )
         return tuple(known[kind] for kind in types)
+
+
+@lru_cache(maxsize=32)
+def _name_map(family: Family, spec: DecoderSpec) -> Mapping[str, list[Piece]]:
+    """Made once: a large mixture has tens of thousands of tensors, and every adapter asks."""
+    return MappingProxyType(family.names(spec))
 
 
 def layer_types(spec: DecoderSpec) -> list[str]:

@@ -21,6 +21,7 @@ class DeepseekV3(Family):
     name = "deepseek_v3"
     model_types = ("deepseek_v3",)
     architectures = ("DeepseekV3ForCausalLM",)
+    dequantised = ("fp8",)
     defaults: ClassVar[dict[str, Any]] = {
         "hidden_act": "silu",
         "max_position_embeddings": 4096,

@@ -69,8 +69,8 @@ class GPT2(Family):
             "tie_word_embeddings": spec.tied_embeddings,
         }
 
-    def name_map(self, spec: DecoderSpec) -> dict[str, list[Piece]]:
-        names = super().name_map(spec)
+    def names(self, spec: DecoderSpec) -> dict[str, list[Piece]]:
+        names = super().names(spec)
         at = self.prefix
         return names | {
             "embed.weight": [Piece(f"{at}wte.weight")],

@@ -16,6 +16,7 @@ class GptOss(Family):
     name = "gpt_oss"
     model_types = ("gpt_oss",)
     architectures = ("GptOssForCausalLM",)
+    dequantised = ("mxfp4",)
     defaults: ClassVar[dict[str, Any]] = {
         "num_key_value_heads": 8,
         "head_dim": 64,
