@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from megatune.adapters.freeze import freeze
-from megatune.adapters.lora import LoraAdapter, lora
+from megatune.adapters.freeze import names
+from megatune.adapters.lora import LoraAdapter, choose, lora
 from megatune.config.schema import FreezeMethod, LoraMethod, Method
+from megatune.models.build import build
 
 __all__ = ["LoraAdapter", "attach", "describe"]
 
@@ -14,12 +15,16 @@ __all__ = ["LoraAdapter", "attach", "describe"]
 def attach(model: nn.Module, method: Method) -> None:
     """Prepare `model` (a `Decoder`, on meta or not, before any sharding) to train what `method` says, in place.
 
-    Raises ConfigError where the method names layers or parameters that the model does not have.
+    Raises ConfigError where the method names layers or parameters that the model does not have. What it names is
+    looked for in the whole model: pipeline stages hold a part of it.
     """
+    whole = model if len(model.stages) == model.stages[0].count else build(model.spec)
     if isinstance(method, LoraMethod):
-        lora(model, method)
+        lora(model, method, choose(whole, method))
     elif isinstance(method, FreezeMethod):
-        freeze(model, method)
+        trained = names(whole, method)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in trained)
     else:
         model.requires_grad_(True)
 

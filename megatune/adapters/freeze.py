@@ -10,8 +10,9 @@ from megatune.config.schema import FreezeMethod
 from megatune.errors import ConfigError
 
 
-def freeze(model: nn.Module, method: FreezeMethod) -> None:
-    """Let only the last `method.last_layers` decoder layers and the parameters that match `method.modules` train.
+def names(model: nn.Module, method: FreezeMethod) -> set[str]:
+    """The parameters of a whole model that train: the last `method.last_layers` decoder layers and what matches
+    `method.modules`.
 
     Raises ConfigError where there are not that many layers or a pattern matches no parameter.
     """
@@ -21,16 +22,19 @@ def freeze(model: nn.Module, method: FreezeMethod) -> None:
             f"method.last_layers: {method.last_layers}, but the model has {layers} layers; give {layers} or less"
         )
     trained = {str(index) for index in range(layers - method.last_layers, layers)}
-    names = [name for name, _ in model.named_parameters()]
+    every = [name for name, _ in model.named_parameters()]
     for pattern in method.modules:
-        if not any(fnmatchcase(name, pattern) for name in names):
+        if not any(fnmatchcase(name, pattern) for name in every):
             raise ConfigError(
-                f"method.modules: {pattern!r} matches no parameter; names are for example {_examples(names)}"
+                f"method.modules: {pattern!r} matches no parameter; names are for example {_examples(every)}"
             )
-    for name, parameter in model.named_parameters():
+    found = set()
+    for name in every:
         room, _, rest = name.partition(".")
         in_last_layers = room == "layers" and rest.partition(".")[0] in trained
-        parameter.requires_grad_(in_last_layers or any(fnmatchcase(name, p) for p in method.modules))
+        if in_last_layers or any(fnmatchcase(name, pattern) for pattern in method.modules):
+            found.add(name)
+    return found
 
 
 def _examples(names: list[str]) -> str:

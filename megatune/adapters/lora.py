@@ -122,9 +122,21 @@ class LoraAdapter(nn.Module):
         return f"{targets}, rank={self.rank}, scale={self.scale:g}, dropout={self.dropout:g}"
 
 
-def lora(model: nn.Module, method: LoraMethod) -> None:
-    """Freeze `model` and give each targeted linear layer a `LoraAdapter`, each layer of experts an `ExpertLora`; the
-    values come with the weights.
+def lora(model: nn.Module, method: LoraMethod, chosen: Mapping[str, tuple[HfModule, ...]]) -> None:
+    """Freeze `model` and give each of the `chosen` linear layers that it holds a `LoraAdapter`, layers of experts an
+    `ExpertLora`; the values come with the weights."""
+    held = {name for name, _ in model.named_modules()}
+    attach_lora(
+        model,
+        {name: modules for name, modules in chosen.items() if name in held},
+        rank=method.rank,
+        scale=lora_scale(method),
+        dropout=method.dropout,
+    )
+
+
+def choose(model: nn.Module, method: LoraMethod) -> dict[str, tuple[HfModule, ...]]:
+    """The linear layers of a whole model (with all pipeline stages) that `method` targets, by global name.
 
     Raises ConfigError, listing the choices, for a target that the model does not have.
     """
@@ -142,13 +154,7 @@ def lora(model: nn.Module, method: LoraMethod) -> None:
                 f"method.targets: {target!r} is no linear layer of this model; choose from {', '.join(choices)}, or "
                 "all-linear"
             )
-    attach_lora(
-        model,
-        {name: tuple(m for m in found if m.target in wanted) for name, found in modules.items()},
-        rank=method.rank,
-        scale=lora_scale(method),
-        dropout=method.dropout,
-    )
+    return {name: tuple(m for m in found if m.target in wanted) for name, found in modules.items()}
 
 
 def attach_lora(

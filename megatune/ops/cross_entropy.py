@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatune.ops.checks import accumulate_dtype, floating, same_device
+from megatune.ops.comm import all_gather
 from megatune.ops.registry import Body, add_op, compiled_body, cpu_body, define, fuse
 
 # Logits in one chunk, unless the caller says how many rows: 128 MiB in bf16 on a CPU, 512 MiB elsewhere, where small
@@ -130,7 +131,7 @@ def _split_rows(logits: Tensor, labels: Tensor, softcap: float, write_grad: bool
     mine = sums(logits, labels, cut.first, cut.size, softcap)
     size = dist.get_world_size(cut.group)
     everyone = mine.new_empty(size * mine.shape[0], 3)
-    dist.all_gather_into_tensor(everyone, mine, group=cut.group)
+    all_gather(everyone, mine, group=cut.group)
     largest, total, target = everyone.view(size, -1, 3).unbind(2)
     top = largest.amax(0)
     log_sum = top + torch.log((total * torch.exp(largest - top)).sum(0))

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatune.ops.comm import all_gather, reduce_scatter
 from megatune.parallel.shard import ShardSpec
 from megatune.parallel.world import Axis
 
@@ -251,7 +252,7 @@ class Bucket:
         if self.shards > 1:
             self._received = self.grad if self._is_fresh else torch.empty_like(self.grad)
             self._is_fresh = False
-            self._work = dist.reduce_scatter_tensor(
+            self._work = reduce_scatter(
                 self._received, self._whole.view(-1), group=self.axis.group, async_op=True
             )
         elif self.axis.size > 1:
@@ -304,7 +305,7 @@ class Bucket:
             return
         shard = self.master.to(self.dtype)
         out = torch.empty_like(self.weight)
-        work = dist.all_gather_into_tensor(out, shard, group=self.axis.group, async_op=True)
+        work = all_gather(out, shard, group=self.axis.group, async_op=True)
         self._gathered = out, work
 
     def scatter(self) -> None:

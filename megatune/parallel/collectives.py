@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatune.ops.comm import all_gather, reduce_scatter
 from megatune.parallel.world import Axis
 
 
@@ -30,7 +31,7 @@ def gather_rows(x: Tensor, axis: Axis, *, async_op: bool = False) -> tuple[Tenso
     if axis.size == 1:
         return x, None
     out = x.new_empty(axis.size * x.shape[0], *x.shape[1:])
-    work = dist.all_gather_into_tensor(out, x.contiguous(), group=axis.group, async_op=async_op)
+    work = all_gather(out, x.contiguous(), group=axis.group, async_op=async_op)
     return out, work
 
 
@@ -39,7 +40,7 @@ def scatter_sum_rows(x: Tensor, axis: Axis, *, async_op: bool = False) -> tuple[
     if axis.size == 1:
         return x, None
     out = x.new_empty(x.shape[0] // axis.size, *x.shape[1:])
-    work = dist.reduce_scatter_tensor(out, x.contiguous(), group=axis.group, async_op=async_op)
+    work = reduce_scatter(out, x.contiguous(), group=axis.group, async_op=async_op)
     return out, work
 
 

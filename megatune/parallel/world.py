@@ -45,9 +45,9 @@ class World:
     """This process's place in the run.
 
     Axes, outermost first: `pp`, `dp_replicate`, `dp_shard`, `cp`, `tp`. `fsdp` is dp_shard x cp in one: over it the
-    dense parameters are sharded (ZeRO) and their gradients summed. `config`: the options of the layout. Expert parameters see the same processes otherwise:
-    dp_shard x cp x tp in another order of cuts, `efsdp` (their fsdp), `ep`, `etp`. `owns_group`: `init` started the
-    process group.
+    dense parameters are sharded (ZeRO) and their gradients summed. `config`: the options of the layout. Expert
+    parameters see the same processes otherwise: dp_shard x cp x tp in another order of cuts, `efsdp` (their fsdp),
+    `ep`, `etp`. `owns_group`: `init` started the process group.
     """
 
     rank: int

@@ -179,7 +179,7 @@ def value_of(name: str, shape: tuple[int, ...]) -> Tensor:
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     if len(shape) == 1:
         return (1.0 + 0.1 * noise) if "norm" in name else 0.1 * noise
-    return noise * (0.3 if "lora" in name else 0.15)
+    return noise * (0.1 if "lora" in name else 0.15)
 
 
 def train(case: Case, *, device: str | None = "cpu", world: Any = None) -> Outcome:
