@@ -4,29 +4,29 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from megatune.adapters.lora import HfModule, LoraAdapter, lora_scale
+from megatune.adapters.expert_lora import ExpertLora
+from megatune.adapters.lora import lora_scale
 from megatune.checkpoint.boxes import whole_box
 from megatune.checkpoint.collect import Collected, on_main
 from megatune.checkpoint.filling import fill
 from megatune.checkpoint.hf import FP32, FolderWriter, put_in_place, temporary_beside, write_json
-from megatune.checkpoint.mapping import Mapped, check_source
+from megatune.checkpoint.mapping import check_source
+from megatune.checkpoint.peft_names import PREFIX, adapter_map, adapters_of, is_parameter
 from megatune.checkpoint.resolve import ModelFolder
 from megatune.checkpoint.safetensors_file import SafetensorsFile, SafetensorsWriter
 from megatune.checkpoint.sources import read_json
 from megatune.config.schema import LoraMethod
 from megatune.errors import CheckpointError
-from megatune.models.families.base import Piece
-from megatune.parallel.shard import Fused, Parts
+from megatune.parallel.shard import Parts
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
 # Keys of adapter_config.json that change what an adapter computes, with the values that mean "not used".
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "use_dora": (False, None),
@@ -37,46 +37,8 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "modules_to_save": ([], None),
     "layers_to_transform": ([], None),
     "layer_replication": ([], None),
-    "target_parameters": ([], None),
     "trainable_token_indices": ([], {}, None),
 }
-
-
-def adapters_of(model: nn.Module) -> Iterator[tuple[str, LoraAdapter]]:
-    """(global name of the adapter, adapter), in the model's order."""
-    for name, module in model.named_modules():
-        if isinstance(module, LoraAdapter):
-            yield name, module
-
-
-def adapter_map(model: nn.Module) -> dict[str, Mapped]:
-    """Each adapter parameter of `model` in a PEFT file: a permutation of rows, as for the base weights."""
-    mapped: dict[str, Mapped] = {}
-    for name, adapter in adapters_of(model):
-        linear = model.get_submodule(name.rpartition(".")[0])
-        mapped[f"{name}.lora_a"] = _map_a(adapter)
-        pieces = [
-            Piece(_tensor(module, "B"), piece.part, piece.first_row)
-            for module in adapter.hf_modules
-            for piece in module.pieces
-        ]
-        fused = adapter.fused or (linear.fused if pieces[0].part is not None else None)
-        mapped[f"{name}.lora_b"] = Mapped(tuple(adapter.lora_b.shape), tuple(pieces), fused)
-    return mapped
-
-
-def _map_a(adapter: LoraAdapter) -> Mapped:
-    """lora_a: the modules' A matrices one after the other."""
-    names = [_tensor(module, "A") for module in adapter.hf_modules]
-    shape = tuple(adapter.lora_a.shape)
-    if len(names) == 1:
-        return Mapped(shape, (Piece(names[0]),))
-    order = Fused(tuple((name, adapter.rank) for name in names), 1)
-    return Mapped(shape, tuple(Piece(name, name) for name in names), order)
-
-
-def _tensor(module: HfModule, matrix: str) -> str:
-    return f"{_PREFIX}{module.path}.lora_{matrix}.weight"
 
 
 def export_peft(
@@ -111,16 +73,21 @@ def export_peft(
 
 
 def _config(model: nn.Module, method: LoraMethod, base_path: str) -> dict[str, Any]:
-    modules = [module for _, adapter in adapters_of(model) for module in adapter.hf_modules]
+    adapters = [adapter for _, adapter in adapters_of(model)]
+    modules = [module for adapter in adapters if not is_parameter(adapter) for module in adapter.hf_modules]
+    parameters = {adapter.hf_modules[0].path for adapter in adapters if is_parameter(adapter)}
+    experts = any(isinstance(adapter, ExpertLora) for adapter in adapters)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_path,
         "r": method.rank,
         "lora_alpha": method.alpha,
-        "lora_dropout": method.dropout,
+        # PEFT refuses adapters of experts that had some, though it only matters in training.
+        "lora_dropout": 0.0 if experts else method.dropout,
         "use_rslora": method.rslora,
         "target_modules": sorted({module.target for module in modules}),
+        "target_parameters": sorted({".".join(path.split(".")[-3:]) for path in parameters}) or None,
         # Files of GPT-2 store weights as [in, out].
         "fan_in_fan_out": any(piece.transpose for module in modules for piece in module.pieces),
         "bias": "none",
@@ -167,14 +134,14 @@ def merge_peft(base: ModelFolder, adapter: Path, folder: Path, dtype: torch.dtyp
     dtype = dtype or source.dtype(max(names, key=lambda name: math.prod(source.shape(name))))
     left = deltas.names()
     shapes = {name: source.shape(name) for name in names}
+    factors = _factors(names, config)
     with FolderWriter(folder, shapes, dtype, base.hf_config, base.path) as writer:
         for name in names:
             tensor = source.rows(name, 0, shapes[name][0])
-            a, b = (f"{_PREFIX}{name.removesuffix('.weight')}.lora_{matrix}.weight" for matrix in "AB")
+            a, b = (f"{PREFIX}{factors[name]}.lora_{matrix}.weight" for matrix in "AB")
             if a in left and b in left:
                 left -= {a, b}
-                change = _rows(deltas, b) @ _rows(deltas, a) * scale
-                change = change.T if config.get("fan_in_fan_out") else change
+                change = _change(_rows(deltas, a), _rows(deltas, b), shapes[name], config) * scale
                 if change.shape != tensor.shape:
                     raise CheckpointError(
                         f"{adapter}: {a} and {b} give a change of shape {list(change.shape)} for {name}, which has "
@@ -187,6 +154,30 @@ def merge_peft(base: ModelFolder, adapter: Path, folder: Path, dtype: torch.dtyp
                 f"{adapter}: {len(left)} tensors have no place in {base.path}, the first is {min(left)}; the adapter "
                 "belongs to another base model"
             )
+
+
+def _factors(names: Iterable[str], config: dict[str, Any]) -> dict[str, str]:
+    """The module of a PEFT file that adapts each tensor, if any does."""
+    targets = config.get("target_parameters") or []
+    found, wrapped = {}, {}
+    for name in names:
+        found[name] = name.removesuffix(".weight")
+        if any(f".{name}".endswith(f".{target}") for target in targets):
+            wrapped.setdefault(name.rpartition(".")[0], []).append(name)
+    for path, inside in wrapped.items():
+        # gate_up_proj comes before down_proj in models, and is wrapped first.
+        for depth, name in enumerate(sorted(inside, key=lambda name: "down" in name)):
+            found[name] = path + ".base_layer" * (len(inside) - 1 - depth)
+    return found
+
+
+def _change(a: torch.Tensor, b: torch.Tensor, shape: tuple[int, ...], config: dict[str, Any]) -> torch.Tensor:
+    if len(shape) == 3:  # [experts, in, out], as in GPT-OSS
+        a = a.unflatten(0, (shape[0], -1))
+        b = b.unflatten(1, (-1, shape[0])).permute(2, 0, 1)
+        return (b @ a).transpose(1, 2)
+    change = b @ a
+    return change.T if config.get("fan_in_fan_out") else change
 
 
 def _rows(source: SafetensorsFile, name: str) -> torch.Tensor:
@@ -216,6 +207,9 @@ def _method(config: dict[str, Any], folder: Path) -> LoraMethod:
                 f"{folder / CONFIG}: {key}: {config[key]!r} is not supported; merge the adapter into its base with peft"
             )
     targets = config.get("target_modules")
+    parameters = [str(name) for name in config.get("target_parameters") or ()]
+    if parameters and targets != "all-linear":
+        targets = [*targets, *parameters] if isinstance(targets, list) else targets or parameters
     if targets != "all-linear" and not isinstance(targets, list):
         raise CheckpointError(
             f"{folder / CONFIG}: target_modules is {targets!r}; list the modules' names, or merge the adapter with peft"
