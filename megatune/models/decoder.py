@@ -108,7 +108,8 @@ class Decoder(nn.Module):
                 )
         for rope in spec.ropes:
             # Computed here, where tensors are real, for forward passes where they are not.
-            inverse_frequencies(rope)
+            for long in (False, True):
+                inverse_frequencies(rope, long)
 
     def forward(
         self,
