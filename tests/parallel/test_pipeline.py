@@ -28,6 +28,7 @@ from megatune.parallel.world import World
 from tests.helpers.dist import RankError, run_ranks
 
 LAYERS, VOCAB = 6, 61
+COSTS = ([1.0] * LAYERS, 0.1, 0.5)
 SCALE = 0.37
 # Documents of each micro-batch: packed, padded to nothing, all of another length.
 LENGTHS = ((5, 9), (16,), (3, 3, 4), (11, 1), (2, 17, 4), (7,), (1, 1, 20), (13, 8))
@@ -115,7 +116,7 @@ def reference(case: Case) -> tuple[Tensor, dict[str, Tensor]]:
 def stage_model(case: Case, world: World) -> Decoder:
     """This rank's stages with the weights of `whole_model`."""
     spec, config = spec_of(case.tied), world.config
-    stages = stages_of(config, [1.0] * LAYERS, 0.1, 0.5)
+    stages = stages_of(config, *COSTS)
     mine = [stages[n] for n in held(config.schedule, world.pp.size, world.pp.rank, virtual_of(config))]
     model = Decoder(spec, world, mine).double()
     values = dict(whole_model(case.tied).named_parameters())
@@ -152,6 +153,12 @@ def check_case(case: Case, world: World) -> None:
     world = replace(world, config=case.config(world.pp.size))
     model = stage_model(case, world)
     pipeline = Pipeline(model, world, dtype=torch.float64)
+    # A stage wants the gradient of its input where something before it is trained.
+    stages = stages_of(world.config, *COSTS)
+    starts = [stage.layers.start for stage in stages]
+    assert pipeline.traffic.wanted[1:] == tuple(
+        n > case.train_from or not case.train_from for n in starts[1:]
+    )
     batches = micro_batches(case.micro_batches)
     expected_loss, expected = reference(case)
     calls = Calls(model)
