@@ -33,6 +33,8 @@ LLAMA3 = {
     "original_max_position_embeddings": 16,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+# Borders of the ramp that rounding to whole dimensions would move.
+GPT_OSS_YARN = YARN | {"original_max_position_embeddings": 40, "truncate": False}
 LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,
@@ -151,7 +153,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "num_hidden_layers": 3,
             "num_local_experts": 4,
             "num_experts_per_tok": 2,
-            "rope_parameters": YARN | {"truncate": False},
+            "rope_parameters": GPT_OSS_YARN,
         },
     ),
 }

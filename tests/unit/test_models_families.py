@@ -36,6 +36,7 @@ from megatune.parallel.stages import cut
 from megatune.parallel.world import Axis, World
 from tests.helpers.families import (
     CASES,
+    GPT_OSS_YARN,
     LLAMA3,
     LONGROPE,
     MOE_CASES,
@@ -179,7 +180,7 @@ def test_a_base_that_no_longer_fits_keeps_its_other_keys() -> None:
                 "num_nextn_predict_layers": 1,
             },
         ),
-        ("gpt-oss", {"rope_theta": 10000.0, "rope_scaling": YARN | {"truncate": False}, "swiglu_limit": 7.0}),
+        ("gpt-oss", {"rope_theta": 10000.0, "rope_scaling": GPT_OSS_YARN, "swiglu_limit": 7.0}),
     ],
 )
 def test_configs_of_older_transformers_mean_the_same(name: str, old_style: dict) -> None:

@@ -1,4 +1,7 @@
-"""Mixtral 8x7B and 8x22B (arXiv:2401.04088): Mistral whose every feed-forward block is a mixture of experts."""
+"""Mixtral 8x7B and 8x22B (arXiv:2401.04088): Mistral whose every feed-forward block is a mixture of experts.
+
+Here, as in all mixtures, the router computes in fp32; transformers' logits have the model's dtype but in DeepSeek-V3.
+"""
 
 from __future__ import annotations
 
