@@ -248,7 +248,8 @@ def test_balance_is_the_best_of_all(costs: list[float], first: float, last: floa
 
 def test_balance_counts_embedding_and_head() -> None:
     assert balance([1.0] * 8, 0.0, 0.0, 4) == [2, 2, 2, 2]
-    assert balance([1.0] * 8, 0.0, 2.0, 4) == [3, 2, 2, 1] or balance([1.0] * 8, 0.0, 2.0, 4)[-1] == 1
+    *others, last = balance([1.0] * 8, 0.0, 2.0, 4)
+    assert sorted(others) == [2, 2, 3] and last == 1
     assert balance([1.0] * 8, 1.0, 1.0, 2) == [4, 4]
     assert balance([1.0] * 10, 2.0, 0.0, 4)[0] == 1
     assert balance([1.0] * 2, 0.1, 0.5, 4) == [0, 1, 1, 0]  # too few layers for all
