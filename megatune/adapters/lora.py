@@ -84,12 +84,15 @@ class LoraAdapter(nn.Module):
 
     def forward(self, x: Tensor, linear: Linear, segments: Segments | None = None) -> Tensor:
         """The layer's product with W + scale * B A, the second of a dropped x; `segments`: of the tokens."""
-        dropped = None
-        if self.training and self.dropout:
-            rows, first_column = linear.place(segments)
-            dropped = ops.keyed_dropout(x, self.dropout, self.key(segments), rows, first_column)
+        dropped = self._dropped(x, linear, segments) if self.training and self.dropout else None
         change = LowRank(self.lora_a, self.lora_b, self.local_layout, self.scale, dropped)
         return linear.product(x, change)
+
+    # Not for the compiler of layers: to it every key is another program.
+    @torch.compiler.disable
+    def _dropped(self, x: Tensor, linear: Linear, segments: Segments | None) -> Tensor:
+        rows, first_column = linear.place(segments)
+        return ops.keyed_dropout(x, self.dropout, self.key(segments), rows, first_column)
 
     def key(self, segments: Segments | None) -> int:
         """Names this adapter's dropout of these tokens' micro-batch."""
