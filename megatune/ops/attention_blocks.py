@@ -146,7 +146,7 @@ def widened(x: Tensor, width: int) -> Tensor:
     return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
 
 
-def _for_flash(x: Tensor, width: int) -> Tensor:
+def for_flash(x: Tensor, width: int) -> Tensor:
     """x as the kernel reads it: 16 bytes at a time, so rows and heads start at multiples of that."""
     x = widened(x, width)
     if x.stride(-1) == 1 and not any(step % 8 for step in (*x.stride()[:-1], x.storage_offset())):
@@ -154,7 +154,7 @@ def _for_flash(x: Tensor, width: int) -> Tensor:
     return x.contiguous()
 
 
-def _flash_width(q: Tensor, v: Tensor) -> int:
+def flash_width(q: Tensor, v: Tensor) -> int:
     """The kernel knows one width of q, k and v, a multiple of 8."""
     return -(-max(q.shape[2], v.shape[2]) // 8) * 8
 
@@ -172,9 +172,9 @@ def flash(
     q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float, softcap: None
 ) -> tuple[Tensor, Tensor]:
     """(out [A, Q, Dv] like q, log-sum-exp [Q, A] in fp32)."""
-    width = _flash_width(q, v)
+    width = flash_width(q, v)
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        *(_for_flash(x, width) for x in (q, k, v)),
+        *(for_flash(x, width) for x in (q, k, v)),
         block.cu_queries,
         block.cu_keys,
         max(block.queries),
@@ -200,10 +200,10 @@ def flash_backward(
     softcap: None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(gradients of q, k, v) of their dtype."""
-    width = _flash_width(q, v)
+    width = flash_width(q, v)
     no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device)
     grad_q, grad_k, grad_v = torch.ops.aten._flash_attention_backward(
-        *(_for_flash(x, width) for x in (grad, q, k, v, out)),
+        *(for_flash(x, width) for x in (grad, q, k, v, out)),
         lse.contiguous(),
         block.cu_queries,
         block.cu_keys,

@@ -15,7 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatune.ops.attention_blocks import Block, flash_with_sinks, hidden_mask, widened
+from megatune.ops.attention_blocks import (
+    Block,
+    flash_width,
+    flash_with_sinks,
+    for_flash,
+    hidden_mask,
+    widened,
+)
 from megatune.ops.checks import accumulate_dtype
 from megatune.ops.registry import inductor_problem
 from megatune.ops.segments import Segments
@@ -153,11 +160,9 @@ def varlen(
         block = Block(segments.lengths, keys.lengths, segments.cu_seqlens, keys.cu_seqlens, left, 0)
         return flash_with_sinks(q, k, v, sinks, block, scale)
     grouped = {"enable_gqa": True} if "enable_gqa" in _varlen_parameters() else {}
-    q, k, v, value_dim = one_width(q, k, v)
+    width = flash_width(q, v)
     out = varlen_attn(
-        q,
-        k,
-        v,
+        *(for_flash(x, width) for x in (q, k, v)),
         segments.cu_seqlens,
         keys.cu_seqlens,
         segments.max_seqlen,
@@ -166,7 +171,7 @@ def varlen(
         window_size=(-1 if left is None else left, 0),
         **grouped,
     )
-    return out[..., :value_dim]
+    return out[..., : v.shape[2]]
 
 
 def flex_problem() -> str | None:

@@ -33,7 +33,7 @@ FLOORS = {
     "__main__": 8,
 }
 # Rooms on one floor do not know each other, except here: (who imports, what).
-NEIGHBOURS = {("config", "errors"), ("checkpoint", "adapters")}
+NEIGHBOURS = {("config", "errors"), ("checkpoint", "adapters"), ("plan", "training")}
 MODULE_LINES = 600
 FUNCTION_LINES = 80
 FAMILY_LINES = 150
