@@ -84,6 +84,12 @@ def stages_of(
     check_schedule(config)
     virtual = virtual_of(config)
     count = config.pipeline * virtual
+    if config.stages is None and count > len(layer_costs):
+        raise ParallelError(
+            f"parallel.pipeline: {config.pipeline} x virtual {virtual} are {count} stages, more than the model's "
+            f"{len(layer_costs)} layers; use {max(1, len(layer_costs) // virtual)} or less, or name empty stages in "
+            "parallel.stages"
+        )
     if config.stages is None:
         return cut(balance(layer_costs, first_cost, last_cost, count))
     if len(config.stages) != count:
