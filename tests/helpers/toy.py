@@ -77,7 +77,7 @@ class Toy(nn.Module):
     def __init__(self, world: World, adapted: bool = False, experts: bool = False) -> None:
         super().__init__()
         self.layers = nn.ModuleDict({str(i): Block(world, adapted, experts) for i in range(2)})
-        self.spare = nn.Parameter(torch.empty(3, 5))
+        self.spare = nn.Linear(3, 5, bias=False)
         self.head = nn.Linear(WIDTH, OUT, bias=False)
         if adapted:
             for name, p in self.named_parameters():
@@ -87,7 +87,7 @@ class Toy(nn.Module):
         for block in self.layers.values():
             x = block(x)
         loss = self.head(x).float().square().sum()
-        return loss + self.spare.float().square().sum() if uses_spare else loss
+        return loss + self.spare.weight.float().square().sum() if uses_spare else loss
 
 
 def specs_of(world: World, adapted: bool = False, experts: bool = False) -> dict[str, ShardSpec]:
