@@ -123,47 +123,60 @@ def test_one_tensor_is_in_memory_at_a_time(tiny_llama: Path) -> None:
     assert {name: tuple(t.shape) for name, t in found} == {n: tuple(t.shape) for n, t in expected.items()}
 
 
-def _export_cut(rank: int, world_size: int, folder: Path, out: Path) -> list[str]:
+LAYOUTS = {
+    2: {"tp2": {"tp": 2}, "pp2": {"pp": 2}, "dp2": {"dp_replicate": 2}, "ep2": {"dp_shard": 2, "ep": 2}},
+    4: {
+        "tp4": {"tp": 4},
+        "tp2-pp2": {"tp": 2, "pp": 2},
+        "fsdp4": {"dp_shard": 2, "cp": 2},
+        "tp2-ep2": {"tp": 2, "dp_shard": 2, "ep": 2, "etp": 2},
+    },
+}
+METHOD = LoraMethod(type="lora", rank=3)
+
+
+def _export_cut(rank: int, world_size: int, bases: Path, out: Path) -> list[str]:
     """Exports under layouts of this many processes; what cannot be written is said by all."""
-    source = resolve_model(str(folder))
-    model, method = build(source.spec), LoraMethod(type="lora", rank=3)
-    adapters.attach(model, method)
-    specs, values = model.shard_specs(), _values(source)
     errors = []
     for name, sizes in LAYOUTS[world_size].items():
         world = worlds(**sizes)[rank]
-        weights = shards(held(specs, world, source.spec.num_layers), world, values)
-        target = out / name
-        export_hf(weights, model, target / "model", source=source, merge=False)
-        export_hf(weights, model, target / "merged", source=source, merge=True, dtype=torch.bfloat16)
-        export_peft(weights, model, target / "adapter", method=method, base_path="base")
+        model, source = _whole(bases / _base_of(name))
+        specs = held(model.shard_specs(), world, model.spec.num_layers)
+        weights, target = shards(specs, world, _values(source)), out / name
+        _export_all(weights, model, source, target)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(collect, "QUIET_SECONDS", 0.0)  # the others hear something after each tensor
             if rank == 0:
                 patch.setattr(SafetensorsWriter, "write", _no_space)
-            for export in (
-                lambda w=weights, t=target: export_hf(w, model, t / "full", source=source, merge=False),
-                lambda w=weights, t=target: export_hf(
-                    _without(w, rank), model, t / "part", source=None, merge=False
-                ),
-            ):
+            for kept, place in ((weights, "full"), (_without(weights, rank), "part")):
                 try:
-                    export()
+                    export_hf(kept, model, target / place, source=None, merge=False)
                 except CheckpointError as error:
                     errors.append(str(error))
     return errors
 
 
-LAYOUTS = {
-    2: {"tp2": {"tp": 2}, "pp2": {"pp": 2}, "dp2": {"dp_replicate": 2}},
-    4: {"tp4": {"tp": 4}, "tp2-pp2": {"tp": 2, "pp": 2}, "fsdp4": {"dp_shard": 2, "cp": 2}},
-}
+def _base_of(layout: str) -> str:
+    return "mixtral" if "ep" in layout else "llama"
+
+
+def _whole(folder: Path):
+    source = resolve_model(str(folder))
+    model = build(source.spec)
+    adapters.attach(model, METHOD)
+    return model, source
+
+
+def _export_all(weights, model, source, target: Path) -> None:
+    export_hf(weights, model, target / "model", source=source, merge=False)
+    export_hf(weights, model, target / "merged", source=source, merge=True, dtype=torch.bfloat16)
+    export_peft(weights, model, target / "adapter", method=METHOD, base_path="base")
 
 
 def _values(source) -> dict[str, torch.Tensor]:
     """The folder's weights and random adapters, by our names."""
     model = build(source.spec)
-    adapters.attach(model, LoraMethod(type="lora", rank=3))
+    adapters.attach(model, METHOD)
     weights = whole_weights(model.to_empty(device="cpu"))
     load_pretrained(weights, source.spec, source)
     generator = torch.Generator().manual_seed(1)
@@ -186,32 +199,32 @@ def _no_space(self, name, tensor):
         raise OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_every_layout_writes_the_same_bytes(tied: bool, tmp_path: Path) -> None:
-    """Weights that nothing divides, under tensor and pipeline parallelism and ZeRO; fewer KV heads than processes."""
-    folder = make_llama(tmp_path / "base", vocab_size=319, mlp=132, layers=3, tied=tied)
-    source = resolve_model(str(folder))
-    model, method = build(source.spec), LoraMethod(type="lora", rank=3)
-    adapters.attach(model, method)
-    values = _values(source)
-    (alone,) = worlds()
-    weights = shards(model.shard_specs(), alone, values)
-    export_hf(weights, model, tmp_path / "1/model", source=source, merge=False)
-    export_hf(weights, model, tmp_path / "1/merged", source=source, merge=True, dtype=torch.bfloat16)
-    export_peft(weights, model, tmp_path / "1/adapter", method=method, base_path="base")
-    expected = {what: _files(tmp_path / "1" / what) for what in ("model", "merged", "adapter")}
-    base = load_file(folder / "model.safetensors")
-    for name, tensor in load_file(tmp_path / "1/model/model.safetensors").items():
-        assert torch.equal(tensor, base[name])
-    assert expected["merged"]["model.safetensors"] != expected["model"]["model.safetensors"]
+def test_every_layout_writes_the_same_bytes(tmp_path: Path) -> None:
+    """Weights that nothing divides, tied, fewer KV heads than processes; experts; tensor, pipeline, expert parallelism
+    and ZeRO."""
+    make_llama(tmp_path / "base/llama", vocab_size=319, mlp=132, layers=3, tied=True)
+    hf_model("mixtral").save_pretrained(tmp_path / "base/mixtral")
+    expected = {}
+    for name in ("llama", "mixtral"):
+        model, source = _whole(tmp_path / "base" / name)
+        values = _values(source)
+        _export_all(shards(model.shard_specs(), worlds()[0], values), model, source, tmp_path / "1" / name)
+        expected[name] = {
+            what: _files(tmp_path / "1" / name / what) for what in ("model", "merged", "adapter")
+        }
+        base = load_file(tmp_path / "base" / name / "model.safetensors")
+        for key, tensor in load_file(tmp_path / "1" / name / "model/model.safetensors").items():
+            assert torch.equal(tensor, base[key])
+        assert expected[name]["merged"]["model.safetensors"] != expected[name]["model"]["model.safetensors"]
     for world_size, layouts in LAYOUTS.items():
-        errors = run_ranks(_export_cut, world_size, folder, tmp_path / str(world_size))
+        errors = run_ranks(_export_cut, world_size, tmp_path / "base", tmp_path / str(world_size))
         assert all(found == errors[0] for found in errors)
         assert len(errors[0]) == 2 * len(layouts)
         for number, name in enumerate(layouts):
             place = tmp_path / str(world_size) / name
             assert sorted(path.name for path in place.iterdir()) == ["adapter", "merged", "model"]
-            assert {what: _files(place / what) for what in expected} == expected, name
+            found = {what: _files(place / what) for what in ("model", "merged", "adapter")}
+            assert found == expected[_base_of(name)], name
             no_space, missing = errors[0][2 * number : 2 * number + 2]
             assert no_space == f"{place}/full: cannot be written (No space left on device)"
             if name != "dp2":  # there the last process writes nothing
