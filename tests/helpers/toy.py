@@ -123,7 +123,7 @@ def build(model: nn.Module, specs: dict[str, ShardSpec], world: World, dtype: to
         if not p.requires_grad:
             p.data = p.data.to(dtype)
     zero = Zero(model, specs, world, dtype)
-    zero.materialise("cpu")
+    zero.materialise(world.device)
     fill(zero.weights(), values(specs))
     zero.publish()
     return zero
@@ -139,7 +139,7 @@ def fill(parts: dict[str, Parts], tensors: dict[str, Tensor]) -> None:
 def whole(parts: dict[str, Parts]) -> dict[str, Tensor]:
     """The global tensors from what all processes write; asserts that they write each element once."""
     mine = [
-        (name, box, view.float().clone())
+        (name, box, view.detach().float().cpu().clone())
         for name, held in parts.items()
         for box, view in held.parts
         if held.writes
@@ -180,10 +180,11 @@ def reference(
     adapted: bool = False,
     experts: bool = False,
     spare: Sequence[bool] = (),
+    device: torch.device | str = "cpu",
 ) -> Result:
     """The run by torch alone: fp32 masters, compute in `dtype`, gradients summed in fp32 over micro-batches."""
-    model = Toy(World.alone(), adapted, experts)
-    masters = {name: value.clone() for name, value in values(specs).items()}
+    model = Toy(World.alone(), adapted, experts).to(device)
+    masters = {name: value.to(device) for name, value in values(specs).items()}
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     parameters = dict(model.named_parameters())
     for name, p in parameters.items():
@@ -210,12 +211,12 @@ def reference(
     for step, batch in enumerate(batches):
         sums = {name: torch.zeros_like(masters[name]) for name in trained}
         for number, x in enumerate(batch):
-            model(x.to(dtype), bool(spare) and spare[number % len(spare)]).backward()
+            model(x.to(device, dtype), bool(spare) and spare[number % len(spare)]).backward()
             for name in trained:
                 if parameters[name].grad is not None:
                     sums[name] += parameters[name].grad
                 parameters[name].grad = None
-        gradients.append({name: grad.clone() for name, grad in sums.items()})
+        gradients.append({name: grad.to("cpu", copy=True) for name, grad in sums.items()})
         norms.append(sum(float(grad.double().square().sum()) for grad in sums.values()) ** 0.5)
         for name in trained:
             masters[name].grad = sums[name] * 0.5
@@ -223,8 +224,8 @@ def reference(
             group["lr"] = OPTIM.lr * (step + 1)
         optimizer.step()
         publish()
-    moments = {name: optimizer.state[masters[name]]["exp_avg"] for name in trained}
-    return Result(gradients, norms, masters, moments)
+    moments = {name: optimizer.state[masters[name]]["exp_avg"].cpu() for name in trained}
+    return Result(gradients, norms, {name: master.cpu() for name, master in masters.items()}, moments)
 
 
 def step(zero: Zero, optim: ShardedAdamW, number: int) -> tuple[dict[str, Tensor], float]:

@@ -27,10 +27,10 @@ from tests.helpers.dist import run_ranks
 STEPS = 3
 
 
-def _world(zero: int, like: World | None = None, **settings) -> World:
+def _world(zero: int, like: World | None = None, device: str = "cpu", **settings) -> World:
     """A world of this stage; `like`: of the same layout, whose process groups are used again."""
     config = ParallelConfig(zero=zero, **settings)
-    return parallel.init(config, device="cpu") if like is None else replace(like, config=config)
+    return parallel.init(config, device=device) if like is None else replace(like, config=config)
 
 
 def _check(found: toy.Result, expected: toy.Result, dtype: torch.dtype, case: str) -> None:
@@ -64,7 +64,7 @@ def _train(world: World, dtype: torch.dtype, batches, **what) -> toy.Result:
     for number, batch in enumerate(batches):
         share = list(enumerate(batch))[world.dp_rank :: world.dp_size]
         for index, (place, x) in enumerate(share):
-            x = x.chunk(world.tp.size)[world.tp.rank].to(dtype)
+            x = x.chunk(world.tp.size)[world.tp.rank].to(world.device, dtype)
             zero.begin_backward(0, index == len(share) - 1)
             model(x, bool(spare) and spare[place % len(spare)]).backward()
         grads, norm = toy.step(zero, optim, number)
@@ -75,10 +75,13 @@ def _train(world: World, dtype: torch.dtype, batches, **what) -> toy.Result:
     return toy.Result(gradients, norms, toy.whole(zero.weights()), toy.whole(moments))
 
 
-def _stages(rank: int, world_size: int) -> int:
+def every_stage(rank: int, world_size: int, device: str = "cpu") -> int:
+    """Compare all stages with plain torch on `device`; the number of cases."""
     buckets.BUCKET_ELEMENTS = 100  # several buckets
     done = 0
-    worlds = {1: _world(0)} | ({2: _world(0, replicate=2)} if world_size == 4 else {})
+    worlds = {1: _world(0, device=device)}
+    if world_size == 4:
+        worlds[2] = _world(0, device=device, replicate=2)
     for replicate, like in worlds.items():
         for accumulate, dtype, adapted in (
             (1, torch.float32, False),
@@ -89,7 +92,7 @@ def _stages(rank: int, world_size: int) -> int:
         ):
             batches = [toy.inputs(step, world_size * accumulate) for step in range(STEPS)]
             specs = toy.specs_of(like, adapted)
-            expected = toy.reference(specs, dtype, batches, adapted=adapted)
+            expected = toy.reference(specs, dtype, batches, adapted=adapted, device=like.device)
             for zero in range(4):
                 case = f"zero {zero} replicate {replicate} accumulate {accumulate} {dtype} adapted {adapted}"
                 world = _world(zero, like, replicate=replicate, overlap=accumulate == 3)
@@ -100,7 +103,7 @@ def _stages(rank: int, world_size: int) -> int:
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_every_stage_equals_plain_torch(world_size):
-    assert run_ranks(_stages, world_size) == [20 * (world_size // 2)] * world_size
+    assert run_ranks(every_stage, world_size) == [20 * (world_size // 2)] * world_size
 
 
 def _experts(rank: int, world_size: int) -> None:
