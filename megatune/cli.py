@@ -96,6 +96,33 @@ def _train_here(settings: Any) -> int:
 
 
 @commands.command()
+@click.argument("config")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--mesh", required=True, help="The layout, for example tp8-pp16-dp80 or tp4-pp16-dp160-ep32.")
+@click.option(
+    "--role",
+    type=click.Choice(["first", "middle", "last", "all"]),
+    default="all",
+    show_default=True,
+    help="Which pipeline rank to plan for.",
+)
+@_verb
+def plan(config: str, overrides: tuple[str, ...], mesh: str, role: str) -> int:
+    """Run one step of single processes of a layout of any size here, without its GPUs, weights or data, and print
+    what each holds and sends.
+
+    MESH sets the sizes in the `parallel` section of CONFIG; its other options stay. `model.path` may be a folder with
+    nothing but a config.json.
+    """
+    from megatune.config import load_config
+
+    settings = load_config(config, overrides)
+    from megatune.plan.show import show_plan
+
+    return show_plan(settings, mesh, None if role == "all" else role)
+
+
+@commands.command()
 @click.argument("model")
 @click.option("--prompt", "-p", help="The user's message; default: standard input.")
 @click.option("--raw", is_flag=True, help="Continue the text itself, without the chat template.")

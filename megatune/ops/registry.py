@@ -12,7 +12,8 @@ operator called inside a Function costs 13 us, with `torch.library.register_auto
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -63,10 +64,11 @@ class Op:
     bodies: dict[str, Body]
     wanted: dict[str, str] = field(default_factory=dict)  # device type -> body asked for with configure()
     picked: dict[tuple[str, torch.dtype, tuple[str, ...]], Body] = field(default_factory=dict)
+    stand_in: Body | None = None  # within `shapes_only`
 
     def pick(self, device_type: str, dtype: torch.dtype, features: tuple[str, ...] = ()) -> Body:
         """The body for tensors of this device and dtype. ValueError where the one asked for cannot take them."""
-        body = self.picked.get((device_type, dtype, features))
+        body = self.stand_in or self.picked.get((device_type, dtype, features))
         if body is None:
             body = self.choices(device_type, dtype, features)[0]
             reason = body.unfit(device_type, dtype, features)
@@ -134,6 +136,19 @@ def inductor_problem() -> str | None:
         return None if has_triton() else "Triton is not installed or does not know this GPU"
     except ImportError as error:
         return f"Triton cannot be imported ({error})"
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Within, tensors have no values (FakeTensorMode): each op takes a body that is one operator where it has such,
+    whether or not this machine could run it, so that what is counted is what the compiled kernels need."""
+    for op in OPS.values():
+        op.stand_in = op.bodies.get("cpu") or op.bodies.get("grouped_mm")
+    try:
+        yield
+    finally:
+        for op in OPS.values():
+            op.stand_in = None
 
 
 def configure(
