@@ -129,6 +129,8 @@ class Loop:
                 "memory_gib": memory_gib(self.world.device),
                 "step_seconds": seconds,
             }
+            if result.balance is not None:
+                metrics["balance_loss"] = result.balance
             self.trackers.log(self.progress.step, metrics)
         return result.stop
 

@@ -13,7 +13,7 @@ from megatune.config.schema import Config
 from megatune.data.batch import Batch
 from megatune.errors import TrainingError
 from megatune.models import Decoder
-from megatune.models.moe import set_balance, update_correction
+from megatune.models.moe import set_balance, take_aux, update_correction
 from megatune.optim import ShardedAdamW, learning_rate
 from megatune.parallel import World, Zero
 from megatune.parallel.context import MicroBatch, shard_stream
@@ -24,12 +24,13 @@ PAD_MULTIPLE = 64  # tokens: wide enough for few different shapes, 6 % of a stre
 
 @dataclass(frozen=True)
 class StepResult:
-    """`loss`: mean over all scored tokens of the global batch. `grad_norm`: before clipping. `stop`: some process
-    was asked to stop."""
+    """`loss`: mean over all scored tokens of the global batch. `grad_norm`: before clipping. `balance`: the experts'
+    balancing loss, which is not in `loss`; None where there is none. `stop`: some process was asked to stop."""
 
     loss: float
     grad_norm: float
     lr: float
+    balance: float | None
     stop: bool
 
 
@@ -72,7 +73,10 @@ class Trainer:
         # has been queued. Processes of a tensor parallel line have the same loss, and gradients that they all hold
         # are counted by the first.
         mine = float(loss) if self.world.tp.is_first else 0.0
-        loss_sum, square, stops = self.world.sum([mine, self.optim.grad_square(), float(stop)])
+        has_balance = self.config.moe.aux_loss > 0
+        balance = take_aux(self.model, self.world) if has_balance else 0.0
+        sums = self.world.sum([mine, self.optim.grad_square(), balance, float(stop)])
+        loss_sum, square, balance, stops = sums
         grad_norm = math.sqrt(square) if math.isfinite(square) else square
         if not (math.isfinite(loss_sum) and math.isfinite(grad_norm)):
             self.zero.zero_grad()
@@ -85,7 +89,7 @@ class Trainer:
         self.zero.publish()
         if self.config.moe.bias_rate:
             update_correction(self.model, self.world, self.config.moe.bias_rate)
-        return StepResult(loss_sum, grad_norm, lr, stops > 0)
+        return StepResult(loss_sum, grad_norm, lr, balance if has_balance else None, stops > 0)
 
     def _key(self, step: int, batch: Batch) -> int:
         """Dropout depends on seed, step and the sequences of the micro-batch, not on the layout."""

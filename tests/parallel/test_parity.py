@@ -79,3 +79,73 @@ def compare(expected: Outcome, found: list[Outcome]) -> None:
 def test_layout_equals_one_process(family: str, layout: str, method: str) -> None:
     processes, _ = layouts_of(family)[layout]
     compare(alone(family, method), [found[f"{layout}/{method}"] for found in under(family, processes)])
+
+
+def _without_partial_sums(zero, chosen) -> None:
+    """Leave parameters that `chosen` names with each tensor parallel process's own part of their gradient."""
+    complete = zero.Zero._sum_partial
+
+    def some(self) -> None:
+        kept = {name: master.grad.clone() for name, master in self._masters.items() if chosen(name)}
+        complete(self)
+        for name, grad in kept.items():
+            self._masters[name].grad.copy_(grad)
+
+    zero.Zero._sum_partial = some
+
+
+def _break(what: str) -> None:
+    """Drop one reduction of gradients, in this process."""
+    from megatune.parallel import buckets, collectives, linear, zero
+
+    def own_rows(x, axis, *, async_op=False):
+        rows = x.shape[0] // axis.size
+        return x.narrow(0, axis.rank * rows, rows).clone(), None
+
+    if what == "tensor: inputs of column layers":
+        linear.scatter_sum_rows = own_rows
+    elif what == "sequence: norms":
+        _without_partial_sums(zero, lambda name: name.endswith("attn_norm.weight"))
+    elif what == "lora: A of column layers":
+        _without_partial_sums(zero, lambda name: name.endswith("qkv.adapter.lora_a"))
+    elif what == "lora: B of row layers":
+        _without_partial_sums(zero, lambda name: name.endswith("down.adapter.lora_b"))
+    elif what == "context: all weights":
+
+        def kept(out, x, *, group, async_op=False):
+            rank = torch.distributed.get_rank(group)
+            out.copy_(x.view(-1, *out.shape)[rank].view_as(out))
+
+        buckets.reduce_scatter = kept
+    elif what == "expert: tokens on their way back":
+        collectives._AllToAll.backward = staticmethod(
+            lambda ctx, grad: (grad.new_zeros(sum(ctx.send), *grad.shape[1:]), None, None, None)
+        )
+    elif what == "pipeline: tied embeddings":
+        zero.Zero._sum_tied = lambda self: None
+    else:
+        raise AssertionError(what)
+
+
+def _run_broken(rank: int, world_size: int, what: str, case: Case) -> Outcome:
+    _break(what)
+    return train(case)
+
+
+@pytest.mark.parametrize(
+    ("what", "family", "layout", "method"),
+    [
+        ("tensor: inputs of column layers", "dense", "tp2", "full"),
+        ("sequence: norms", "dense", "tp2", "full"),
+        ("lora: A of column layers", "dense", "tp2", "lora"),
+        ("lora: B of row layers", "dense", "tp2", "lora"),
+        ("context: all weights", "dense", "cp2", "full"),
+        ("expert: tokens on their way back", "moe", "ep2", "full"),
+        ("pipeline: tied embeddings", "dense-tied", "pp2", "full"),
+    ],
+)
+def test_one_missing_reduction_is_seen(what: str, family: str, layout: str, method: str) -> None:
+    processes, section = layouts_of(family)[layout]
+    broken = run_ranks(_run_broken, processes, what, Case(family, method, section))
+    with pytest.raises(AssertionError):
+        compare(alone(family, method), broken)
