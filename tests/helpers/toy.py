@@ -19,7 +19,7 @@ from megatune.config.schema import OptimConfig
 from megatune.optim import ShardedAdamW
 from megatune.parallel import Parts, ShardSpec, Stage, World, Zero, collectives, deferred
 
-WIDTH, INNER, OUT, RANK, EXPERTS = 7, 13, 5, 3, 4
+WIDTH, INNER, OUT, RANK, EXPERTS = 7, 13, 5, 3, 2
 OPTIM = OptimConfig(lr=1e-2, weight_decay=0.1)
 
 
@@ -44,17 +44,21 @@ class Up(nn.Linear):
 
 
 class Experts(nn.Module):
-    """All tokens go to all experts, whose outputs add up."""
+    """All tokens go to all experts, whose outputs add up. There are fewer than processes that share them: ZeRO 3 cuts
+    `even` along its second dimension, and gives all of `odd` to a few processes."""
 
     def __init__(self, world: World) -> None:
         super().__init__()
         self.axis = world.ep
-        self.weight = nn.Parameter(torch.empty(EXPERTS // world.ep.size, WIDTH, WIDTH))
-        self.bias = nn.Parameter(torch.empty(EXPERTS // world.ep.size, WIDTH))
+        here = EXPERTS // world.ep.size
+        self.even = nn.Parameter(torch.empty(here, 8, WIDTH))
+        self.odd = nn.Parameter(torch.empty(here, WIDTH, 8))
+        self.bias = nn.Parameter(torch.empty(here, WIDTH))
 
     def forward(self, x: Tensor) -> Tensor:
         whole = collectives.gather(x, self.axis)
-        y = torch.einsum("th,eoh->to", whole, self.weight) + self.bias.sum(0)
+        inner = torch.tanh(torch.einsum("th,eih->eti", whole, self.even))
+        y = torch.einsum("eti,eoi->to", inner, self.odd) + self.bias.sum(0)
         return collectives.scatter_sum(y, self.axis)
 
 

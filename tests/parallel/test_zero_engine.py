@@ -108,7 +108,7 @@ def test_every_stage_equals_plain_torch(world_size):
 
 def _experts(rank: int, world_size: int) -> None:
     buckets.BUCKET_ELEMENTS = 100
-    # 2 processes: efsdp is 1. 4 processes: 2, with 2 experts a process; or 4 with as many experts as processes.
+    # 2 processes: efsdp is 1. 4 processes: 2 that share one expert, or 4 that share two.
     for expert in (2, 1) if world_size == 4 else (2,):
         like = _world(0, expert=expert)
         assert (like.ep.size, like.efsdp.size) == (expert, world_size // expert)
@@ -119,6 +119,12 @@ def _experts(rank: int, world_size: int) -> None:
             world = _world(zero, like, expert=expert)
             found = _train(world, torch.float32, batches, experts=True)
             _check(found, expected, torch.float32, f"experts zero {zero} ep {expert}")
+        if like.efsdp.size > 1:
+            with torch.device("meta"):
+                model = toy.Toy(world, experts=True)
+            masters = toy.build(model, specs, world, torch.float32).masters()
+            even = masters["layers.0.experts.even"].tensor
+            assert even.shape == (toy.EXPERTS // expert, 8 // like.efsdp.size, toy.WIDTH)
 
 
 def _partial(rank: int, world_size: int) -> None:
