@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
-from megatune import adapters, models, ops, optim, parallel
+from megatune import models, ops, parallel
 from megatune.config.schema import Config
 from megatune.data.batch import Batch
 from megatune.ops import Segments, Targets
+from megatune.parallel.shard import Parts
 from megatune.training import Trainer
-from megatune.training.precision import compile_layers
+from megatune.training.assemble import assemble, training_parts
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -54,21 +55,16 @@ def time_step(step: Callable[[], Any], warmup: int, repeats: int) -> list[float]
 
 
 def trainer(
-    config: Config, spec: models.DecoderSpec, dtype: torch.dtype, fill: Callable[[models.Decoder], None]
+    config: Config, spec: models.DecoderSpec, dtype: torch.dtype, fill: Callable[[dict[str, Parts]], None]
 ) -> Trainer:
-    """Our trainer in this process as `megatune train` wires it; `fill` gives the model its weights."""
+    """Our trainer in this process as `megatune train` wires it; `fill` gives it its weights."""
     world = parallel.init(config.parallel)
     ops.configure(config.ops.backend, world.device)
-    model = models.build(spec)
-    adapters.attach(model, config.method)
-    models.set_dtypes(model, dtype)
-    recompute = config.parallel.recompute
-    model.recompute = {"none": 0, "full": 1}.get(recompute, recompute)
-    if config.train.compile:
-        compile_layers(model)
-    parallel.wrap(model, world, config.parallel, dtype)
-    fill(model)
-    return Trainer(model, optim.build(model, config.optim), world, config, total_steps=1000)
+    built = assemble(spec, config, world, dtype)
+    fill(built.zero.weights())
+    built.zero.publish()
+    optimizer, pipeline, _ = training_parts(built, config, world, dtype)
+    return Trainer(built.model, built.zero, optimizer, pipeline, world, config, total_steps=1000)
 
 
 def batch_of(documents: Sequence[Sequence[int]], scored: Sequence[Sequence[bool]]) -> Batch:

@@ -17,7 +17,9 @@ import torch
 
 from benchmarks.common import batch_of, report, row, synchronize, time_step, trainer
 from megatune import models
+from megatune.checkpoint.pretrained import init_adapter
 from megatune.config.schema import Config
+from megatune.parallel.shard import Parts
 from megatune.training.precision import can_compile
 
 LLAMA_1B = {
@@ -72,13 +74,11 @@ def ours(method: str, batch, steps: int, compile_layers: bool) -> tuple[float, l
     config = settings(method, compile_layers, {})
     spec = models.family_for(LLAMA_1B).spec(LLAMA_1B)
 
-    def fill(model: models.Decoder) -> None:
-        models.materialise_random(model, 0, "cuda")
-        for name, parameter in model.named_parameters():
+    def fill(weights: dict[str, Parts]) -> None:
+        models.fill_random(weights, spec, 0)
+        for name, parts in weights.items():
             if ".adapter." in name:
-                torch.nn.init.normal_(parameter, std=0.02) if name.endswith(
-                    "lora_a"
-                ) else torch.nn.init.zeros_(parameter)
+                init_adapter(name, parts, 0)
 
     torch.cuda.reset_peak_memory_stats()
     run = trainer(config, spec, torch.bfloat16, fill)

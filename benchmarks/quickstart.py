@@ -46,7 +46,7 @@ def ours(config, source, batch, dtype, steps):
         config,
         source.spec,
         dtype,
-        lambda m: checkpoint.load_pretrained(m, source, device=torch.device("cpu")),
+        lambda weights: checkpoint.load_pretrained(weights, source.spec, source),
     )
     scored = len(batch.targets.labels)
     first = run.step([batch], scored).loss
