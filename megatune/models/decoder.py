@@ -92,7 +92,7 @@ class Decoder(nn.Module):
         self.stages = tuple(stages) if stages is not None else whole(spec.num_layers)
         self.recompute: Recompute = "none"
         self.offload = False
-        self._offload: Offload | None = None
+        self.offloader: Offload | None = None
         has_first, has_last = self.stages[0].is_first, self.stages[-1].is_last
         if has_first or (has_last and spec.tied_embeddings):
             self.embed = Embedding(spec.vocab_size, spec.hidden_size, vocab=True, world=self.world)
@@ -149,12 +149,12 @@ class Decoder(nn.Module):
 
     def _away(self, device: torch.device, segments: Segments, rotaries: Sequence[Rotary]) -> Offload:
         """Where the layers' activations go; what all layers use stays."""
-        if self._offload is None:
-            self._offload = Offload(device)
+        if self.offloader is None:
+            self.offloader = Offload(device)
         tables = [table for one in rotaries for table in (one.cos, one.sin)]
         rows = [] if segments.rows is None else [segments.rows]
-        self._offload.begin((segments.positions, segments.cu_seqlens, *rows, *tables))
-        return self._offload
+        self.offloader.begin((segments.positions, segments.cu_seqlens, *rows, *tables))
+        return self.offloader
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         x = self.embed(tokens)

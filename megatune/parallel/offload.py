@@ -7,7 +7,7 @@ one layer before it is needed. Storages travel whole and once, however many view
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,10 +30,11 @@ def stay(*tensors: Tensor) -> None:
 
 @dataclass(eq=False)
 class _Held:
-    """One storage on its way: `source` until the copy in `host` is known to be finished, `device` once it is back."""
+    """One storage on its way, as a flat tensor: `source` until the copy in `host` is known to be finished, `device`
+    once it is back."""
 
     host: Tensor
-    source: torch.UntypedStorage | None
+    source: Tensor | None
     device: Tensor | None = None
 
 
@@ -52,11 +53,14 @@ class _Layer:
 class Offload:
     """Offloads the activations of one model; `begin` before the layers of a micro-batch, `layer` around each.
 
-    On a CPU the copies are plain ones (to see that nothing depends on where the tensors lie).
+    On a CPU the copies are plain ones (to see that nothing depends on where the tensors lie). `counts_host`: called
+    with each tensor that is made on the host, for the planner.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, counts_host: Callable[[Tensor], None] | None = None) -> None:
+        self._device = device
         self._is_cuda = device.type == "cuda"
+        self._counts_host = counts_host
         self._out = torch.cuda.Stream(device) if self._is_cuda else None
         self._back = torch.cuda.Stream(device) if self._is_cuda else None
         self._last: weakref.ref[_Layer] | None = None
@@ -84,6 +88,7 @@ class Offload:
         storage = tensor.untyped_storage()
         if (
             storage.nbytes() < SMALLEST
+            or storage.nbytes() % tensor.itemsize
             or storage in _staying
             or (tensor.device.type == "cuda") != self._is_cuda
             or _is_parameter(tensor)
@@ -94,61 +99,71 @@ class Offload:
         key = (storage._cdata, tensor._version)
         held = layer.held.get(key)
         if held is None:
-            held = layer.held[key] = self._send(storage)
+            held = layer.held[key] = self._send(tensor.detach())
         return layer, held, tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()
 
-    def _send(self, storage: torch.UntypedStorage) -> _Held:
-        flat = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-        if not self._is_cuda:
-            return _Held(flat.clone(), storage)
-        host = torch.empty(flat.shape, dtype=torch.uint8, pin_memory=True)
-        self._out.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._out):
+    def _send(self, tensor: Tensor) -> _Held:
+        flat = tensor.as_strided((tensor.untyped_storage().nbytes() // tensor.itemsize,), (1,), 0)
+        host = torch.empty(flat.shape, dtype=flat.dtype, device="cpu", pin_memory=self._is_cuda)
+        if self._counts_host is not None:
+            self._counts_host(host)
+        with self._behind(self._out):
             host.copy_(flat, non_blocking=True)
-        return _Held(host, storage)
+        return _Held(host, flat)
 
     def _unpack(self, packed: Any) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
         layer, held, dtype, shape, stride, offset = packed
-        if self._is_cuda and not layer.used:
+        if not layer.used:
             layer.used = True
             if self._pending is not layer:
                 self._release()
-            self._fetch(layer)
-            if layer.back is not None:
-                torch.cuda.current_stream().wait_event(layer.back)
+            self._arrive(layer)
             before = layer.before and layer.before()
             if before is not None:
                 self._fetch(before)
-        if held.source is not None:
-            storage = held.source
-        else:
-            storage = (held.device if self._is_cuda else held.host).untyped_storage()
-        return torch.empty(0, dtype=dtype, device=storage.device).set_(storage, offset, shape, stride)
+        if held.source is None and held.device is None:
+            self._arrive(layer)
+        flat = held.device if held.source is None else held.source
+        return flat.view(dtype).as_strided(shape, stride, offset)
 
     def _release(self) -> None:
         """Give up the sources of the layer whose copies were last on their way."""
-        if self._pending is not None:
-            if self._is_cuda:
-                torch.cuda.current_stream().wait_event(self._pending.gone)
-            for held in self._pending.held.values():
-                held.source = None
-            self._pending = None
+        if self._pending is None:
+            return
+        if self._pending.gone is not None:
+            torch.cuda.current_stream().wait_event(self._pending.gone)
+        for held in self._pending.held.values():
+            held.source = None
+        self._pending = None
+
+    def _arrive(self, layer: _Layer) -> None:
+        self._fetch(layer)
+        if layer.back is not None:
+            torch.cuda.current_stream().wait_event(layer.back)
 
     def _fetch(self, layer: _Layer) -> None:
         """Let a layer's tensors come back, unless they are here or on their way."""
         missing = [held for held in layer.held.values() if held.source is None and held.device is None]
-        if not missing:
-            return
         for held in missing:
             # Of the computing stream's memory, since it is that stream which uses and frees it.
-            held.device = torch.empty_like(held.host, device=self._back.device)
-        self._back.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._back):
+            held.device = torch.empty(held.host.shape, dtype=held.host.dtype, device=self._device)
+        with self._behind(self._back):
             for held in missing:
                 held.device.copy_(held.host, non_blocking=True)
-        layer.back = self._back.record_event()
+        if missing and self._back is not None:
+            layer.back = self._back.record_event()
+
+    @contextmanager
+    def _behind(self, stream: torch.cuda.Stream | None) -> Iterator[None]:
+        """On this stream, after all that has been queued so far; at once where there are no streams."""
+        if stream is None:
+            yield
+            return
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            yield
 
 
 def _is_parameter(tensor: Tensor) -> bool:

@@ -23,15 +23,17 @@ from megatune.config.layout import Layout, check_batch
 from megatune.config.schema import Config
 from megatune.models import DecoderSpec
 from megatune.models.layout import stage_costs
+from megatune.models.moe import set_balance, update_correction
 from megatune.models.rope import inverse_frequencies
 from megatune.ops import Segments, Targets
 from megatune.ops.registry import shapes_only
 from megatune.parallel import World, make_world
 from megatune.parallel.context import MicroBatch, shard_stream
+from megatune.parallel.offload import Offload
 from megatune.parallel.pipeline import Pipeline, stages_of
 from megatune.parallel.stages import Stage
 from megatune.plan.tracker import Tracker, bytes_of
-from megatune.training.assemble import assemble
+from megatune.training.assemble import Assembled, outline
 from megatune.training.layout import check
 
 
@@ -81,14 +83,17 @@ def dry_run(config: Config, spec: DecoderSpec, world_size: int, rank: int) -> Re
         runs = [layout.pp, 2 * layout.pp]
     with _fake_group(rank, world_size):
         world = make_world(config.parallel, layout, rank, 0, torch.device("cpu"))
-        trains = _trained_stages(config, spec, world)
+        trains = _trained_stages(config, spec)
         batch = _micro_batch(config, world)
         for rope in spec.ropes:
             for long in (False, True):
                 inverse_frequencies(rope, long)  # once for all; later, tensors have no values to read
+        without_compiling = config.train.model_copy(update={"compile": False})
+        built = outline(spec, config.model_copy(update={"train": without_compiling}), world, _dtype(config))
         with shapes_only(), FakeTensorMode(allow_non_fake_inputs=True) as mode, Tracker(world) as tracker:
-            process = _Process(config, spec, world, trains, tracker)
+            process = _Process(config, built, world, trains, tracker)
             batch = _fake(mode, batch)
+            tracker.see(*_tensors(batch))
             steps = [process.step([batch] * number) for number in runs]
     sent, calls = (_continued([step[i] for step in steps], runs, count) for i in (0, 1))
     return Report(
@@ -108,30 +113,34 @@ class _Process:
     values (the norm of the gradients, and clipping by it)."""
 
     def __init__(
-        self, config: Config, spec: DecoderSpec, world: World, trains: Sequence[bool], tracker: Tracker
+        self, config: Config, built: Assembled, world: World, trains: Sequence[bool], tracker: Tracker
     ) -> None:
-        self.config, self.tracker = config, tracker
-        dtype = torch.float32 if config.model.dtype == "fp32" else torch.bfloat16
-        built = assemble(spec, config, world, dtype)
+        self.config, self.world, self.tracker = config, world, tracker
         self.model, self.zero = built.model, built.zero
+        self.zero.materialise(world.device)
         self.optimizer = optim.build(self.zero.masters(), config.optim)
-        self.pipeline = Pipeline(self.model, world, dtype=dtype, trains=trains)
+        self.pipeline = Pipeline(self.model, world, dtype=_dtype(config), trains=trains)
+        if config.parallel.offload:
+            self.model.offloader = Offload(world.device, tracker.leave_out)
+        set_balance(self.model, config.moe, config.train.global_batch_size // config.train.micro_batch_size)
         self.zero.publish()
         self.model.train()
         self.held: dict[str, int] = {}
+        self.before = tracker.live
 
     def step(self, batches: Sequence[MicroBatch]) -> tuple[dict[str, int], dict[str, int]]:
         """(bytes sent, collectives) by axis; `held` says what the process has."""
         tracker = self.tracker
         gc.collect()  # what the step before left in cycles
         tracker.start_step()
-        before = tracker.live
         self.pipeline.train(batches, 1.0, self.zero.begin_backward)
         self.zero.finish()
-        state = self._state(before, batches)
+        state = self._state()
         self.optimizer.step_with(self.config.optim.lr)
         self.zero.zero_grad()
         self.zero.publish()
+        if self.config.moe.bias_rate:
+            update_correction(self.model, self.world, self.config.moe.bias_rate)
         local = [_local(p) for p in self.model.parameters()]
         self.held = {
             "parameters": sum(p.numel() for p in local),
@@ -141,16 +150,16 @@ class _Process:
         }
         return dict(tracker.sent), dict(tracker.calls)
 
-    def _state(self, before: int, batches: Sequence[MicroBatch]) -> dict[str, int]:
-        """Bytes of what stays from step to step, each storage counted once. `before`: what was alive before the step:
-        all of it but gradients that are made anew in each."""
+    def _state(self) -> dict[str, int]:
+        """Bytes of what stays from step to step, each storage counted once: what was there before the first step, and
+        gradients that are made anew in each."""
         masters = [master.tensor for master in self.zero.masters().values()]
         grads = [master.grad for master in self.zero.masters().values() if master.grad is not None]
         weights = [_local(p) for p in self.model.parameters()]
         moments = [part for parts in self.optimizer.state().values() for _, part in parts.parts]
         of_weights, of_moments = bytes_of(weights), bytes_of(moments)
         of_masters = bytes_of(weights + masters) - of_weights
-        buffers = before - of_weights - of_masters - of_moments - bytes_of(_tensors(batches[0]))
+        buffers = self.before - of_weights - of_masters - of_moments
         new = [grad for grad in grads if self.tracker.is_new(grad)]
         return {
             "weights": of_weights,
@@ -158,6 +167,10 @@ class _Process:
             "gradients": buffers + bytes_of(new),
             "optimizer": of_moments,
         }
+
+
+def _dtype(config: Config) -> torch.dtype:
+    return torch.float32 if config.model.dtype == "fp32" else torch.bfloat16
 
 
 @contextmanager
@@ -173,17 +186,16 @@ def _fake_group(rank: int, world_size: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _trained_stages(config: Config, spec: DecoderSpec, world: World) -> list[bool]:
+def _trained_stages(config: Config, spec: DecoderSpec) -> list[bool]:
     """For each stage of the model whether something in it is trained: what the pipeline's ranks tell each other."""
     stages = stages_of(config.parallel, *stage_costs(spec, config.data.seq_length))
     if config.method.type == "full":
         return [True] * len(stages)
-    trains = []
-    for stage in stages:
-        part = models.build(spec, world, [stage])
-        adapters.attach(part, config.method)
-        trains.append(any(p.requires_grad for p in part.parameters()))
-    return trains
+    whole = models.build(spec)
+    adapters.attach(whole, config.method)
+    trained = [name for name, p in whole.named_parameters() if p.requires_grad]
+    modules = [{name.rpartition(".")[0] for name in models.shard_specs(spec, [stage])} for stage in stages]
+    return [any(name.startswith(f"{module}.") for name in trained for module in held) for held in modules]
 
 
 def _micro_batch(config: Config, world: World) -> MicroBatch:

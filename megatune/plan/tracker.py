@@ -79,7 +79,7 @@ class Tracker(TorchDispatchMode):
             return out
         for tensor in out if isinstance(out, tuple | list) else (out,):
             if isinstance(tensor, FakeTensor):
-                self._see(tensor.untyped_storage())
+                self.see(tensor)
         return out
 
     def start_step(self) -> None:
@@ -93,13 +93,20 @@ class Tracker(TorchDispatchMode):
         """Whether its memory is of this step."""
         return id(tensor.untyped_storage()) not in self._old
 
-    def _see(self, storage: torch.UntypedStorage) -> None:
-        key = id(storage)
-        if key in self._known:
-            return
-        size = storage.nbytes()
-        self._known[key] = weakref.ref(storage, lambda _: self._gone(key)), size
-        self._add(size)
+    def leave_out(self, tensor: Tensor) -> None:
+        """Do not count this one's memory: it is not the device's."""
+        key = id(tensor.untyped_storage())
+        reference, size = self._known[key]
+        self._known[key] = reference, 0
+        self.live -= size
+
+    def see(self, *tensors: Tensor) -> None:
+        """Count the memory of these from now on, if it is not yet."""
+        for storage in (tensor.untyped_storage() for tensor in tensors):
+            key = id(storage)
+            if key not in self._known:
+                self._known[key] = weakref.ref(storage, lambda _, key=key: self._gone(key)), storage.nbytes()
+                self._add(storage.nbytes())
 
     def _gone(self, key: int) -> None:
         _, size = self._known.pop(key)

@@ -27,6 +27,13 @@ class Assembled:
 def assemble(spec: DecoderSpec, config: Config, world: parallel.World, dtype: torch.dtype) -> Assembled:
     """Memory for this process's part of a model, on its device; the weights are not filled yet. Fill `zero.weights()`,
     then call `zero.publish()`."""
+    assembled = outline(spec, config, world, dtype)
+    assembled.zero.materialise(world.device)
+    return assembled
+
+
+def outline(spec: DecoderSpec, config: Config, world: parallel.World, dtype: torch.dtype) -> Assembled:
+    """As `assemble`, but without memory: the model is on meta until `zero.materialise`."""
     stages = stages_of(config.parallel, *stage_costs(spec, config.data.seq_length))
     mine = held(config.parallel.schedule, world.pp.size, world.pp.rank, len(stages) // world.pp.size)
     model = models.build(spec, world, [stages[number] for number in mine])
@@ -37,7 +44,6 @@ def assemble(spec: DecoderSpec, config: Config, world: parallel.World, dtype: to
         compile_layers(model)
     specs = model.shard_specs()
     zero = parallel.Zero(model, specs, world, dtype)
-    zero.materialise(world.device)
     return Assembled(model, zero, specs)
 
 
