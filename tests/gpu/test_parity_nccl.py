@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tests.helpers.dist import run_ranks
-from tests.helpers.layouts import layouts_of
+from tests.helpers.layouts import runs_of
 from tests.helpers.parity import FAMILIES, METHODS, Case, Outcome, train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(1200)]
@@ -79,10 +79,9 @@ def test_layouts_over_nccl_equal_one_gpu(family: str, gpus: int) -> None:
     if torch.cuda.device_count() < gpus:
         pytest.skip(f"needs {gpus} GPUs")
     cases = {
-        f"{layout}/{method}/{dtype}": _case(family, method, dtype, section)
-        for layout, (size, section) in layouts_of(family).items()
-        if size == gpus
-        for method in METHODS
+        f"{run.layout}/{run.method}/{dtype}": _case(family, run.method, dtype, run.section)
+        for run in runs_of(family)
+        if run.processes == gpus
         for dtype in LIMITS
     }
     ranks = run_ranks(_run_all, gpus, cases, backend="nccl", timeout=600)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -76,9 +77,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "routed_scaling_factor": 1.5,
     },
 }
+FAMILIES["moe-balanced"] = FAMILIES["mla-moe"] | {"tie_word_embeddings": True}
+# Other values of a family's runs, by dotted key.
+CHANGES: dict[str, dict[str, Any]] = {
+    "moe-balanced": {"moe.aux_loss": 0.1, "moe.bias_rate": 0.01, "moe.capacity": 1.25},
+}
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"type": "full"},
     "lora": {"type": "lora", "rank": 4, "alpha": 8.0},
+    # Nothing trains in the first half of the model.
+    "freeze": {"type": "freeze", "last_layers": 2, "modules": ["norm.weight"]},
+    "freeze-embed": {"type": "freeze", "last_layers": 1, "modules": ["embed.weight"]},
+    "lora-dropout": {"type": "lora", "rank": 4, "alpha": 8.0, "dropout": 0.2},
 }
 
 
@@ -133,7 +143,7 @@ def config_of(case: Case, device: str = "cpu") -> Config:
         },
         "checkpoint": {"folder": "none"},
     }
-    for key, value in case.changes.items():
+    for key, value in (CHANGES.get(case.family, {}) | case.changes).items():
         section, _, name = key.partition(".")
         settings.setdefault(section, {})[name] = value
     return Config.model_validate(settings)
@@ -183,7 +193,15 @@ def value_of(name: str, shape: tuple[int, ...]) -> Tensor:
 
 
 def train(case: Case, *, device: str | None = "cpu", world: Any = None) -> Outcome:
-    """The run of `case` in this process and the others of its process group."""
+    """The run of `case` in this process and the others of its process group; offloading leaves out no tensor for being
+    small."""
+    from megatune.parallel import offload
+
+    with mock.patch.object(offload, "SMALLEST", 1):
+        return _train(case, device, world)
+
+
+def _train(case: Case, device: str | None, world: Any) -> Outcome:
     from megatune import parallel
     from megatune.models import family_for
     from megatune.training.assemble import assemble, training_parts

@@ -12,22 +12,21 @@ import pytest
 import torch
 
 from tests.helpers.dist import run_ranks
-from tests.helpers.layouts import layouts_of
-from tests.helpers.parity import FAMILIES, METHODS, Case, Outcome, train
+from tests.helpers.layouts import layouts_of, runs_of
+from tests.helpers.parity import FAMILIES, Case, Outcome, train
 
 LOSS, NORM, WEIGHT = 1e-5, 2e-5, 1e-5
 CASES = [
     pytest.param(
-        family,
-        layout,
-        method,
+        run.family,
+        run.layout,
+        run.method,
         # The cases of one family and number of processes are run together, by one worker.
-        marks=[pytest.mark.xdist_group(f"parity-{family}-{processes}"), pytest.mark.timeout(1200)],
-        id=f"{family}-{layout}-{method}",
+        marks=[pytest.mark.xdist_group(f"parity-{family}-{run.processes}"), pytest.mark.timeout(1200)],
+        id=run.id,
     )
     for family in FAMILIES
-    for layout, (processes, _) in layouts_of(family).items()
-    for method in METHODS
+    for run in runs_of(family)
 ]
 
 
@@ -55,10 +54,9 @@ def alone(family: str, method: str) -> Outcome:
 def under(family: str, processes: int) -> list[dict[str, Outcome]]:
     """Outcomes of all layouts of a family with that many processes, by rank."""
     cases = {
-        f"{layout}/{method}": Case(family, method, section)
-        for layout, (size, section) in layouts_of(family).items()
-        if size == processes
-        for method in METHODS
+        f"{run.layout}/{run.method}": Case(family, run.method, run.section)
+        for run in runs_of(family)
+        if run.processes == processes
     }
     return run_ranks(_run_all, processes, cases, timeout=900)
 
