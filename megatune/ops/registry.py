@@ -139,11 +139,15 @@ def inductor_problem() -> str | None:
 
 
 @contextmanager
-def shapes_only() -> Iterator[None]:
+def shapes_only(as_one: Callable[[Callable], Callable]) -> Iterator[None]:
     """Within, tensors have no values (FakeTensorMode): each op takes a body that is one operator where it has such,
-    whether or not this machine could run it, so that what is counted is what the compiled kernels need."""
+    whether or not this machine could run it, else its reference, of which each function is called through
+    `as_one(function)`: what is counted is what fused kernels need."""
     for op in OPS.values():
-        op.stand_in = op.bodies.get("cpu") or op.bodies.get("grouped_mm")
+        reference = op.bodies["reference"].run
+        functions = reference if isinstance(reference, tuple) else (reference,)
+        plain = Body("reference", tuple(map(as_one, functions)))
+        op.stand_in = op.bodies.get("cpu") or op.bodies.get("grouped_mm") or plain
     try:
         yield
     finally:

@@ -26,6 +26,7 @@ from megatune.models.layout import stage_costs
 from megatune.models.moe import set_balance, update_correction
 from megatune.models.rope import inverse_frequencies
 from megatune.ops import Segments, Targets
+from megatune.ops.cross_entropy import CHUNK_LOGITS
 from megatune.ops.registry import shapes_only
 from megatune.parallel import World, make_world
 from megatune.parallel.context import MicroBatch, shard_stream
@@ -81,8 +82,10 @@ def dry_run(config: Config, spec: DecoderSpec, world_size: int, rank: int) -> Re
     runs = [count]
     if config.parallel.schedule != "gpipe" and count > 2 * layout.pp:
         runs = [layout.pp, 2 * layout.pp]
-    with _fake_group(rank, world_size):
-        world = make_world(config.parallel, layout, rank, 0, torch.device("cpu"))
+    with _fake_group(rank, world_size), _logits_as_on_gpus():
+        # Without streams, what runs behind computation would keep its buffers longer here than on a GPU.
+        parallel = config.parallel.model_copy(update={"overlap": False})
+        world = make_world(parallel, layout, rank, 0, torch.device("cpu"))
         trains = _trained_stages(config, spec)
         batch = _micro_batch(config, world)
         for rope in spec.ropes:
@@ -90,7 +93,8 @@ def dry_run(config: Config, spec: DecoderSpec, world_size: int, rank: int) -> Re
                 inverse_frequencies(rope, long)  # once for all; later, tensors have no values to read
         without_compiling = config.train.model_copy(update={"compile": False})
         built = outline(spec, config.model_copy(update={"train": without_compiling}), world, _dtype(config))
-        with shapes_only(), FakeTensorMode(allow_non_fake_inputs=True) as mode, Tracker(world) as tracker:
+        tracker = Tracker(world)
+        with shapes_only(tracker.as_one), FakeTensorMode(allow_non_fake_inputs=True) as mode, tracker:
             process = _Process(config, built, world, trains, tracker)
             batch = _fake(mode, batch)
             tracker.see(*_tensors(batch))
@@ -171,6 +175,17 @@ class _Process:
 
 def _dtype(config: Config) -> torch.dtype:
     return torch.float32 if config.model.dtype == "fp32" else torch.bfloat16
+
+
+@contextmanager
+def _logits_as_on_gpus() -> Iterator[None]:
+    """The head's logits in chunks of the size that GPUs have."""
+    before = dict(CHUNK_LOGITS)
+    CHUNK_LOGITS.clear()
+    try:
+        yield
+    finally:
+        CHUNK_LOGITS.update(before)
 
 
 @contextmanager

@@ -45,6 +45,7 @@ class Tracker(TorchDispatchMode):
         self.live = self.peak = 0
         self.sent: Counter[str] = Counter()
         self.calls: Counter[str] = Counter()
+        self._inside_kernel = 0
         self._old: set[int] = set()
         self._known: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
         axes = {name: getattr(world, name) for name in _NAMES}
@@ -74,6 +75,8 @@ class Tracker(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
+        if self._inside_kernel:
+            return out
         if func.namespace == "c10d":
             self._count(func._schema.name.removeprefix("c10d::"), args)
             return out
@@ -92,6 +95,20 @@ class Tracker(TorchDispatchMode):
     def is_new(self, tensor: Tensor) -> bool:
         """Whether its memory is of this step."""
         return id(tensor.untyped_storage()) not in self._old
+
+    def as_one(self, function: Callable) -> Callable:
+        """The function as if it were one kernel: what is alive only within it is not counted."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self._inside_kernel += 1
+            try:
+                out = function(*args, **kwargs)
+            finally:
+                self._inside_kernel -= 1
+            self.see(*_tensors(out))
+            return out
+
+        return run
 
     def leave_out(self, tensor: Tensor) -> None:
         """Do not count this one's memory: it is not the device's."""
