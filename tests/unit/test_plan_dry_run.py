@@ -174,7 +174,7 @@ def test_recompute_and_offload_lower_the_activations(shapes: dict[str, Path]) ->
         for offload in (False, True):
             parallel = {"zero": 1, "recompute": mode, "offload": offload}
             config = config_for(shapes["llama"], 8, parallel=parallel)
-            config = config.model_copy(update={"data": config.data.model_copy(update={"seq_length": 8192})})
+            config = config.model_copy(update={"data": config.data.model_copy(update={"seq_length": 4096})})
             report, _ = plan(config, "tp2-pp2-dp2", "first")
             found[mode, offload] = report
     kept = {mode: report.activations for (mode, away), report in found.items() if not away}

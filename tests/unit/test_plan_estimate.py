@@ -69,8 +69,8 @@ def test_as_much_as_the_dearest_process_has(
     shapes: dict[str, Path], name: str, mesh: str, parallel: dict[str, Any], more: dict[str, Any]
 ) -> None:
     given = Mesh.parse(mesh)
-    data = {"train": ["t.jsonl"], "seq_length": 4096}
-    config = config_for(shapes[name], 16, parallel={"zero": 1} | parallel, data=data, **more)
+    data = {"train": ["t.jsonl"], "seq_length": 2048}
+    config = config_for(shapes[name], 8, parallel={"zero": 1} | parallel, data=data, **more)
     config = given.apply(config)
     layout = layout_of(config.parallel, given.world_size)
     spec = shape_of(str(shapes[name]))
