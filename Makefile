@@ -34,6 +34,7 @@ gpu-test: venv
 
 docs: venv
 	@$(BIN)/python tools/make_config_docs.py
+	@$(BIN)/python tools/make_parallel_docs.py
 
 venv: $(VENV)/.installed
 	@:
