@@ -68,6 +68,7 @@ class Collected:
         parts = self._weights[name].parts if 0 in ranks else ()
         if len(parts) == 1 and parts[0][0] & box == box:
             held, tensor = parts[0]
+            self._keep_waiting()
             return within(box, held).of(tensor).to(dtype).cpu()
         out = torch.empty(box.shape, dtype=dtype)
         for held, tensor in parts:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 
 class Section(BaseModel):
@@ -158,6 +158,13 @@ class ParallelConfig(Section):
         "layer), or every n-th layer.",
     )
     offload: bool = Field(False, description="Keep activations that wait for backward in pinned host memory.")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_booleans_for_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and info.field_name not in ("overlap", "offload"):
+            raise ValueError("must be a number or a name, not true or false")
+        return value
 
     @field_validator("recompute")
     @classmethod

@@ -77,7 +77,7 @@ def _check_layout(config: Config, processes: int) -> None:
     check_batch(config, layout)
     plain = {"zero", "replicate", "recompute", "offload", "overlap"}
     if not config.parallel.model_fields_set - plain and not config.moe.model_fields_set:
-        return
+        return  # nothing there that could be wrong
     # What follows imports torch, which takes seconds.
     from megatune.models import family_for
     from megatune.training.layout import check as check_model

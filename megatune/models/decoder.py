@@ -129,7 +129,7 @@ class Decoder(nn.Module):
         seen = 0 if cache is None else cache.length
         positions = segments.positions + seen
         lengths = tuple(length + seen for length in segments.lengths)
-        rotaries = [rotary(rope, positions, lengths) for rope in self.spec.ropes]
+        rotaries = [rotary(rope, positions, lengths, segments.rows) for rope in self.spec.ropes]
         x = self._embed(tokens, positions) if part.is_first else tokens
         trains = torch.is_grad_enabled()
         away = self._away(x.device, segments, rotaries) if self.offload and trains else None

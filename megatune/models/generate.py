@@ -65,6 +65,9 @@ def _generate(
             cache.clear()
         logits = _next_logits(model, forward, ids[cache.length :], cache, device)
         token = sample(logits, temperature=temperature, top_p=top_p, top_k=top_k, generator=generator)
+        # Processes that hold other parts of the model, or copies of it, compute together: rounding must not let one of
+        # them stop before the others.
+        token = model.world.broadcast(token)
         if token in stop_ids:
             return
         yield token

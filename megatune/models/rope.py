@@ -24,17 +24,20 @@ class Rotary:
     sin: Tensor
 
 
-def rotary(rope: RopeSpec, positions: Tensor, lengths: tuple[int, ...]) -> Rotary:
-    """Tables for tokens at `positions` (int64 [T]) of documents of `lengths` tokens.
+def rotary(rope: RopeSpec, positions: Tensor, lengths: tuple[int, ...], rows: Tensor | None = None) -> Rotary:
+    """Tables for tokens at `positions` (int64 [T]) of documents of `lengths` tokens; `rows`: which tokens of the whole
+    stream these are (None: all of it).
 
     The lengths decide between LongRoPE's short and long factors, document by document, so that packing changes
     nothing.
     """
-    angles = positions.float()[:, None] * _frequencies(rope, lengths, positions.device)
+    angles = positions.float()[:, None] * _frequencies(rope, lengths, positions.device, rows)
     return Rotary(angles.cos() * rope.attention_factor, angles.sin() * rope.attention_factor)
 
 
-def _frequencies(rope: RopeSpec, lengths: tuple[int, ...], device: torch.device) -> Tensor:
+def _frequencies(
+    rope: RopeSpec, lengths: tuple[int, ...], device: torch.device, rows: Tensor | None
+) -> Tensor:
     """fp32 [dim/2], or [T, dim/2] where documents differ."""
     is_long = [rope.scaling == "longrope" and length > rope.original_max_positions for length in lengths]
     if len(set(is_long)) < 2:
@@ -43,7 +46,8 @@ def _frequencies(rope: RopeSpec, lengths: tuple[int, ...], device: torch.device)
         both = torch.tensor([inverse_frequencies(rope, False), inverse_frequencies(rope, True)])
         frequencies = both[torch.tensor(is_long).long().repeat_interleave(torch.tensor(lengths))]
     # non_blocking: a plain copy would make the host wait for all work that is queued on the device.
-    return frequencies.to(device, non_blocking=True)
+    frequencies = frequencies.to(device, non_blocking=True)
+    return frequencies if rows is None or frequencies.dim() == 1 else frequencies.index_select(0, rows)
 
 
 @lru_cache(maxsize=64)

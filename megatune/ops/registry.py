@@ -68,7 +68,9 @@ class Op:
 
     def pick(self, device_type: str, dtype: torch.dtype, features: tuple[str, ...] = ()) -> Body:
         """The body for tensors of this device and dtype. ValueError where the one asked for cannot take them."""
-        body = self.stand_in or self.picked.get((device_type, dtype, features))
+        body = self.stand_in
+        if body is None or not (body.dtypes is None or dtype in body.dtypes):
+            body = self.picked.get((device_type, dtype, features))
         if body is None:
             body = self.choices(device_type, dtype, features)[0]
             reason = body.unfit(device_type, dtype, features)

@@ -36,6 +36,13 @@ def check_options(config: Config, layout: Layout) -> None:
             "parallel.context_method: ulysses does nothing without context parallelism; set parallel.context above 1, "
             "or leave it out"
         )
+    cut = {"tensor": layout.tp, "pipeline": layout.pp, "context": layout.cp, "expert": layout.ep}
+    for key, size in cut.items():
+        if config.train.compile and size > 1:
+            raise ConfigError(
+                f"train.compile: true is not proven with parallel.{key}: {size}; set train.compile to false, or "
+                f"parallel.{key} to 1"
+            )
     if parallel.expert_tensor is not None and layout.tp == 1:
         raise ConfigError(
             "parallel.expert_tensor does nothing without tensor parallelism; set parallel.tensor above 1, or leave it "

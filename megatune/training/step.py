@@ -99,8 +99,11 @@ class Trainer:
 
 def prepare(batch: Batch, world: World, key: int = 0) -> MicroBatch:
     """This process's tokens of a micro-batch, padded so that the layout cuts them evenly, on its device."""
-    batch = batch.padded(math.lcm(PAD_MULTIPLE, world.token_multiple)).to(world.device)
-    return shard_stream(batch.tokens, replace(batch.segments, key=key), batch.targets, world.cp)
+    batch = batch.padded(math.lcm(PAD_MULTIPLE, world.token_multiple))
+    # Cut on the host: choosing targets on a device would make the host wait for it.
+    mine = shard_stream(batch.tokens, replace(batch.segments, key=key), batch.targets, world.cp)
+    device = world.device
+    return MicroBatch(mine.tokens.to(device), mine.segments.to(device), mine.targets.to(device))
 
 
 @torch.no_grad()

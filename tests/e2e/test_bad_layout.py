@@ -60,6 +60,10 @@ WRONG = {
     "stages without pipeline": (("parallel.stages=[2]",), ("parallel.stages",)),
     "ulysses without context": (("parallel.context_method=ulysses",), ("parallel.context_method",)),
     "expert_tensor without tensor": (("parallel.expert_tensor=1",), ("parallel.expert_tensor",)),
+    "compiled layers under a layout": (
+        ("parallel.tensor=2", "train.compile=true", "launch.nproc=2"),
+        ("train.compile", "parallel.tensor: 2"),
+    ),
     "balancing of a dense model": (("moe.aux_loss=0.01",), ("moe.aux_loss", "experts")),
 }
 
@@ -103,3 +107,14 @@ def test_experts_that_do_not_divide(tiny_llama: Path, tiny_data, tmp_path: Path)
         and "6 experts" in result.stderr
         and "1, 2, 3, 6" in result.stderr
     )
+
+
+@pytest.mark.parametrize(
+    "override", ["parallel.tensor=true", "parallel.recompute=true", "parallel.zero=false"]
+)
+def test_a_truth_value_is_no_number(override: str, tiny_llama: Path, tiny_data, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(tiny_config(tiny_llama, tiny_data, tmp_path / "run")))
+    result = CliRunner().invoke(cli.commands, ["train", str(path), override])
+    assert result.exit_code == 2, (result.output, result.exception)
+    assert override.partition("=")[0] in result.stderr and "true or false" in result.stderr

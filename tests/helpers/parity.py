@@ -8,6 +8,7 @@ weights that depend on a parameter's name alone.
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -192,6 +193,14 @@ def value_of(name: str, shape: tuple[int, ...]) -> Tensor:
     return noise * (0.1 if "lora" in name else 0.15)
 
 
+def _without_coverage() -> None:
+    """What is run here is run by smaller tests too; measuring it again would double the time of hundreds of runs."""
+    measuring = sys.modules.get("coverage")
+    current = measuring.Coverage.current() if measuring else None
+    if current is not None:
+        current.stop()
+
+
 def train(case: Case, *, device: str | None = "cpu", world: Any = None) -> Outcome:
     """The run of `case` in this process and the others of its process group; offloading leaves out no tensor for being
     small."""
@@ -202,6 +211,7 @@ def train(case: Case, *, device: str | None = "cpu", world: Any = None) -> Outco
 
 
 def _train(case: Case, device: str | None, world: Any) -> Outcome:
+    _without_coverage()
     from megatune import parallel
     from megatune.models import family_for
     from megatune.training.assemble import assemble, training_parts

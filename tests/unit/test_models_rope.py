@@ -114,3 +114,17 @@ def test_frequencies_do_not_depend_on_where_they_are_asked_for() -> None:
     with torch.device("meta"):
         first = inverse_frequencies(rope)
     assert first == inverse_frequencies(rope) and len(first) == 8 and first[0] == 1.0
+
+
+def test_tables_of_some_rows_are_those_of_the_whole_stream() -> None:
+    """As context parallelism needs them, with short and long documents in one stream."""
+    factors = tuple(float(place + 1) for place in range(4))
+    rope = RopeSpec(
+        100.0, 8, "longrope", original_max_positions=16, long_factors=factors, short_factors=(1.0,) * 4
+    )
+    segments = Segments.from_lengths((20, 5, 7))
+    whole = rotary(rope, segments.positions, segments.lengths)
+    rows = torch.tensor([31, 3, 20, 26, 19])
+    some = rotary(rope, segments.positions[rows], segments.lengths, rows)
+    assert torch.equal(some.cos, whole.cos[rows]) and torch.equal(some.sin, whole.sin[rows])
+    assert not torch.equal(whole.cos[3], whole.cos[20 + 3])
