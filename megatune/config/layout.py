@@ -68,6 +68,11 @@ def layout_of(config: ParallelConfig, world_size: int) -> Layout:
         )
     shard = data // config.replicate
     etp = config.tensor if config.expert_tensor is None else config.expert_tensor
+    if config.tensor == 1 and etp > 1:
+        raise ParallelError(
+            f"parallel.expert_tensor: {etp} does nothing without tensor parallelism; set parallel.tensor above 1, or "
+            "leave it out"
+        )
     if config.tensor % etp:
         raise ParallelError(
             f"parallel.expert_tensor: {etp} does not divide parallel.tensor: {config.tensor}; use one of "

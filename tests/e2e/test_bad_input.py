@@ -173,7 +173,12 @@ def test_more_processes_than_sequences(tiny_llama, tiny_data, tmp_path):
 
 def test_batch_that_does_not_split(tiny_llama, tiny_data, tmp_path):
     config = tiny_config(tiny_llama, tiny_data, tmp_path / "run")
-    refused(train(config, tmp_path, "--nproc", "3"), "train.global_batch_size", "3 processes", "use 3, 6")
+    refused(
+        train(config, tmp_path, "--nproc", "3"),
+        "train.global_batch_size",
+        "3 data parallel processes",
+        "use 3, 6",
+    )
 
 
 def test_output_folder_of_another_run(tiny_llama, tiny_data, tmp_path):
@@ -214,8 +219,3 @@ def test_nan_before_any_checkpoint(tiny_data, tmp_path):
 def test_unknown_key_suggests_the_nearest(tiny_llama, tiny_data, tmp_path):
     config = tiny_config(tiny_llama, tiny_data, tmp_path / "run")
     refused(train(config, tmp_path, "optim.learning_rat=1"), "optim.learning_rat", "optim.lr")
-
-
-def test_parallel_dimension_not_there_yet(tiny_llama, tiny_data, tmp_path):
-    config = tiny_config(tiny_llama, tiny_data, tmp_path / "run")
-    refused(train(config, tmp_path, "parallel.tensor=2"), "parallel.tensor")

@@ -193,8 +193,9 @@ def value_of(name: str, shape: tuple[int, ...]) -> Tensor:
     return noise * (0.1 if "lora" in name else 0.15)
 
 
+@cache
 def _without_coverage() -> None:
-    """What is run here is run by smaller tests too; measuring it again would double the time of hundreds of runs."""
+    """Once a process. What runs here is measured in smaller tests too; here it would double the time of 400 runs."""
     measuring = sys.modules.get("coverage")
     current = measuring.Coverage.current() if measuring else None
     if current is not None:

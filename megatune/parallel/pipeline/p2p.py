@@ -46,7 +46,11 @@ class Lines:
 
 
 class Inbox:
-    """What comes to this rank in one step, received one message ahead of its use.
+    """What comes to this rank in one step, asked for when it is needed.
+
+    Not before: over NCCL a receive is a kernel that runs until the message is there. One whose sender waits for what
+    this rank has yet to send would never end if the host waited for the device meanwhile (when the allocator gives
+    memory back, say).
 
     `incoming`: as in `Plan`. `empty(message)`: a buffer for it.
     """
@@ -60,15 +64,12 @@ class Inbox:
         self._lines, self._empty = lines, empty
         self._to_come = {channel: list(reversed(messages)) for channel, messages in incoming.items()}
         self._posted: dict[Message, tuple[dist.Work, Tensor]] = {}
-        for channel in self._to_come:
-            self._post(channel)
 
     def take(self, message: Message, channel: Channel) -> Tensor:
         """The message, when it is here."""
         while message not in self._posted:
             self._post(channel)
         work, tensor = self._posted.pop(message)
-        self._post(channel)
         work.wait()
         return tensor
 

@@ -85,9 +85,18 @@ def stages_of(
     virtual = virtual_of(config)
     count = config.pipeline * virtual
     if config.stages is None and count > len(layer_costs):
+        layers = len(layer_costs)
+        lower = [
+            f"{key} to {most}"
+            for key, most, least in (
+                ("parallel.pipeline", layers // virtual, 2),
+                ("parallel.virtual", layers // config.pipeline, 2),
+            )
+            if most >= least
+        ]
         raise ParallelError(
             f"parallel.pipeline: {config.pipeline} x virtual {virtual} are {count} stages, more than the model's "
-            f"{len(layer_costs)} layers; use {max(1, len(layer_costs) // virtual)} or less, or name empty stages in "
+            f"{layers} layers; {'lower ' + ' or '.join(lower) + ', or ' if lower else ''}name empty stages in "
             "parallel.stages"
         )
     if config.stages is None:
