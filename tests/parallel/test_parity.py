@@ -21,8 +21,9 @@ CASES = [
         run.family,
         run.layout,
         run.method,
-        # The cases of one family and number of processes are run together, by one worker.
-        marks=[pytest.mark.xdist_group(f"parity-{family}-{run.processes}"), pytest.mark.timeout(1200)],
+        # One worker for all: the cases of one family and number of processes share their processes, and those of two
+        # families at once would only be in each other's way.
+        marks=[pytest.mark.xdist_group("parity"), pytest.mark.timeout(1200)],
         id=run.id,
     )
     for family in FAMILIES

@@ -21,7 +21,7 @@ from megatune.models.spec import DecoderSpec, LayerSpec, RopeSpec
 from megatune.ops import Segments, Targets
 from megatune.parallel import deferred
 from megatune.parallel.context import MicroBatch
-from megatune.parallel.pipeline import Pipeline, held, stages_of, virtual_of
+from megatune.parallel.pipeline import Pipeline, balance, held, stages_of, virtual_of
 from megatune.parallel.stages import Stage
 from megatune.parallel.tensor import Linear
 from megatune.parallel.world import World
@@ -47,6 +47,9 @@ class Case:
 
     def config(self, pp: int) -> ParallelConfig:
         stages = None if self.stages is None else list(self.stages)
+        count = pp * (self.virtual or (2 if self.schedule in ("interleaved", "zbv") else 1))
+        if stages is None and count > LAYERS:  # empty stages have to be named
+            stages = balance(*COSTS, count)
         return ParallelConfig(
             pipeline=pp, schedule=self.schedule, virtual=self.virtual, stages=stages, zero=0
         )
