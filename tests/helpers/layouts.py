@@ -158,6 +158,23 @@ def _options(section: dict[str, Any]) -> str:
 
 
 PACKED = _packed()
+# What "dense" shows already and costs time again: left out of the other families, which keep every dimension alone,
+# every pair and every triple.
+_SHOWN = {
+    "pp2-gpipe",
+    "pp2-uneven",
+    "tp2-dp2-zero2",
+    "dp4-zero1",
+    "cp2-ulysses-tp2",
+    "tp2-pp2-dp2-zbv",
+    "pp2-dp2-zero1",
+}
+LEFT_OUT = {
+    "dense-tied": _SHOWN,
+    "moe": _SHOWN | {"tp4", "cp4"},
+    "mla-moe": _SHOWN
+    | {"tp4", "cp4", "pp2-interleaved", "dp2-zero0", "dp2-zero2", "tp2-ep4-etp1", "tp2-pp2-ep2"},
+}
 # Other methods than full and LoRA, for one family each: where something of them differs by layout.
 FREEZE = (
     "tp2-selective",
@@ -207,7 +224,8 @@ def layouts_of(family: str) -> Layouts:
     packed = PACKED.get(family, {})
     if family == "moe-balanced":
         return packed
-    return (DENSE | EXPERTS if "moe" in family else DENSE) | packed
+    layouts = (DENSE | EXPERTS if "moe" in family else DENSE) | packed
+    return {name: layout for name, layout in layouts.items() if name not in LEFT_OUT.get(family, ())}
 
 
 def runs_of(family: str) -> Iterator[Run]:
