@@ -16,7 +16,7 @@ axis, which communicates, is kept as with none.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -29,7 +29,6 @@ from megatune.parallel import offload
 Recompute = Literal["none", "selective", "full"] | int
 
 _selective = False
-_again = False
 
 
 def drops_layer(mode: Recompute, index: int) -> bool:
@@ -40,32 +39,7 @@ def drops_layer(mode: Recompute, index: int) -> bool:
 def whole_layer(layer: nn.Module, *inputs: Any) -> Tensor:
     """layer(*inputs), of which only the inputs are kept for backward."""
     # Dropout is keyed by what it acts on and there is no other randomness: no generator has to be put back.
-    return checkpoint(
-        layer,
-        *inputs,
-        use_reentrant=False,
-        preserve_rng_state=False,
-        context_fn=_contexts,
-    )
-
-
-def _contexts() -> tuple[Any, Any]:
-    return nullcontext(), _running_again()
-
-
-def is_running_again() -> bool:
-    """Whether this is the second computation of something: what counts tokens must not count them twice."""
-    return _again
-
-
-@contextmanager
-def _running_again() -> Iterator[None]:
-    global _again
-    before, _again = _again, True
-    try:
-        yield
-    finally:
-        _again = before
+    return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 @contextmanager
@@ -129,12 +103,11 @@ class _Restore:
         """Fill `kept`, the result of the first computation, whose memory was given back."""
         saved, needs = node.saved_tensors, node.needs_input_grad[1:]
         inputs = [x.detach().requires_grad_(need) for x, need in zip(saved, needs, strict=True)]
-        with torch.enable_grad(), _running_again():
+        with torch.enable_grad():
             result = self._inner(*inputs)
         kept.untyped_storage().resize_(self._size)
-        kept.copy_(
-            result.detach()
-        )  # `kept` has a version of its own: to who saved the result nothing changed
+        # `kept` has a version of its own: to who saved the result nothing changed.
+        kept.copy_(result.detach())
         self._fresh = inputs, result
 
     def take(self) -> tuple[list[Tensor], Tensor]:
