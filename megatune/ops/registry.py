@@ -16,9 +16,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from types import FunctionType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megatune.errors import ConfigError
 from megatune.ops._load import cpu_isa, cpu_problem
@@ -117,14 +119,38 @@ def compiled_body(*run: Callable) -> Body:
 
 
 def fuse(function: Callable) -> Callable:
-    """function through torch.compile, for any sizes."""
-    fused = torch.compile(function, dynamic=True)
+    """function through torch.compile, for any sizes.
+
+    Each kind of arguments (dtypes, numbers of dimensions, flags) has a compiled function of its own: torch.compile
+    gives up after eight kinds of one function and runs it eagerly from then on, slower and with other rounding.
+    """
+    compiled: dict[tuple, Callable] = {}
 
     def run(*args: Any) -> Any:
         # Inside someone else's torch.compile it is traced and fused with what surrounds it.
-        return function(*args) if torch.compiler.is_compiling() else fused(*args)
+        if torch.compiler.is_compiling():
+            return function(*args)
+        kind = tuple(map(_kind, args))
+        if kind not in compiled:
+            compiled[kind] = torch.compile(_copy(function), dynamic=True)
+        return compiled[kind](*args)
 
     return run
+
+
+def _kind(value: Any) -> Any:
+    """What torch.compile makes another kernel for: anything but the sizes of tensors and whole numbers."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.dim(), value.requires_grad
+    return int if type(value) is int else value
+
+
+def _copy(function: Callable) -> Callable:
+    """The same function with a code object of its own, by which torch.compile counts."""
+    code = function.__code__.replace()
+    return FunctionType(
+        code, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
 
 
 @cache

@@ -44,13 +44,8 @@ def _case(family: str, method: str, dtype: str, section: dict) -> Case:
 
 
 @cache
-def alone() -> dict[str, Outcome]:
-    cases = {
-        f"{family}/{method}/{dtype}": _case(family, method, dtype, {})
-        for family in FAMILIES
-        for method in METHODS
-        for dtype in LIMITS
-    }
+def alone(family: str) -> dict[str, Outcome]:
+    cases = {f"{method}/{dtype}": _case(family, method, dtype, {}) for method in METHODS for dtype in LIMITS}
     return run_ranks(_run_all, 1, cases, backend="nccl", timeout=300)[0]
 
 
@@ -87,7 +82,7 @@ def test_layouts_over_nccl_equal_one_gpu(family: str, gpus: int) -> None:
     ranks = run_ranks(_run_all, gpus, cases, backend="nccl", timeout=600)
     errors = {}
     for name, case in cases.items():
-        expected = alone()[f"{family}/{case.method}/{case.changes['model.dtype']}"]
+        expected = alone(family)[f"{case.method}/{case.changes['model.dtype']}"]
         errors[f"{family}/{name}"] = _errors(expected, [found[name] for found in ranks])
     _write(errors)
     wrong = {
@@ -95,7 +90,9 @@ def test_layouts_over_nccl_equal_one_gpu(family: str, gpus: int) -> None:
         for name, found in errors.items()
         if any(found[what] > limit for what, limit in LIMITS[name.rpartition("/")[2]].items())
     }
-    assert not wrong, wrong
+    steps = {name: [found[name] for found in ranks][0] for name in cases if f"{family}/{name}" in wrong}
+    norms = {name: (one.norms, alone(family)[name.partition("/")[2]].norms) for name, one in steps.items()}
+    assert not wrong, f"{wrong}\nnorms, and of one GPU: {norms}"
 
 
 def _write(errors: dict[str, dict[str, float]]) -> None:

@@ -1,13 +1,14 @@
 """The ZeRO engine on a toy of odd sizes: equal to plain torch in one process, and sends what its stage needs.
 
 Tolerances: fp32 1e-5 relative. bf16: weights are rounded between steps, so that sums in another order may round one
-weight differently: 2e-2.
+weight differently: 2e-2. fp32 on a GPU 1e-3: products of other shapes sum in another order, and Adam makes a whole step
+of a gradient near zero, whatever its sign.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -33,22 +34,30 @@ def _world(zero: int, like: World | None = None, device: str = "cpu", **settings
     return parallel.init(config, device=device) if like is None else replace(like, config=config)
 
 
-def _check(found: toy.Result, expected: toy.Result, dtype: torch.dtype, case: str) -> None:
+def _check(
+    found: toy.Result, expected: toy.Result, dtype: torch.dtype, case: str, *, device: str = "cpu"
+) -> None:
     rtol, atol = (1e-5, 1e-6) if dtype == torch.float32 else (2e-2, 2e-2)
+    if device != "cpu" and dtype == torch.float32:
+        rtol, atol = 1e-3, 1e-3
     assert found.norms == pytest.approx(expected.norms, rel=rtol), case
     for step, gradients in enumerate(expected.gradients):
         assert gradients.keys() == found.gradients[step].keys(), case
         for name, grad in gradients.items():
             close = {"rtol": rtol, "atol": atol * max(1.0, float(grad.abs().max()))}
             torch.testing.assert_close(
-                found.gradients[step][name], grad, **close, msg=f"{case} {name} {step}"
+                found.gradients[step][name], grad, **close, msg=_named(f"{case} {name} {step}")
             )
     for mine, theirs in ((found.weights, expected.weights), (found.moments, expected.moments)):
         for name, tensor in theirs.items():
             close = {"rtol": rtol, "atol": atol * max(1.0, float(tensor.abs().max()))}
             torch.testing.assert_close(
-                mine[name].to(dtype).float(), tensor.to(dtype).float(), **close, msg=case
+                mine[name].to(dtype).float(), tensor.to(dtype).float(), **close, msg=_named(f"{case} {name}")
             )
+
+
+def _named(case: str) -> Callable[[str], str]:
+    return lambda differences: f"{case}: {differences}"
 
 
 def _train(world: World, dtype: torch.dtype, batches, **what) -> toy.Result:
@@ -96,7 +105,7 @@ def every_stage(rank: int, world_size: int, device: str = "cpu") -> int:
             for zero in range(4):
                 case = f"zero {zero} replicate {replicate} accumulate {accumulate} {dtype} adapted {adapted}"
                 world = _world(zero, like, replicate=replicate, overlap=accumulate == 3)
-                _check(_train(world, dtype, batches, adapted=adapted), expected, dtype, case)
+                _check(_train(world, dtype, batches, adapted=adapted), expected, dtype, case, device=device)
                 done += 1
     return done
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from torch.library import opcheck
 
 from megatune import ops
 from megatune.errors import ConfigError
-from megatune.ops import Segments, _load
+from megatune.ops import Segments, _load, registry
 from tests.helpers.ops import need_body
 
 ROOT = Path(__file__).parents[2]
@@ -237,3 +238,17 @@ def test_pairs_need_whole_words() -> None:
     assert (
         not glu._in_pairs(wide[:, :10]) and not glu._in_pairs(wide[:, 1:]) and not glu._in_pairs(wide.float())
     )
+
+
+def test_no_number_of_kinds_of_arguments_makes_a_fused_function_eager(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    run = registry.fuse(lambda x, flag: (x * 2, flag, torch.compiler.is_compiling()))
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        for dims in range(1, 5):
+            for flag in (None, True, 0.5):
+                x = torch.ones([3] * dims, dtype=dtype)
+                doubled, same, compiled = run(x, flag)
+                assert compiled and same is flag
+                assert torch.equal(doubled, x * 2)
