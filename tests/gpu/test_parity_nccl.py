@@ -90,7 +90,7 @@ def test_layouts_over_nccl_equal_one_gpu(family: str, gpus: int) -> None:
         for name, found in errors.items()
         if any(found[what] > limit for what, limit in LIMITS[name.rpartition("/")[2]].items())
     }
-    steps = {name: [found[name] for found in ranks][0] for name in cases if f"{family}/{name}" in wrong}
+    steps = {name: ranks[0][name] for name in cases if f"{family}/{name}" in wrong}
     norms = {name: (one.norms, alone(family)[name.partition("/")[2]].norms) for name, one in steps.items()}
     assert not wrong, f"{wrong}\nnorms, and of one GPU: {norms}"
 
