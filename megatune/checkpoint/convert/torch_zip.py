@@ -101,6 +101,11 @@ def write_torch_file(path: str | Path, value: Any) -> int:
         return file.tell()
 
 
+def pickled(value: Any) -> bytes:
+    """The pickle of `value` alone, as it stands in a file's `data.pkl`: where there are tensors in it, of their names."""
+    return _Pickler().dump(value)
+
+
 def torch_file_size(tensor_bytes: int, tensors: int) -> int:
     """About how large a file with so many tensors will be."""
     return tensor_bytes + 512 * tensors + 16384
