@@ -75,9 +75,11 @@ def test_gradients_are_the_same_and_the_peak_falls(dtype: torch.dtype) -> None:
     finally:
         torch.use_deterministic_algorithms(False)
     weights = sum(p.nbytes for p in model.parameters())  # gradients count in both
+    # In fp32 attention keeps whole score matrices while it runs, whatever is kept for backward.
+    share = 0.6 if dtype == torch.bfloat16 else 0.75
     for mode in ("none", "selective", 3):
         kept, left = peaks[mode, False] - weights, peaks[mode, True] - weights
-        assert left < 0.6 * kept, (mode, peaks)
+        assert left < share * kept, (mode, peaks)
     assert peaks["full", True] <= peaks["full", False]
     assert peaks["selective", False] < 0.85 * peaks["none", False]
     assert peaks["full", False] < peaks["selective", False]
