@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+from megatune.config.section import Section
+from megatune.config.slurm import SlurmConfig
 
 
 class ModelConfig(Section):
@@ -300,6 +299,7 @@ class Config(Section):
     checkpoint: CheckpointConfig
     track: TrackConfig = Field(default_factory=TrackConfig)
     launch: LaunchConfig = Field(default_factory=LaunchConfig)
+    slurm: SlurmConfig = Field(default_factory=SlurmConfig)
     ops: OpsConfig = Field(default_factory=OpsConfig)
 
     @model_validator(mode="after")

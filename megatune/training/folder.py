@@ -15,7 +15,7 @@ from megatune.errors import ConfigError
 
 # Keys that may change between two starts of one run: they do not decide which numbers come out of it, or the user
 # changes them on purpose to go on longer.
-_FREE = ("track", "launch", "ops", "parallel", "checkpoint", "data.cache", "model.cache")
+_FREE = ("track", "launch", "slurm", "ops", "parallel", "checkpoint", "data.cache", "model.cache")
 _FREE_TRAIN = {
     "steps",
     "epochs",
