@@ -27,7 +27,7 @@ from megatune.parallel.shard import Box, Parts
 MAX_SHARD_BYTES = 5 * 10**9
 FP32 = "e_score_correction_bias"  # of routers, also in models of 16 bits
 # What travels from the source folder beside the weights.
-_COPIED = (
+COPIED = (
     "tokenizer*",
     "*.model",
     "vocab.*",
@@ -177,9 +177,7 @@ class FolderWriter:
         for key in {"torch_dtype", "dtype"} & config.keys() or {"torch_dtype"}:
             config[key] = str(self._dtype).removeprefix("torch.")
         if self._source is not None:
-            for file in {
-                file for pattern in _COPIED for file in self._source.glob(pattern) if file.is_file()
-            }:
+            for file in {file for pattern in COPIED for file in self._source.glob(pattern) if file.is_file()}:
                 shutil.copyfile(file, self._temporary / file.name)
         write_json(self._temporary / "config.json", config)
         put_in_place(self._temporary, self._folder)

@@ -137,6 +137,29 @@ class SafetensorsFile:
         return CheckpointError(f"{self.path}: truncated or damaged ({how}); download or copy it again")
 
 
+def header_of(
+    entries: Iterable[tuple[str, torch.dtype, tuple[int, ...]]],
+) -> tuple[bytes, dict[str, int]]:
+    """(the bytes before the tensors', where each tensor begins after them) of a file with tensors (name, dtype, shape)
+    in this order."""
+    # transformers refuses files without it
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offsets: dict[str, int] = {}
+    offset = 0
+    for name, dtype, shape in entries:
+        if offset % dtype.itemsize:
+            raise ValueError(
+                f"{name}: order the tensors by falling size of their dtypes, so that each is aligned"
+            )
+        size = math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offsets[name] = offset
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text, offsets
+
+
 class SafetensorsWriter:
     """Writes a safetensors file one tensor after the other, so that one tensor at a time is in memory.
 
@@ -146,29 +169,11 @@ class SafetensorsWriter:
 
     def __init__(self, path: str | Path, entries: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> None:
         self.path = Path(path)
-        header: dict[str, object] = {
-            "__metadata__": {"format": "pt"}
-        }  # transformers refuses files without it
-        self._expected: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
-        offset = 0
-        for name, dtype, shape in entries:
-            if offset % dtype.itemsize:
-                raise ValueError(
-                    f"{name}: order the tensors by falling size of their dtypes, so that each is aligned"
-                )
-            size = math.prod(shape) * dtype.itemsize
-            header[name] = {
-                "dtype": _NAMES[dtype],
-                "shape": list(shape),
-                "data_offsets": [offset, offset + size],
-            }
-            self._expected.append((name, dtype, tuple(shape)))
-            offset += size
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
+        self._expected = [(name, dtype, tuple(shape)) for name, dtype, shape in entries]
+        header, _ = header_of(self._expected)
         self._next = 0
         self._file = open(self.path, "wb")  # noqa: SIM115 - closed by close or abort
-        self._file.write(struct.pack("<Q", len(text)) + text)
+        self._file.write(header)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Append the next tensor (any device); ValueError where it is not the one announced."""

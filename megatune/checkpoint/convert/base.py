@@ -7,6 +7,7 @@ and for optimizer states alike (the moment of `q_proj.weight` is called `q_proj.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from megatune.checkpoint.hf import COPIED
 from megatune.checkpoint.sources import TensorSource
 
 What = Literal["mapped", "padded", "trimmed", "tied", "cast", "skipped"]
@@ -37,7 +39,8 @@ class Opened:
     `weights`: the model, Hugging Face names. `optimizer`: slot (of `SLOTS`) -> states by weight, empty where there are
     none or they are not wanted. `step`: finished optimizer steps, None where the format does not say. `extras`: the
     folder whose tokenizer, chat template and generation config belong to the model. `report`: what the reader already
-    knows of tensors that do not come through one to one.
+    knows of tensors that do not come through one to one. `write_extras`: where there is no such folder, writes these
+    files into one. `adapter`: config (adapter_config.json) and tensors of a PEFT adapter that is in `weights` already.
     """
 
     kind: str
@@ -48,6 +51,8 @@ class Opened:
     step: int | None = None
     extras: Path | None = None
     report: list[Line] = field(default_factory=list)
+    write_extras: Callable[[Path], None] | None = None
+    adapter: tuple[dict[str, Any], TensorSource] | None = None
 
 
 @dataclass(frozen=True)
@@ -72,10 +77,12 @@ class Options:
 @dataclass(frozen=True)
 class Job:
     """One file (or folder of files) of the destination, made on its own, in any order, in any process. `file`: its
-    path in the destination; `size`: its bytes, for the progress bar and the check of free space."""
+    path in the destination; `size`: its bytes, for the progress bar and the check of free space. `part`: which part of
+    the file, where several jobs write into one."""
 
     file: str
     size: int
+    part: int = 0
 
 
 class Target(Protocol):
@@ -97,10 +104,33 @@ class Target(Protocol):
 @dataclass(frozen=True)
 class Format:
     """One format. `detect`: whether a path is one (must not raise on foreign folders, opens no pickle). `target`: None
-    where it can only be read."""
+    where it can only be read. `takes`: the part of a source that the format has a place for (default: all of it; what
+    is left out goes into the report). `reopen`: reads what was written, where `open` would give something else.
+    `checks_names`: weights are those of a whole model, each one under its Hugging Face name."""
 
     name: str
     title: str
     detect: Callable[[Path], bool]
     open: Callable[[Path, Options], Opened]
     target: Callable[[Opened, Options], Target] | None = None
+    takes: Callable[[Opened, Options], Opened] | None = None
+    reopen: Callable[[Path, Options], Opened] | None = None
+    checks_names: bool = True
+
+
+def kin(source: TensorSource, name: str) -> str:
+    """What a tensor is read with: reading tensors of one kin side by side, the same share of rows of each, reads every
+    byte once (q, k and v are one tensor in some checkpoints). A source may have a method `kin`; default: `name`."""
+    own = getattr(source, "kin", None)
+    return name if own is None else own(name)
+
+
+def copy_extras(opened: Opened, folder: Path) -> None:
+    """Write tokenizer, chat template, generation config and licence of a model into `folder`."""
+    if opened.write_extras is not None:
+        opened.write_extras(folder)
+    elif opened.extras is not None:
+        for pattern in COPIED:
+            for file in opened.extras.glob(pattern):
+                if file.is_file():
+                    shutil.copyfile(file, folder / file.name)
