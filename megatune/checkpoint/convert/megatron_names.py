@@ -2,7 +2,7 @@
 
 A model's table has one `MegatronTensor` for each parameter of the whole model: what it is called (with Transformer
 Engine and with Megatron's own layers), which rows of which Hugging Face tensors it is made of and how tensor
-parallelism cuts it. Rows of q, k and v stand grouped by KV head, as in our own tensors; gate and up one after the other.
+parallelism cuts it. Rows of q, k and v stand grouped by KV head, as in our own tensors; gate and up one after another.
 Gemma's norms are those of its files: Megatron adds 1 where `apply_layernorm_1p` is set. Formats read and write tensors
 of the whole model under these names; `FromMegatron` and `ToMegatron` turn the rows.
 """
