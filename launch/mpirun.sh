@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# Start a run with Open MPI's mpirun, one process for each GPU.
+# Start a run with mpirun, one process for each GPU (Open MPI, MPICH or Intel MPI).
 #
 #   launch/mpirun.sh 8 CONFIG [KEY=VALUE ...]
-#   HOSTS=node1:8,node2:8 launch/mpirun.sh 16 CONFIG [KEY=VALUE ...]      # rank 0 runs on the first of HOSTS
+#   HOSTS=node1:8,node2:8 launch/mpirun.sh 16 CONFIG [KEY=VALUE ...]
 #
-# MPI only starts the processes: megatune reads its variables, and the ranks talk over NCCL or gloo.
-# MASTER_PORT: a port that is free on the first host. MPIRUN_ARGS: more options for mpirun.
+# MPI starts the processes and tells them who is where; they talk over NCCL or gloo. On several machines that needs
+# mpi4py in the interpreter's environment (pip install mpi4py), for the same MPI as this mpirun.
+# MPIRUN: the mpirun (default: the interpreter's neighbour, else PATH's). MPIRUN_ARGS: more options for it.
 # PYTHON: the interpreter (default: this checkout's .venv, else python3).
+# To stop with a checkpoint: kill -USR1 PID-OF-MPIRUN (Open MPI kills the ranks at once on SIGTERM).
 set -euo pipefail
 
 if [[ $# -lt 2 ]]; then
@@ -19,14 +21,18 @@ shift
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-$here/.venv/bin/python}
 [[ -x $python || -n ${PYTHON:-} ]] || python=python3
+mpirun=${MPIRUN:-$(dirname "$python")/mpirun}
+[[ -x $mpirun || -n ${MPIRUN:-} ]] || mpirun=mpirun
 
-options=(-np "$processes" --bind-to none) # by default mpirun ties each rank to one core
-if [[ -n ${HOSTS:-} ]]; then
-    export MASTER_ADDR=${MASTER_ADDR:-${HOSTS%%[:,]*}} MASTER_PORT=${MASTER_PORT:-29500}
-    options+=(--host "$HOSTS" -x MASTER_ADDR -x MASTER_PORT)
+options=(-n "$processes")
+if [[ $("$mpirun" --version 2>&1) == *"Open MPI"* || $("$mpirun" --version 2>&1) == *"OpenRTE"* ]]; then
+    options+=(--bind-to none -x OMP_NUM_THREADS) # by default each rank is tied to one core
+    [[ -z ${HOSTS:-} ]] || options+=(--host "$HOSTS")
+else # hydra hands the environment on
+    [[ -z ${HOSTS:-} ]] || options+=(-hosts "$HOSTS")
 fi
 read -ra more <<<"${MPIRUN_ARGS:-}"
 
 # The ranks of a machine share its cores: one thread each, unless told otherwise.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-exec mpirun "${options[@]}" -x OMP_NUM_THREADS "${more[@]}" "$python" -m megatune train "$@"
+exec "$mpirun" "${options[@]}" "${more[@]}" "$python" -m megatune train "$@"

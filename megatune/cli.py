@@ -31,6 +31,7 @@ def _verb(function: Callable[..., int | None]) -> Callable[..., None]:
             code = function(*args, **kwargs)
         except MegatuneError as error:
             if not record(error):  # a launcher prints the first rank's error, once
+                _let_rank_0_say_it()
                 click.echo(f"megatune: {error}", err=True)
             sys.exit(USER_ERROR)
         except BrokenPipeError:
@@ -42,6 +43,17 @@ def _verb(function: Callable[..., int | None]) -> Callable[..., None]:
         sys.exit(code or 0)
 
     return run
+
+
+def _let_rank_0_say_it() -> None:
+    """torchrun, srun -K and mpirun end the other ranks when rank 0 has ended: what is wrong before torch is even
+    there (in the configuration, the number of ranks) is wrong for all of them, and one message is enough."""
+    import time
+
+    from megatune.launch.environment import rank_here
+
+    if "torch" not in sys.modules and rank_here():
+        time.sleep(2.0)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -64,17 +76,25 @@ def train(config: str, overrides: tuple[str, ...], dry_run: bool, nproc: int | N
     import os
 
     from megatune.config import load_config
+    from megatune.launch import mpi
     from megatune.launch.local import already_launched, rank_variables, run_local
 
     if nproc is not None:
         overrides = (*overrides, f"launch.nproc={nproc}")
+    if not dry_run and mpi.usable():
+        return mpi.run(
+            ["train", config, *overrides], lambda count: _logs_of(load_config(config, overrides), count)
+        )
     settings = load_config(config, overrides)
     if dry_run:
         from megatune.launch.preflight import dry_run as show
 
         return show(settings)
     if already_launched():
+        from megatune.launch.preflight import check_plain
+
         os.environ.update(rank_variables())
+        check_plain(settings, int(os.environ["WORLD_SIZE"]))
         return _train_here(settings)
     from megatune.launch.preflight import check, local_processes
 
@@ -86,6 +106,13 @@ def train(config: str, overrides: tuple[str, ...], dry_run: bool, nproc: int | N
     return run_local(
         ["train", config, *overrides], processes, log_folder=f"{settings.checkpoint.folder}/logs"
     )
+
+
+def _logs_of(settings: Any, processes: int) -> str | None:
+    """Look at what would fail later; the folder for logs, None where the run is done already."""
+    from megatune.launch.preflight import check
+
+    return None if check(settings, processes) else f"{settings.checkpoint.folder}/logs"
 
 
 def _train_here(settings: Any) -> int:

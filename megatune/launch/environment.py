@@ -1,12 +1,14 @@
-"""What the machine and whoever started this process say: ranks, GPUs, cores. Imports no torch."""
+"""What the machine and whoever started this process say: ranks, GPUs, cores, addresses. Imports no torch."""
 
 from __future__ import annotations
 
 import os
 import re
 import shutil
+import socket
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from megatune.errors import ParallelError
@@ -18,30 +20,51 @@ _FIRST_PORT, _PORTS = 20000, 12000
 
 
 def already_launched(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether torchrun, srun or mpirun started this process as one rank of several (or torchrun as the only one)."""
-    return ("RANK" in environ and "WORLD_SIZE" in environ) or bool(rank_variables(environ))
+    """Whether torchrun, srun or mpirun started this process as a rank: one of several, or torchrun's or mpirun's only
+    one (srun's only one is an agent, or a shell in which a person works)."""
+    return ("RANK" in environ and "WORLD_SIZE" in environ) or bool(rank_variables(environ, host="?"))
 
 
-def rank_variables(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+def started_by_mpirun(environ: Mapping[str, str] = os.environ) -> str:
+    """`openmpi`, or `hydra` (MPICH, Intel MPI, MVAPICH), where that MPI's mpirun started this process, else empty.
+
+    Also where mpirun starts its own daemons through srun, whose variables their ranks inherit; srun's tasks may
+    have PMI variables, too, which then say the same as srun's.
+    """
+    if "RANK" in environ and "WORLD_SIZE" in environ:
+        return ""
+    if "OMPI_COMM_WORLD_SIZE" in environ:
+        return "openmpi"
+    if "PMI_SIZE" not in environ or "PMI_RANK" not in environ:
+        return ""
+    srun = environ.get("SLURM_STEP_NUM_TASKS"), environ.get("SLURM_PROCID")
+    return "" if srun == (environ["PMI_SIZE"], environ["PMI_RANK"]) else "hydra"
+
+
+def rank_variables(environ: Mapping[str, str] = os.environ, host: str = "") -> dict[str, str]:
     """torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT) out of srun's
     or mpirun's; empty where they are set already or where this process was started alone.
 
-    Raises ParallelError where mpirun's ranks are on several machines and MASTER_ADDR does not say where rank 0 is.
+    `host`: of rank 0, for mpirun over several machines where MASTER_ADDR is not set. Raises ParallelError where
+    neither is known.
     """
     if "RANK" in environ and "WORLD_SIZE" in environ:
         return {}
-    if int(environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        rank, size, local = environ["SLURM_PROCID"], environ["SLURM_STEP_NUM_TASKS"], environ["SLURM_LOCALID"]
-        local_size = _slurm_tasks_here(environ)
-        host, seed = _first_host(environ["SLURM_STEP_NODELIST"]), int(environ.get("SLURM_JOB_ID", 0))
-    elif int(environ.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
+    family = started_by_mpirun(environ)
+    if family == "openmpi":
         rank, size = environ["OMPI_COMM_WORLD_RANK"], environ["OMPI_COMM_WORLD_SIZE"]
         local, local_size = environ["OMPI_COMM_WORLD_LOCAL_RANK"], environ["OMPI_COMM_WORLD_LOCAL_SIZE"]
-        host, seed = _mpi_host(environ, size, local_size), os.getppid()
-    elif int(environ.get("PMI_SIZE", 1)) > 1:
+        host, seed = _mpi_host(environ, size, local_size, host), os.getppid()
+    elif family == "hydra":
         rank, size = environ["PMI_RANK"], environ["PMI_SIZE"]
         local, local_size = environ.get("MPI_LOCALRANKID", rank), environ.get("MPI_LOCALNRANKS", size)
-        host, seed = _mpi_host(environ, size, local_size), os.getppid()
+        host, seed = _mpi_host(environ, size, local_size, host), os.getppid()
+    elif int(environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        rank, size, local = environ["SLURM_PROCID"], environ["SLURM_STEP_NUM_TASKS"], environ["SLURM_LOCALID"]
+        local_size = _slurm_tasks_here(environ)
+        host = _first_host(environ["SLURM_STEP_NODELIST"])
+        # Two steps of one job, and two jobs, do not meet each other.
+        seed = int(environ.get("SLURM_JOB_ID", 0)) + 997 * _step_number(environ)
     else:
         return {}
     found = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": local, "LOCAL_WORLD_SIZE": local_size}
@@ -50,15 +73,26 @@ def rank_variables(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     return found
 
 
-def _mpi_host(environ: Mapping[str, str], size: str, local_size: str) -> str:
+def rank_here(environ: Mapping[str, str] = os.environ) -> int:
+    """This process's rank, 0 where it was started alone."""
+    return int(environ.get("RANK") or rank_variables(environ, host="?").get("RANK", 0))
+
+
+def _step_number(environ: Mapping[str, str]) -> int:
+    step = environ.get("SLURM_STEP_ID", "0")
+    return int(step) if step.isdecimal() else 0
+
+
+def _mpi_host(environ: Mapping[str, str], size: str, local_size: str, host: str) -> str:
     if size == local_size:
         return "127.0.0.1"
-    if "MASTER_ADDR" not in environ:
+    if "MASTER_ADDR" not in environ and not host:
         raise ParallelError(
-            f"mpirun started {size} ranks on several machines and MASTER_ADDR is not set; pass "
-            f"-x MASTER_ADDR=<host of rank 0> -x MASTER_PORT=<a free port>"
+            f"mpirun started {size} ranks on several machines and nothing says where rank 0 is: install mpi4py for "
+            f"this MPI (pip install mpi4py), or pass -x MASTER_ADDR=<host of rank 0> -x MASTER_PORT=<a free port> "
+            f"(-genv NAME VALUE under MPICH and Intel MPI)"
         )
-    return environ["MASTER_ADDR"]
+    return environ.get("MASTER_ADDR", host)
 
 
 def _first_host(node_list: str) -> str:
@@ -118,3 +152,42 @@ def usable_cores() -> int:
     except (OSError, ValueError):
         return cores
     return cores if quota == "max" else max(1, min(cores, round(int(quota) / int(period))))
+
+
+@contextmanager
+def reserved_port() -> Iterator[int]:
+    """A port for rank 0's store that nobody else can get meanwhile.
+
+    A socket that is bound with SO_REUSEADDR but does not listen keeps the kernel from handing the port out, and still
+    lets rank 0 (whose store sets SO_REUSEADDR, too) listen on it. Bound like the store's own: on all addresses.
+    """
+    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            holder.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        holder.bind(("", 0))
+        yield holder.getsockname()[1]
+
+
+def local_addresses() -> list[str]:
+    """This machine's IPv4 addresses but the loopback's, those of bridges that containers make on each machine last."""
+    import psutil
+
+    found = [
+        (name.startswith(("docker", "br-", "virbr", "veth", "cni", "podman")), one.address)
+        for name, addresses in psutil.net_if_addrs().items()
+        for one in addresses
+        if one.family == socket.AF_INET and not one.address.startswith("127.")
+    ]
+    return [address for _, address in sorted(found, key=lambda item: item[0])]
+
+
+def interface_of(address: str) -> str:
+    """Name of the network interface that has this address of the machine; empty where none has."""
+    import psutil
+
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(one.address.partition("%")[0] == address for one in addresses):
+            return name
+    return ""

