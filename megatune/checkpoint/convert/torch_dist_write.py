@@ -1,0 +1,147 @@
+"""Writing Megatron-Core's `torch_dist`: without Megatron, in files that are made on their own."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatune.checkpoint.convert.base import Job, Line, Opened, Options, copy_extras
+from megatune.checkpoint.convert.dcp_files import (
+    Blob,
+    Part,
+    cut,
+    plan_files,
+    torch_blob,
+    write_metadata,
+)
+from megatune.checkpoint.convert.megatron_args import megatron_args, padded_vocab
+from megatune.checkpoint.convert.megatron_names import MegatronTable, MegatronTensor, ToMegatron
+from megatune.checkpoint.convert.names import main_dtype
+from megatune.checkpoint.convert.torch_dist_keys import extra_states, written_slot
+from megatune.checkpoint.convert.torch_zip import Instance, write_torch_file
+from megatune.checkpoint.hf import write_json
+from megatune.checkpoint.sources import TensorSource
+from megatune.errors import CheckpointError
+from megatune.models.registry import family_for
+
+LATEST = "latest_checkpointed_iteration.txt"
+MARK = "metadata.json"
+COMMON = "common.pt"
+# Our slots as Megatron's distributed optimizer calls them in the form `fully_reshardable`.
+_SLOTS = {"master": "param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
+
+
+class TorchDistTarget:
+    """A `torch_dist` checkpoint being written: one step, named after the source's (or `release`), with arguments, and
+    config.json and tokenizer beside it."""
+
+    def __init__(self, opened: Opened, options: Options) -> None:
+        self.report: list[Line] = []
+        self._opened, self._options = opened, options
+        self._table = MegatronTable(family_for(opened.hf_config).spec(opened.hf_config))
+        self._table.check(opened.weights)
+        self._step = opened.step if opened.optimizer else None
+        self.folder = "release" if self._step is None else f"iter_{self._step:07d}"
+        self._vocab = padded_vocab(self._table.spec.vocab_size, options)
+        self._args, lines = megatron_args(opened.hf_config, main_dtype(opened.weights), options)
+        self.report += lines
+        self._files = plan_files(self._items())
+
+    def jobs(self) -> list[Job]:
+        return [Job(f"{self.folder}/{file.name}", file.size) for file in self._files]
+
+    def make(self, job: Job, folder: Path) -> None:
+        (folder / self.folder).mkdir(parents=True, exist_ok=True)
+        name = Path(job.file).name
+        next(file for file in self._files if file.name == name).write(folder / self.folder)
+
+    def finish(self, folder: Path) -> None:
+        """The index, the common state, and last what says that the step is whole."""
+        step = folder / self.folder
+        write_metadata(step, self._files)
+        write_torch_file(step / COMMON, self._common())
+        mark = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+        _write(step / MARK, json.dumps(mark | {"common_backend": "torch", "common_backend_version": 1}))
+        write_json(folder / "config.json", self._opened.hf_config)
+        copy_extras(self._opened, folder)
+        _write(folder / LATEST, "release" if self._step is None else str(self._step))
+
+    def _items(self) -> Iterator[Part | Blob]:
+        weights = ToMegatron(self._table, self._opened.weights)
+        yield from self._parts("", weights)
+        padding = self._vocab - self._table.spec.vocab_size
+        for tensor in self._table.tensors.values():
+            if tensor.vocab and padding:
+                detail = f"{padding} rows of zeros: vocabularies are padded to multiples"
+                self.report.append(Line(tensor.pieces[0].hf_name, "padded", detail))
+        for slot, source in sorted(self._opened.optimizer.items()):
+            states = ToMegatron(self._table, source)
+            if states.names() != weights.names():
+                missing = sorted(weights.names() - states.names())[0]
+                raise CheckpointError(
+                    f"{source}: {slot} is there for some weights only (not for {missing}), which Megatron cannot load; "
+                    "convert without optimizer states"
+                )
+            yield from self._parts(f"optimizer.state.{_SLOTS[slot]}.", states)
+        nothing = torch_blob([None])  # what Megatron's own layers keep there
+        yield from (Blob(key, nothing) for key in dict.fromkeys(extra_states(self._table)))
+
+    def _parts(self, prefix: str, source: TensorSource) -> Iterator[Part]:
+        dtypes: dict[str, torch.dtype] = {}
+        for name, tensor in self._table.tensors.items():
+            slot, dtype = written_slot(self._table, tensor), source.dtype(name)
+            if dtypes.setdefault(slot.key, dtype) != dtype:
+                raise CheckpointError(
+                    f"{source}: {name} is {dtype}, but in another layer {dtypes[slot.key]}; Megatron stacks the layers, "
+                    "so give one with --dtype"
+                )
+            shape = (self._vocab, *tensor.shape[1:]) if tensor.vocab else tensor.shape
+            lead = len(slot.lead)
+
+            def make(start: int, stop: int, tensor: MegatronTensor = tensor, lead: int = lead) -> Tensor:
+                rows = _padded(source, tensor, start, stop)
+                return rows.view(*(1,) * lead, *rows.shape)
+
+            yield from cut(
+                prefix + slot.key,
+                dtype,
+                (*slot.lead, *(0 for _ in shape)),
+                (*(1 for _ in slot.lead), *shape),
+                make,
+                dim=lead,
+            )
+
+    def _common(self) -> dict[str, Any]:
+        args = self._args | {"ckpt_format": "torch_dist", "use_dist_ckpt": True, "iteration": self._step or 0}
+        return {
+            "args": Instance("argparse.Namespace", (), args),
+            "checkpoint_version": 3.0,
+            "iteration": self._step or 0,
+            "content_metadata": {
+                "singleton_local_shards": False,
+                "chained_optim_avoid_prefix": True,
+                "distrib_optim_sharding_type": "fully_reshardable",
+                "distrib_optim_fully_reshardable_mem_efficient": False,
+            },
+        }
+
+
+def _padded(source: TensorSource, tensor: MegatronTensor, start: int, stop: int) -> Tensor:
+    """Rows [start, stop), zeros beyond the tensor's own."""
+    own = tensor.shape[0]
+    rows = source.rows(tensor.name, min(start, own), min(stop, own))
+    more = stop - start - rows.shape[0]
+    return torch.cat([rows, rows.new_zeros(more, *rows.shape[1:])]) if more else rows
+
+
+def _write(path: Path, text: str) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
