@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from megatune import __version__
+from megatune.cli_slurm import add_verbs as add_slurm_verbs
 from megatune.errors import MegatuneError
 
 USER_ERROR = 2
@@ -209,3 +210,6 @@ def env() -> None:
     from megatune.launch.preflight import show_environment
 
     show_environment()
+
+
+add_slurm_verbs(commands, _verb)
