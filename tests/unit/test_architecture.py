@@ -30,10 +30,11 @@ FLOORS = {
     "launch": 6,
     "serve": 6,
     "cli": 7,
+    "cli_slurm": 7,
     "__main__": 8,
 }
 # Rooms on one floor do not know each other, except here: (who imports, what).
-NEIGHBOURS = {("config", "errors"), ("checkpoint", "adapters"), ("plan", "training")}
+NEIGHBOURS = {("config", "errors"), ("checkpoint", "adapters"), ("plan", "training"), ("cli", "cli_slurm")}
 MODULE_LINES = 600
 FUNCTION_LINES = 80
 FAMILY_LINES = 150
