@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
@@ -176,12 +175,6 @@ def local_shape(spec: ShardSpec, cut: Cut) -> tuple[int, ...]:
     if spec.tensor_dim is not None:
         shape[spec.tensor_dim] = sum(box.shape[spec.tensor_dim] for box in boxes)
     return tuple(shape)
-
-
-def slice_of(spec: ShardSpec, whole: Tensor, cut: Cut) -> Tensor:
-    """A process's local tensor of the global one (a copy where it is in several parts)."""
-    parts = [box.of(whole) for box in local_boxes(spec, cut)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, spec.tensor_dim)
 
 
 @dataclass(frozen=True, eq=False)

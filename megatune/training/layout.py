@@ -21,6 +21,12 @@ def check(config: Config, spec: DecoderSpec, world_size: int) -> Layout:
     check_tensor(spec, layout.tp)
     check_context(spec.num_heads, spec.num_kv_heads, layout.tp, layout.cp, parallel.context_method)
     _check_experts(config, spec, layout)
+    every = parallel.recompute
+    if isinstance(every, int) and every > len(spec.layers):
+        raise ConfigError(
+            f"parallel.recompute: {every} is every {every}th layer, and the model has {len(spec.layers)}; use at most "
+            f"{len(spec.layers)}, or none"
+        )
     stages_of(parallel, *stage_costs(spec, config.data.seq_length))
     share = check_batch(config, layout)
     check_micro_batches(parallel, config.train.global_batch_size // share, share)
@@ -35,6 +41,11 @@ def check_options(config: Config, layout: Layout) -> None:
         raise ConfigError(
             "parallel.context_method: ulysses does nothing without context parallelism; set parallel.context above 1, "
             "or leave it out"
+        )
+    if parallel.replicate > 1 and parallel.zero == 0 and layout.ep == 1:
+        raise ConfigError(
+            f"parallel.replicate: {parallel.replicate} does nothing with zero: 0, where every process has all of its "
+            "share; set parallel.zero to 1, 2 or 3, or leave replicate out"
         )
     cut = {"tensor": layout.tp, "pipeline": layout.pp, "context": layout.cp, "expert": layout.ep}
     for key, size in cut.items():

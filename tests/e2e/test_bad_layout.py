@@ -59,6 +59,11 @@ WRONG = {
     "virtual without pipeline": (("parallel.virtual=2",), ("parallel.virtual",)),
     "stages without pipeline": (("parallel.stages=[2]",), ("parallel.stages",)),
     "ulysses without context": (("parallel.context_method=ulysses",), ("parallel.context_method",)),
+    "replicas of what is whole": (
+        ("parallel.replicate=2", "parallel.zero=0", "launch.nproc=2"),
+        ("parallel.replicate: 2", "parallel.zero"),
+    ),
+    "recompute above the layers": (("parallel.recompute=3",), ("parallel.recompute: 3", "2")),
     "expert_tensor without tensor": (("parallel.expert_tensor=1",), ("parallel.expert_tensor",)),
     "compiled layers under a layout": (
         ("parallel.tensor=2", "train.compile=true", "launch.nproc=2"),

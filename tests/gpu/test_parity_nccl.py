@@ -39,14 +39,18 @@ def _run_all(rank: int, world_size: int, cases: dict[str, Case]) -> dict[str, Ou
     return found
 
 
-def _case(family: str, method: str, dtype: str, section: dict) -> Case:
-    return Case(family, method, section, {"model.dtype": dtype})
+def _case(family: str, method: str, dtype: str, section: dict, layers: int) -> Case:
+    return Case(family, method, section, {"model.dtype": dtype}, layers)
 
 
 @cache
 def alone(family: str) -> dict[str, Outcome]:
     cases = {f"{method}/{dtype}": _case(family, method, dtype, {}) for method in METHODS for dtype in LIMITS}
     return run_ranks(_run_all, 1, cases, backend="nccl", timeout=300)[0]
+
+
+def _expected(case: Case) -> Outcome:
+    return alone(case.family)[f"{case.method}/{case.changes['model.dtype']}/{case.layers}"]
 
 
 def _errors(expected: Outcome, found: list[Outcome]) -> dict[str, float]:
@@ -74,7 +78,7 @@ def test_layouts_over_nccl_equal_one_gpu(family: str, gpus: int) -> None:
     if torch.cuda.device_count() < gpus:
         pytest.skip(f"needs {gpus} GPUs")
     cases = {
-        f"{run.layout}/{run.method}/{dtype}": _case(family, run.method, dtype, run.section)
+        f"{run.layout}/{run.method}/{dtype}": _case(family, run.method, dtype, run.section, run.layers)
         for run in runs_of(family)
         if run.processes == gpus
         for dtype in LIMITS
@@ -82,16 +86,18 @@ def test_layouts_over_nccl_equal_one_gpu(family: str, gpus: int) -> None:
     ranks = run_ranks(_run_all, gpus, cases, backend="nccl", timeout=600)
     errors = {}
     for name, case in cases.items():
-        expected = alone(family)[f"{case.method}/{case.changes['model.dtype']}"]
-        errors[f"{family}/{name}"] = _errors(expected, [found[name] for found in ranks])
+        errors[f"{family}/{name}"] = _errors(_expected(case), [found[name] for found in ranks])
     _write(errors)
     wrong = {
         name: found
         for name, found in errors.items()
         if any(found[what] > limit for what, limit in LIMITS[name.rpartition("/")[2]].items())
     }
-    steps = {name: ranks[0][name] for name in cases if f"{family}/{name}" in wrong}
-    norms = {name: (one.norms, alone(family)[name.partition("/")[2]].norms) for name, one in steps.items()}
+    norms = {
+        name: (ranks[0][name].norms, _expected(case).norms)
+        for name, case in cases.items()
+        if f"{family}/{name}" in wrong
+    }
     assert not wrong, f"{wrong}\nnorms, and of one GPU: {norms}"
 
 

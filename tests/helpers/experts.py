@@ -12,7 +12,8 @@ from megatune.models.layout import shard_specs
 from megatune.models.moe import MoE
 from megatune.models.spec import DecoderSpec, LayerSpec, MoESpec
 from megatune.parallel import World
-from megatune.parallel.shard import ShardSpec, slice_of
+from megatune.parallel.shard import ShardSpec
+from tests.helpers.whole import slice_of
 
 HIDDEN = 12
 

@@ -171,9 +171,18 @@ _SHOWN = {
 }
 LEFT_OUT = {
     "dense-tied": _SHOWN,
-    "moe": _SHOWN | {"tp4", "cp4"},
+    "moe": _SHOWN | {"tp4", "cp4", "dp2-zero2", "pp2-interleaved", "pp2-cp2-dp2"},
     "mla-moe": _SHOWN
-    | {"tp4", "cp4", "pp2-interleaved", "dp2-zero0", "dp2-zero2", "tp2-ep4-etp1", "tp2-pp2-ep2"},
+    | {
+        "tp4",
+        "cp4",
+        "pp2-interleaved",
+        "dp2-zero0",
+        "dp2-zero2",
+        "tp2-ep4-etp1",
+        "tp2-pp2-ep2",
+        "pp2-cp2-dp2",
+    },
 }
 # Other methods than full and LoRA, for one family each: where something of them differs by layout.
 FREEZE = (
@@ -217,6 +226,11 @@ class Run:
     @property
     def id(self) -> str:
         return f"{self.family}-{self.layout}-{self.method}"
+
+    @property
+    def layers(self) -> int:
+        """Layers of the model: more than two only show something more where they are dealt to stages."""
+        return 4 if "pipeline" in self.section else 2
 
 
 def layouts_of(family: str) -> Layouts:

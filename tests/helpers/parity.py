@@ -86,8 +86,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"type": "full"},
     "lora": {"type": "lora", "rank": 4, "alpha": 8.0},
-    # Nothing trains in the first half of the model.
-    "freeze": {"type": "freeze", "last_layers": 2, "modules": ["norm.weight"]},
+    "freeze": {"type": "freeze", "modules": ["norm.weight"]},
     "freeze-embed": {"type": "freeze", "last_layers": 1, "modules": ["embed.weight"]},
     "lora-dropout": {"type": "lora", "rank": 4, "alpha": 8.0, "dropout": 0.2},
 }
@@ -101,6 +100,7 @@ class Case:
     method: str
     parallel: dict[str, Any] = field(default_factory=dict)
     changes: dict[str, Any] = field(default_factory=dict)
+    layers: int = 4
 
 
 @dataclass
@@ -127,9 +127,12 @@ class Outcome:
 
 
 def config_of(case: Case, device: str = "cpu") -> Config:
+    method = METHODS[case.method]
+    if case.method == "freeze":  # nothing trains in the first half of the model
+        method = method | {"last_layers": case.layers // 2}
     settings: dict[str, Any] = {
         "model": {"path": "random", "dtype": "fp32"},
-        "method": METHODS[case.method],
+        "method": method,
         "data": {"train": ["none"], "seq_length": 128},
         "parallel": {"zero": 1, **case.parallel},
         "train": {"steps": STEPS, "global_batch_size": MICRO_BATCHES, "micro_batch_size": 1},
@@ -220,7 +223,7 @@ def _train(case: Case, device: str | None, world: Any) -> Outcome:
     from megatune.training.step import Trainer
 
     config = config_of(case)
-    settings = FAMILIES[case.family]
+    settings = FAMILIES[case.family] | {"num_hidden_layers": case.layers}
     spec = family_for(settings).spec(settings)
     world = world or parallel.init(config.parallel, device=device)
     check(config, spec, world.world_size)

@@ -22,11 +22,11 @@ from megatune.parallel import World, deferred, expert
 from megatune.parallel.collectives import gather_rows, sum_
 from megatune.parallel.context import shard_stream
 from megatune.parallel.expert import GroupedLinear
-from megatune.parallel.shard import slice_of
 from megatune.parallel.tensor import own_tokens
 from megatune.parallel.world import Axis
 from tests.helpers.dist import run_ranks
 from tests.helpers.experts import HIDDEN, adapt, fill, spec_of
+from tests.helpers.whole import slice_of
 
 TOKENS, PADDING = 48, 5
 DEEPSEEK = MoESpec(8, 3, 8, 8, "sigmoid", scale=2.5, groups=4, groups_per_token=2, correction=True)

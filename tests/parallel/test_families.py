@@ -13,13 +13,11 @@ from megatune.config.schema import LoraMethod, ParallelConfig
 from megatune.models import Decoder, DecoderSpec, LayerSpec, RopeSpec, build
 from megatune.models.generate import generate
 from megatune.models.spec import MLASpec, MoESpec
-from megatune.ops import Segments, Targets
 from megatune.parallel import World
 from megatune.parallel.collectives import sum_
 from megatune.parallel.context import shard_stream
-from megatune.parallel.shard import slice_of
 from tests.helpers.dist import run_ranks
-from tests.helpers.whole import load_whole, random_state
+from tests.helpers.whole import load_whole, packed_batch, random_state, slice_of
 
 LATENT = DecoderSpec(
     family="deepseek_v3",
@@ -88,14 +86,6 @@ CASES = [
 ]
 
 
-def _batch() -> tuple[Tensor, Segments, Targets]:
-    generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(0, LATENT.vocab_size, (32,), generator=generator)
-    segments = replace(Segments.from_lengths((7, 10, 15)), key=77)
-    index = (segments.positions[1:] > 0).nonzero().flatten()[::2]
-    return tokens, segments, Targets(index, tokens[index + 1])
-
-
 def _model(case: Case, world: World | None = None) -> Decoder:
     model = build(SPECS[case.spec], world)
     if case.lora:
@@ -106,7 +96,7 @@ def _model(case: Case, world: World | None = None) -> Decoder:
 def _backward(model: Decoder) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and gradients, summed over the processes as the trainer does it."""
     world = model.world
-    batch = shard_stream(*_batch(), world.cp)
+    batch = shard_stream(*packed_batch(LATENT.vocab_size), world.cp)
     loss = model(batch.tokens, batch.segments, batch.targets)
     loss.backward()
     specs, grads = model.shard_specs(), {}

@@ -12,15 +12,13 @@ import pytest
 import torch
 
 from tests.helpers.dist import run_ranks
-from tests.helpers.layouts import layouts_of, runs_of
+from tests.helpers.layouts import Run, layouts_of, runs_of
 from tests.helpers.parity import FAMILIES, Case, Outcome, train
 
 LOSS, NORM, WEIGHT = 1e-5, 2e-5, 1e-5
 CASES = [
     pytest.param(
-        run.family,
-        run.layout,
-        run.method,
+        run,
         # One worker for all: the cases of one family and number of processes share their processes, and those of two
         # families at once would only be in each other's way.
         marks=[pytest.mark.xdist_group("parity"), pytest.mark.timeout(1200)],
@@ -46,8 +44,8 @@ def _run_all(rank: int, world_size: int, cases: dict[str, Case]) -> dict[str, Ou
 
 
 @cache
-def alone(family: str, method: str) -> Outcome:
-    (found,) = run_ranks(_run_all, 1, {"one": Case(family, method)})
+def alone(family: str, method: str, layers: int) -> Outcome:
+    (found,) = run_ranks(_run_all, 1, {"one": Case(family, method, layers=layers)})
     return found["one"]
 
 
@@ -55,7 +53,7 @@ def alone(family: str, method: str) -> Outcome:
 def under(family: str, processes: int) -> list[dict[str, Outcome]]:
     """Outcomes of all layouts of a family with that many processes, by rank."""
     cases = {
-        f"{run.layout}/{run.method}": Case(family, run.method, run.section)
+        f"{run.layout}/{run.method}": Case(family, run.method, run.section, layers=run.layers)
         for run in runs_of(family)
         if run.processes == processes
     }
@@ -74,10 +72,10 @@ def compare(expected: Outcome, found: list[Outcome]) -> None:
         assert error <= WEIGHT, f"{name}: relative error {error:.2e}"
 
 
-@pytest.mark.parametrize(("family", "layout", "method"), CASES)
-def test_layout_equals_one_process(family: str, layout: str, method: str) -> None:
-    processes, _ = layouts_of(family)[layout]
-    compare(alone(family, method), [found[f"{layout}/{method}"] for found in under(family, processes)])
+@pytest.mark.parametrize("run", CASES)
+def test_layout_equals_one_process(run: Run) -> None:
+    found = [outcomes[f"{run.layout}/{run.method}"] for outcomes in under(run.family, run.processes)]
+    compare(alone(run.family, run.method, run.layers), found)
 
 
 def _without_partial_sums(zero, chosen) -> None:
@@ -145,6 +143,7 @@ def _run_broken(rank: int, world_size: int, what: str, case: Case) -> Outcome:
 )
 def test_one_missing_reduction_is_seen(what: str, family: str, layout: str, method: str) -> None:
     processes, section = layouts_of(family)[layout]
-    broken = run_ranks(_run_broken, processes, what, Case(family, method, section))
+    run = Run(family, layout, method, processes, section)
+    broken = run_ranks(_run_broken, processes, what, Case(family, method, section, layers=run.layers))
     with pytest.raises(AssertionError):
-        compare(alone(family, method), broken)
+        compare(alone(family, method, run.layers), broken)

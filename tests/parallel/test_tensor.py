@@ -18,10 +18,9 @@ from megatune.models.layout import check_tensor
 from megatune.ops import Segments, Targets
 from megatune.parallel import World, deferred
 from megatune.parallel.collectives import sum_
-from megatune.parallel.shard import slice_of
 from megatune.parallel.tensor import whole_tokens
 from tests.helpers.dist import run_ranks
-from tests.helpers.whole import load_whole, random_state
+from tests.helpers.whole import load_whole, packed_batch, random_state, slice_of
 
 LLAMA = DecoderSpec(
     family="llama",
@@ -108,14 +107,6 @@ CASES = {
 }
 
 
-def _batch() -> tuple[Tensor, Segments, Targets]:
-    generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(0, LLAMA.vocab_size, (32,), generator=generator)
-    segments = replace(Segments.from_lengths((7, 10, 15)), key=77)
-    index = (segments.positions[1:] > 0).nonzero().flatten()[::2]
-    return tokens, segments, Targets(index, tokens[index + 1])
-
-
 def _model(case: Case, world: World | None = None) -> Decoder:
     model = build(SPECS[case.spec], world)
     if case.lora is not None:
@@ -130,7 +121,7 @@ def _model(case: Case, world: World | None = None) -> Decoder:
 
 def _backward(model: Decoder, splits: bool) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and gradients, the replicated parameters' ones summed as the trainer does it."""
-    loss = model(*_batch())
+    loss = model(*packed_batch(LLAMA.vocab_size))
     if splits:
         with deferred.collecting() as queue:
             loss.backward()
@@ -176,7 +167,7 @@ def test_loss_and_gradients_equal_one_process(processes: int) -> None:
 
 def _generate_and_refuse(rank: int, world_size: int) -> None:
     world = parallel.init(ParallelConfig(tensor=world_size), device="cpu")
-    tokens, segments, targets = _batch()
+    tokens, segments, targets = packed_batch(LLAMA.vocab_size)
     for case in (Case("gemma2"), Case("gpt2"), Case("llama-kv1", "all-linear", dropout=0.4)):
         whole, mine = _model(case), _model(case, world)
         state = random_state(whole.shard_specs().values())
