@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from megatune import __version__
+from megatune.cli_convert import add_verbs as add_convert_verb
 from megatune.cli_slurm import add_verbs as add_slurm_verbs
 from megatune.errors import MegatuneError
 
@@ -104,8 +105,14 @@ def train(config: str, overrides: tuple[str, ...], dry_run: bool, nproc: int | N
         return 0
     if processes == 1:
         return _train_here(settings)
+    from megatune.launch.watch import Limits
+
     return run_local(
-        ["train", config, *overrides], processes, log_folder=f"{settings.checkpoint.folder}/logs"
+        ["train", config, *overrides],
+        processes,
+        log_folder=f"{settings.checkpoint.folder}/logs",
+        restarts=settings.launch.restarts,
+        limits=Limits(settings.launch.hang_timeout, settings.launch.timeout),
     )
 
 
@@ -117,10 +124,34 @@ def _logs_of(settings: Any, processes: int) -> str | None:
 
 
 def _train_here(settings: Any) -> int:
+    from megatune.launch.rank import is_watched, prepare_rank
     from megatune.training import STOPPED_EXIT_CODE
-    from megatune.training import train as run
+    from megatune.training.signals import stop_requests
 
-    return STOPPED_EXIT_CODE if run(settings).stopped else 0
+    if is_watched():
+        prepare_rank()
+    with stop_requests():  # from here on a signal is not lost, though torch takes seconds to load
+        from megatune.training import train as run
+
+        return STOPPED_EXIT_CODE if run(settings).stopped else 0
+
+
+@commands.command(hidden=True)
+@click.option("--nodes", required=True, type=click.IntRange(min=1), help="Nodes of the job.")
+@click.option("--node-rank", required=True, type=click.IntRange(min=0), help="Which of them this is.")
+@click.option("--nproc", required=True, type=click.IntRange(min=1), help="Ranks of this node.")
+@click.option("--endpoint", required=True, metavar="HOST:PORT", help="Where node 0's agent listens.")
+@click.option("--run-id", required=True, help="The same for all agents of one job.")
+@click.option("--generation", default=0, show_default=True, type=click.IntRange(min=0), help="Of this start.")
+@click.option("--logs", required=True, type=click.Path(file_okay=False), help="Folder for gen-<G>/.")
+@click.argument("words", nargs=-1, required=True, metavar="-- train CONFIG [KEY=VALUE]...")
+@_verb
+def agent(words: tuple[str, ...], **options: Any) -> int:
+    """Start and watch one node's ranks; one agent a node, started by a scheduler. MEGATUNE_SECRET: a random text, the
+    same for all agents of the job."""
+    from megatune.launch.rank import run_agent
+
+    return run_agent(words, **options)
 
 
 @commands.command()
@@ -213,3 +244,4 @@ def env() -> None:
 
 
 add_slurm_verbs(commands, _verb)
+add_convert_verb(commands, _verb)

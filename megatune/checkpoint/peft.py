@@ -64,7 +64,7 @@ def export_peft(
                     whole = tensors.pull(name, whole_box(item.shape), torch.float32)
                     for key, tensor in item.split(whole):
                         writer.write(key, tensor)
-            write_json(temporary / CONFIG, _config(model, method, base_path))
+            write_json(temporary / CONFIG, adapter_config(model, method, base_path))
             put_in_place(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -72,7 +72,8 @@ def export_peft(
     on_main(weights, folder, write)
 
 
-def _config(model: nn.Module, method: LoraMethod, base_path: str) -> dict[str, Any]:
+def adapter_config(model: nn.Module, method: LoraMethod, base_path: str) -> dict[str, Any]:
+    """adapter_config.json of the adapters that `model` has."""
     adapters = [adapter for _, adapter in adapters_of(model)]
     modules = [module for adapter in adapters if not is_parameter(adapter) for module in adapter.hf_modules]
     parameters = {adapter.hf_modules[0].path for adapter in adapters if is_parameter(adapter)}
@@ -99,17 +100,17 @@ def _config(model: nn.Module, method: LoraMethod, base_path: str) -> dict[str, A
 def peft_method(folder: Path) -> LoraMethod:
     """The method that a PEFT LoRA folder was trained with. CheckpointError for a folder that is none, and for kinds
     of adapters that would not be the same here."""
-    config, source = _open(folder)
+    config, source = open_adapter(folder)
     del source
-    return _method(config, folder)
+    return adapter_method(config, folder)
 
 
 def load_peft(weights: Mapping[str, Parts], model: nn.Module, folder: Path) -> None:
     """Fill the adapters among `weights` from a PEFT folder; every process calls it and reads its rows. `model`: the
     whole `Decoder` with its adapters, on meta even. CheckpointError where the folder has other modules, ranks or
     scales than the model."""
-    config, source = _open(folder)
-    method, mapped = _method(config, folder), adapter_map(model)
+    config, source = open_adapter(folder)
+    method, mapped = adapter_method(config, folder), adapter_map(model)
     known = {piece.hf_name for item in mapped.values() for piece in item.pieces}
     check_source(source, mapped.values(), known)
     for name, adapter in adapters_of(model):
@@ -127,21 +128,21 @@ def merge_peft(base: ModelFolder, adapter: Path, folder: Path, dtype: torch.dtyp
     """Write `base` with a PEFT adapter added to its weights (in fp32) as a Hugging Face folder, tensor by tensor and
     without building the model. `dtype`: of the result, default that of the base's largest tensor. CheckpointError
     where the adapter does not fit the base."""
-    config, deltas = _open(adapter)
-    scale = lora_scale(_method(config, adapter))
+    config, deltas = open_adapter(adapter)
+    scale = lora_scale(adapter_method(config, adapter))
     source = base.tensors()
     names = sorted(source.names(), key=lambda name: (not name.endswith(FP32), name))
     dtype = dtype or source.dtype(max(names, key=lambda name: math.prod(source.shape(name))))
     left = deltas.names()
     shapes = {name: source.shape(name) for name in names}
-    factors = _factors(names, config)
+    factors = factor_modules(names, config)
     with FolderWriter(folder, shapes, dtype, base.hf_config, base.path) as writer:
         for name in names:
             tensor = source.rows(name, 0, shapes[name][0])
             a, b = (f"{PREFIX}{factors[name]}.lora_{matrix}.weight" for matrix in "AB")
             if a in left and b in left:
                 left -= {a, b}
-                change = _change(_rows(deltas, a), _rows(deltas, b), shapes[name], config) * scale
+                change = weight_change(_rows(deltas, a), _rows(deltas, b), shapes[name], config) * scale
                 if change.shape != tensor.shape:
                     raise CheckpointError(
                         f"{adapter}: {a} and {b} give a change of shape {list(change.shape)} for {name}, which has "
@@ -156,7 +157,7 @@ def merge_peft(base: ModelFolder, adapter: Path, folder: Path, dtype: torch.dtyp
             )
 
 
-def _factors(names: Iterable[str], config: dict[str, Any]) -> dict[str, str]:
+def factor_modules(names: Iterable[str], config: dict[str, Any]) -> dict[str, str]:
     """The module of a PEFT file that adapts each tensor, if any does."""
     targets = config.get("target_parameters") or []
     found, wrapped = {}, {}
@@ -171,7 +172,9 @@ def _factors(names: Iterable[str], config: dict[str, Any]) -> dict[str, str]:
     return found
 
 
-def _change(a: torch.Tensor, b: torch.Tensor, shape: tuple[int, ...], config: dict[str, Any]) -> torch.Tensor:
+def weight_change(
+    a: torch.Tensor, b: torch.Tensor, shape: tuple[int, ...], config: dict[str, Any]
+) -> torch.Tensor:
     if len(shape) == 3:  # [experts, in, out], as in GPT-OSS
         a = a.unflatten(0, (shape[0], -1))
         b = b.unflatten(1, (-1, shape[0])).permute(2, 0, 1)
@@ -184,7 +187,7 @@ def _rows(source: SafetensorsFile, name: str) -> torch.Tensor:
     return source.rows(name, 0, source.shape(name)[0]).float()
 
 
-def _open(folder: Path) -> tuple[dict[str, Any], SafetensorsFile]:
+def open_adapter(folder: Path) -> tuple[dict[str, Any], SafetensorsFile]:
     if not (folder / CONFIG).is_file():
         raise CheckpointError(f"{folder}: has no {CONFIG}; give the folder of a PEFT adapter")
     config = read_json(folder / CONFIG)
@@ -195,7 +198,7 @@ def _open(folder: Path) -> tuple[dict[str, Any], SafetensorsFile]:
     return config, SafetensorsFile(folder / WEIGHTS)
 
 
-def _method(config: dict[str, Any], folder: Path) -> LoraMethod:
+def adapter_method(config: dict[str, Any], folder: Path) -> LoraMethod:
     if config.get("peft_type") != "LORA":
         raise CheckpointError(
             f"{folder / CONFIG}: peft_type {config.get('peft_type')!r} is not supported, LORA is; merge the "

@@ -266,9 +266,9 @@ def _verify(work: _Work, expected: Mapping[str, Any], workers: int, progress: Pr
         if wrong:
             before, after = tensors.get(wrong[0]), actual.get(section, {}).get(wrong[0])
             raise CheckpointError(
-                f"{work.folder}: {len(wrong)} of {len(tensors)} tensors ({section}) are not what was read from the source, "
-                f"the first is {wrong[0]} ({_facts(after)} there, {_facts(before)} in the source); remove the folder and "
-                "convert again, and if that does not help, report it"
+                f"{work.folder}: {len(wrong)} of {len(tensors)} tensors ({section}) are not what was read from "
+                f"the source, the first is {wrong[0]} ({_facts(after)} there, {_facts(before)} in the source); "
+                "remove the folder and convert again, and if that does not help, report it"
             )
 
 
@@ -336,8 +336,8 @@ def _check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed + _SPARE_BYTES:
         raise CheckpointError(
-            f"{folder.parent}: has {free / 2**30:.2f} GiB free and the conversion writes {needed / 2**30:.2f} GiB; free "
-            "space or name another place"
+            f"{folder.parent}: has {free / 2**30:.2f} GiB free and the conversion writes {needed / 2**30:.2f} GiB; "
+            "free space or name another place"
         )
 
 

@@ -20,7 +20,7 @@ from megatune.checkpoint.quantised import dequantised
 from megatune.checkpoint.resolve import ModelFolder, open_folder
 from megatune.checkpoint.safetensors_file import header_of
 from megatune.checkpoint.sources import INDEX, SINGLE, TensorSource, read_json
-from megatune.errors import CheckpointError, ConfigError
+from megatune.errors import ConfigError
 from megatune.models.registry import family_for
 
 # What one job writes of a file: enough to keep the disk busy, little enough to share a model among processes.
@@ -183,12 +183,6 @@ def weights_only(opened: Opened, options: Options) -> Opened:
         for slot in opened.optimizer
     ]
     return replace(opened, optimizer={}, report=[*opened.report, *lines])
-
-
-def check_folder(path: Path) -> None:
-    """Raise CheckpointError where a path is no Hugging Face folder."""
-    if not detect(path):
-        raise CheckpointError(f"{path}: is no Hugging Face folder (config.json and weights)")
 
 
 FORMAT = Format("hf", "Hugging Face folder", detect, open_hf, HfTarget, takes=weights_only)

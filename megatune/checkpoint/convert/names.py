@@ -130,7 +130,8 @@ def check_tied(opened: Opened, source: TensorSource) -> None:
     """Raise CheckpointError where `source`, the weights as they were before `whole_model`, has both tensors of a tied
     pair and they differ."""
     for line in opened.report:
-        if line.what != "tied" or not line.detail.startswith("the same tensor as "):
+        is_both = line.what == "tied" and line.detail.startswith("the same tensor as ")
+        if not is_both or line.tensor not in source.names():
             continue
         other = line.detail.removeprefix("the same tensor as ")
         same = source.shape(line.tensor) == opened.weights.shape(other)

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatune.checkpoint.convert.core import Result
 
 _LINE_SECONDS = 10.0
+_SHOWN = 12
 
 
 class Progress:
@@ -62,3 +67,22 @@ class Progress:
             f"{self._title}: {self._done / self._total:4.0%} of {self._total / 2**30:.2f} GiB, {speed:,.0f} MiB/s",
             file=sys.stderr,
         )
+
+
+def show(result: Result) -> None:
+    """Print what a conversion did: counts, and the tensors that did not come through one to one."""
+    counts = Counter(line.what for line in result.report)
+    said = ", ".join(f"{count} {what}" for what, count in counts.most_common())
+    step = "" if result.step is None else f" of step {result.step}"
+    proof = "; every tensor read back and equal" if result.verified else ""
+    print(
+        f"{result.kind}{step} -> {result.to}: {result.tensors} tensors, {result.bytes / 2**30:.3f} GiB ({said}){proof}"
+    )
+    if result.resumed:
+        print(f"{result.resumed} parts were there already, from a conversion that was cut")
+    odd = [line for line in result.report if line.what != "mapped" or line.detail]
+    for line in odd[:_SHOWN]:
+        print(f"  {line.what:8} {line.tensor}" + (f": {line.detail}" if line.detail else ""))
+    if len(odd) > _SHOWN:
+        print(f"  ... and {len(odd) - _SHOWN} more lines in megatune-digests.json")
+    print(f"wrote {result.destination} in {result.seconds:.1f} s")
