@@ -1,6 +1,6 @@
 """The config.json of a checkpoint of Megatron, from the arguments (a Namespace) that it carries.
 
-They say less than a config.json: nothing of tokens' meanings, sliding windows, Gemma's caps and scales. Where they cannot
+They say less than a config.json: nothing of sliding windows, of Gemma's caps and scales. Where they cannot
 say it, `like` (a Hugging Face config) is used, or what our own files carry beside the arguments.
 """
 
