@@ -1,8 +1,10 @@
-"""Stop at the edge of a step when the process is asked to end."""
+"""Stop at the edge of a step when the process is asked to end. Imports no torch."""
 
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -34,3 +36,24 @@ class StopFlag:
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
+
+
+_active: StopFlag | None = None
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopFlag]:
+    """The flag of this process, set by whatever signal came since the outermost of these began.
+
+    The command line begins one before torch is imported, so that a signal during loading is not lost: the run then
+    stops after its first step.
+    """
+    global _active
+    if _active is not None:
+        yield _active
+        return
+    with StopFlag() as _active:
+        try:
+            yield _active
+        finally:
+            _active = None
