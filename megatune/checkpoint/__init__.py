@@ -6,6 +6,9 @@ from megatune.checkpoint.pretrained import load_pretrained
 from megatune.checkpoint.resolve import ModelFolder, resolve_model
 from megatune.checkpoint.sources import SafetensorsFolder, TensorSource, weights_digest
 from megatune.checkpoint.store import (
+    Keep,
+    Saver,
+    best,
     check_space,
     clean,
     load,
@@ -19,10 +22,13 @@ from megatune.checkpoint.store import (
 from megatune.checkpoint.writer import PendingSave
 
 __all__ = [
+    "Keep",
     "ModelFolder",
     "PendingSave",
     "SafetensorsFolder",
+    "Saver",
     "TensorSource",
+    "best",
     "check_space",
     "clean",
     "export_hf",

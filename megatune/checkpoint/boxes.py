@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
 
 from torch import Tensor
 
@@ -41,22 +40,25 @@ def tile_exactly(boxes: Sequence[Box], shape: tuple[int, ...]) -> bool:
         return False
     if any(o < 0 or o + n > s for box in boxes for o, n, s in zip(box.offset, box.shape, shape, strict=True)):
         return False
-    # A grid (each dimension cut at the same places everywhere) is proved in linear time.
-    cuts = [sorted({(box.offset[d], box.shape[d]) for box in boxes}) for d in range(len(shape))]
-    is_grid = all(a + n == b for dim in cuts for (a, n), (b, _) in pairwise(dim))
-    if is_grid and len(set(boxes)) == len(boxes) == math.prod(len(dim) for dim in cuts):
+    return not _any_overlap(boxes, 0)
+
+
+def _any_overlap(boxes: list[Box], dim: int) -> bool:
+    """Whether boxes that share rows in the dimensions before `dim` share elements. Sweeps along `dim`: only those that
+    reach into the same rows are compared, in the next dimension, so that the pieces of thousands of processes, each of
+    which is cut along few dimensions, take linear time."""
+    if len(boxes) < 2:
+        return False
+    if dim == len(boxes[0].shape):
         return True
-    return not _any_overlap(boxes)
-
-
-def _any_overlap(boxes: list[Box]) -> bool:
-    """Sweeps along the first dimension, so that a box meets only those that share rows with it."""
-    if not boxes or not boxes[0].shape:
-        return len(boxes) > 1
+    starting: dict[int, list[Box]] = {}
+    for box in boxes:
+        starting.setdefault(box.offset[dim], []).append(box)
+    if len(starting) == 1 and len({box.shape[dim] for box in boxes}) == 1:
+        return _any_overlap(boxes, dim + 1)
     reaching: list[Box] = []
-    for box in sorted(boxes, key=lambda box: box.offset):
-        reaching = [other for other in reaching if other.offset[0] + other.shape[0] > box.offset[0]]
-        if any(box & other is not None for other in reaching):
+    for start in sorted(starting):
+        reaching = [box for box in reaching if box.offset[dim] + box.shape[dim] > start] + starting[start]
+        if _any_overlap(reaching, dim + 1):
             return True
-        reaching.append(box)
     return False

@@ -6,14 +6,16 @@ functions, called as `files.NAME(...)`: the tests wrap them to record, fail or k
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import stat
 from pathlib import Path
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and its parents; no error where it exists."""
-    path.mkdir(parents=True, exist_ok=True)
+    """Make a folder; its parent must be there. No error where it exists."""
+    path.mkdir(exist_ok=True)
 
 
 def create(path: Path) -> int:
@@ -35,6 +37,11 @@ def sync(descriptor: int) -> None:
 
 def close(descriptor: int) -> None:
     os.close(descriptor)
+
+
+def begin_sync(descriptor: int, start: int, length: int) -> None:
+    """A hint: put these bytes on the disk soon, and do not keep them in the page cache. `sync` has less to do then."""
+    os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_DONTNEED)
 
 
 def sync_folder(path: Path) -> None:
@@ -65,8 +72,10 @@ def remove_file(path: Path) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a folder and what is in it; no error where it does not exist."""
-    if path.exists():
+    """Remove a folder (never what a link leads to) and what is in it; no error where it does not exist."""
+    if path.is_symlink():
+        path.unlink()
+    elif path.exists():
         shutil.rmtree(path)
 
 
@@ -78,3 +87,22 @@ def write_whole(path: Path, data: bytes) -> None:
         sync(descriptor)
     finally:
         close(descriptor)
+
+
+def make_folders(path: Path) -> None:
+    """Make a folder and its missing parents, all of them durable when this returns."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    for folder in reversed(missing):
+        make_folder(folder)
+        sync_folder(folder.parent)
+
+
+def open_regular(path: Path) -> tuple[int, int]:
+    """(descriptor, size) of a file to read. OSError also where it is none: a link could lead out of the checkpoint, and
+    a pipe would make the reader wait forever."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return descriptor, status.st_size

@@ -4,20 +4,43 @@ from __future__ import annotations
 
 import math
 import os
+import stat
+import threading
 import zlib
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatune.checkpoint.boxes import within
-from megatune.checkpoint.manifest import BLOCK_BYTES, Chunk, DamagedError, FileEntry
+from megatune.checkpoint.files import open_regular
+from megatune.checkpoint.manifest import BLOCK_BYTES, Chunk, DamagedError, FileEntry, Manifest
 from megatune.checkpoint.safetensors_file import SafetensorsFile
 from megatune.errors import CheckpointError
-from megatune.parallel.shard import Box
+from megatune.parallel.shard import Box, Parts
 
 # Host memory that one thread reads into at a time.
 _SLAB_BYTES = 16 * BLOCK_BYTES
+_THREADS = 4
+# A header says for each tensor no more than this beside its name.
+_HEADER_BYTES = 1024
+
+
+class _Slab(threading.local):
+    """What this thread has read last: blocks of one file, in memory that it uses again."""
+
+    def __init__(self) -> None:
+        self.memory = torch.empty(0, dtype=torch.uint8)
+        self.of: CheckpointFile | None = None
+        self.first = self.last = 0
+
+
+_slab = _Slab()
 
 
 class CheckpointFile:
@@ -33,36 +56,48 @@ class CheckpointFile:
         self._entry = entry
         self._verify = verify
         try:
-            size = path.stat().st_size
+            status = path.lstat()
         except OSError as error:
             raise DamagedError(f"{path} is missing ({error.strerror})") from error
-        if size != entry.size:
-            raise DamagedError(f"{path} has {size} bytes instead of {entry.size}")
+        if not stat.S_ISREG(status.st_mode):
+            raise DamagedError(f"{path} is not a regular file")
+        if status.st_size != entry.size:
+            raise DamagedError(f"{path} has {status.st_size} bytes instead of {entry.size}")
 
     def read(self, start: int, stop: int) -> Tensor:
-        """Bytes [start, stop) as uint8 [stop - start]; whole blocks are read."""
+        """Bytes [start, stop) as uint8 [stop - start], in memory that this thread's next `read` uses again. Whole
+        blocks are read, and kept until then."""
         if not 0 <= start <= stop <= self._entry.size:
             raise DamagedError(f"{self.path}: bytes {start} to {stop} of {self._entry.size} are asked for")
-        first = start - start % BLOCK_BYTES
-        last = min(-(-stop // BLOCK_BYTES) * BLOCK_BYTES, self._entry.size)
-        buffer = torch.empty(last - first, dtype=torch.uint8)
-        whole = memoryview(buffer.numpy())
+        if _slab.of is not self or not _slab.first <= start or not stop <= _slab.last:
+            self._read_blocks(
+                start - start % BLOCK_BYTES, min(-(-stop // BLOCK_BYTES) * BLOCK_BYTES, self._entry.size)
+            )
+        return _slab.memory[start - _slab.first : stop - _slab.first]
+
+    def _read_blocks(self, first: int, last: int) -> None:
+        _slab.of = None
+        if _slab.memory.numel() < last - first:
+            _slab.memory = torch.empty(max(last - first, BLOCK_BYTES), dtype=torch.uint8)
+        whole = memoryview(_slab.memory.numpy())[: last - first]
         try:
             _read_into(self.path, whole, first)
         except OSError as error:
             raise DamagedError(f"{self.path} cannot be read: {error.strerror or error}") from error
         if self._verify:
             self._check(whole, first)
-        return buffer[start - first : stop - first]
+        _slab.of, _slab.first, _slab.last = self, first, last
 
-    def read_all(self) -> bytes:
-        """The whole of a small file."""
+    def read_all(self, most: int) -> bytes:
+        """The whole of a small file. Raises DamagedError where it has more than `most` bytes."""
+        if self._entry.size > most:
+            raise DamagedError(f"{self.path} has {self._entry.size} bytes; {most} are the most")
         return self.read(0, self._entry.size).numpy().tobytes()
 
     def verify_all(self) -> None:
         """Read every block and raise DamagedError at the first that is wrong."""
-        for start in range(0, self._entry.size, _SLAB_BYTES):
-            self.read(start, min(start + _SLAB_BYTES, self._entry.size))
+        starts = range(0, self._entry.size, _SLAB_BYTES)
+        in_threads(lambda start: self.read(start, min(start + _SLAB_BYTES, self._entry.size)), starts)
 
     def _check(self, data: memoryview, first: int) -> None:
         for offset in range(0, len(data), BLOCK_BYTES):
@@ -73,12 +108,20 @@ class CheckpointFile:
 
 
 class ShardFile(CheckpointFile):
-    """A `rank-*.safetensors` file: its header verified and parsed, its tensors read by boxes."""
+    """A `rank-*.safetensors` file: its header verified and parsed, its tensors read by boxes.
 
-    def __init__(self, path: Path, entry: FileEntry, *, verify: bool = True) -> None:
+    `keys`: the names of the tensors in it that the manifest knows of.
+    """
+
+    def __init__(self, path: Path, entry: FileEntry, keys: Iterable[str], *, verify: bool = True) -> None:
         super().__init__(path, entry, verify=verify)
+        most = sum(_HEADER_BYTES + 12 * len(key) for key in keys) + _HEADER_BYTES
         try:
             length = int.from_bytes(self.read(0, min(8, entry.size)).numpy().tobytes(), "little")
+            if length > most:
+                raise DamagedError(
+                    f"{path} has a header of {length} bytes; {most} are the most for its tensors"
+                )
             self.read(0, min(8 + length, entry.size))
             parsed = SafetensorsFile(path)
         except CheckpointError as error:
@@ -86,18 +129,21 @@ class ShardFile(CheckpointFile):
         self._tensors = parsed.entries
         parsed.close()
 
-    def fill(self, target: Tensor, target_box: Box, chunk: Chunk, dtype: torch.dtype) -> int:
-        """Copy the elements that `chunk` and `target_box` share into `target` (any device, any strides; it fills
-        `target_box`). Returns how many they are."""
-        common = target_box & chunk.box
-        if common is None:
-            return 0
+    def offset(self, chunk: Chunk, dtype: torch.dtype) -> int:
+        """Of the first byte of a chunk. Raises DamagedError where it is not there as the manifest says."""
         stored = self._tensors.get(chunk.key)
         if stored is None or stored.shape != chunk.box.shape or stored.dtype != dtype:
             raise DamagedError(f"{self.path} does not hold {chunk.key} as its manifest says")
-        destination = within(common, target_box).of(target)
-        self._copy(destination, stored.offset, chunk.box.shape, within(common, chunk.box))
-        return common.numel
+        return stored.offset
+
+    def fill(self, target: Tensor, target_box: Box, chunk: Chunk) -> None:
+        """Copy the elements that `chunk` and `target_box` share into `target` (any device, any strides; it fills
+        `target_box`)."""
+        common = target_box & chunk.box
+        if common is not None:
+            destination = within(common, target_box).of(target)
+            start = self.offset(chunk, target.dtype)
+            self._copy(destination, start, chunk.box.shape, within(common, chunk.box))
 
     def _copy(self, target: Tensor, start: int, shape: tuple[int, ...], source: Box) -> None:
         """The elements `source` of the tensor of `shape` that begins at byte `start` into `target`."""
@@ -124,8 +170,96 @@ class ShardFile(CheckpointFile):
         return self.read(start, start + math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
 
 
+@dataclass(frozen=True)
+class _Item:
+    """Elements that one thread reads at once."""
+
+    shard: ShardFile
+    chunk: Chunk
+    box: Box
+    tensor: Tensor
+
+
+def fill(folder: Path, manifest: Manifest, state: Mapping[str, Parts], *, verify: bool) -> None:
+    """Fill the parts of tensors that `manifest` has, with the same shapes and dtypes, from the files in `folder`.
+
+    Several threads read, each a stretch of a file from its beginning to its end: small tensors that share a block are
+    read with it once. Raises DamagedError.
+    """
+    wanted = [
+        (chunk, box, tensor)
+        for name, parts in state.items()
+        for box, tensor in parts.parts
+        for chunk in manifest.tensors[name].chunks
+        if box & chunk.box is not None
+    ]
+    names = {chunk.file for chunk, _, _ in wanted}
+    keys: dict[str, list[str]] = {name: [] for name in names}
+    for entry in manifest.tensors.values():
+        for chunk in entry.chunks:
+            if chunk.file in names:
+                keys[chunk.file].append(chunk.key)
+    opened = in_threads(
+        lambda name: ShardFile(folder / name, manifest.files[name], keys[name], verify=verify), sorted(names)
+    )
+    shards = dict(zip(sorted(names), opened, strict=True))
+    items = [
+        _Item(shards[chunk.file], chunk, *part)
+        for chunk, box, tensor in wanted
+        for part in _in_slabs(box, tensor)
+        if part[0] & chunk.box is not None
+    ]
+    in_threads(_fill_stretch, _stretches(items))
+    _slab.of, _slab.memory = None, torch.empty(0, dtype=torch.uint8)
+
+
+def _in_slabs(box: Box, tensor: Tensor) -> list[tuple[Box, Tensor]]:
+    """A large part in pieces of its rows, for several threads."""
+    if tensor.nbytes <= _SLAB_BYTES or not tensor.ndim:
+        return [(box, tensor)]
+    rows = max(1, _SLAB_BYTES * tensor.shape[0] // tensor.nbytes)
+    found = []
+    for start in range(0, tensor.shape[0], rows):
+        part = tensor[start : start + rows]
+        found.append((Box((box.offset[0] + start, *box.offset[1:]), tuple(part.shape)), part))
+    return found
+
+
+def _stretches(items: Iterable[_Item]) -> list[list[_Item]]:
+    """The items in the order of the files, some slabs' worth together."""
+
+    def place(item: _Item) -> tuple[int, int]:
+        common = item.box & item.chunk.box
+        row = (common.offset[0] - item.chunk.box.offset[0]) if common.offset else 0
+        rest = math.prod(item.chunk.box.shape[1:]) * item.tensor.dtype.itemsize
+        start = item.shard.offset(item.chunk, item.tensor.dtype) + row * rest
+        return start // _SLAB_BYTES, start
+
+    found = []
+    of_file = sorted(items, key=lambda item: str(item.shard.path))
+    for _, some in groupby(of_file, key=lambda item: item.shard.path):
+        by_place = sorted(((place(item), item) for item in some), key=lambda pair: pair[0])
+        found += [[item for _, item in group] for _, group in groupby(by_place, key=lambda pair: pair[0][0])]
+    return found
+
+
+@torch.no_grad()
+def _fill_stretch(items: list[_Item]) -> None:
+    for item in items:
+        item.shard.fill(item.tensor, item.box, item.chunk)
+
+
+def in_threads(work: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
+    """`work` of each item, in order; the first error is raised."""
+    items = list(items)
+    if len(items) < 2:
+        return [work(item) for item in items]
+    with ThreadPoolExecutor(min(_THREADS, len(items), max(2, os.cpu_count() or 1))) as pool:
+        return list(pool.map(work, items))
+
+
 def _read_into(path: Path, data: memoryview, position: int) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    descriptor, _ = open_regular(path)
     try:
         while data:
             count = os.preadv(descriptor, [data], position)

@@ -2,8 +2,7 @@
 
 `state` holds global tensors by name, as far as this process holds them (`Parts`), or plain tensors, which are the same
 on all processes. What was saved under one layout loads under any other: each process reads just the boxes that it
-holds. Names of folders: `step-000120` is a checkpoint; anything that starts
-with a dot is unfinished or left by a dead process, and no reader looks at it.
+holds.
 """
 
 from __future__ import annotations
@@ -12,11 +11,10 @@ import json
 import logging
 import os
 import platform
-import re
 import secrets
 import shutil
+import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,16 +24,47 @@ from torch import Tensor
 from megatune import __version__
 from megatune.checkpoint import files
 from megatune.checkpoint.boxes import whole_parts
-from megatune.checkpoint.manifest import RUN, Chunk, DamagedError, Manifest, TensorEntry, read_manifest
-from megatune.checkpoint.reader import CheckpointFile, ShardFile
-from megatune.checkpoint.writer import Job, PendingSave, plan, snapshot
+from megatune.checkpoint.manifest import DamagedError, Manifest, check_tensors, read_manifest
+from megatune.checkpoint.plan import make_plan
+from megatune.checkpoint.reader import fill
+from megatune.checkpoint.retention import (
+    Keep,
+    best,
+    clean,
+    metric,
+    newest,
+    problem,
+    prune,
+    quick_check,
+    read_run,
+    set_aside,
+    steps,
+    verify,
+)
+from megatune.checkpoint.staging import Staging, fits
+from megatune.checkpoint.writer import Job, Merged, PendingSave
 from megatune.errors import CheckpointError
-from megatune.parallel.shard import Box, Parts
+from megatune.parallel.shard import Parts
+
+__all__ = [
+    "Keep",
+    "Saver",
+    "best",
+    "check_space",
+    "clean",
+    "load",
+    "metric",
+    "newest",
+    "problem",
+    "prune",
+    "restore",
+    "save",
+    "steps",
+    "verify",
+    "written_bytes",
+]
 
 _log = logging.getLogger(__name__)
-
-_STEP = re.compile(r"step-(\d{6,})")
-_READ_THREADS = 4
 
 _in_flight: PendingSave | None = None
 
@@ -58,6 +87,93 @@ class Processes(Protocol):
     def gather_objects(self, value: Any) -> list[Any]: ...
 
 
+class Saver:
+    """Saves of one run, whose live `state` stays in the same tensors; all processes make one and call `save` together.
+
+    What does not change from save to save (who writes what, the memory that is copied to, the manifest's tensors) is
+    made once. `keep`: which checkpoints stay, None: all; `timeout`: seconds in which each process has to finish its
+    file. `warn` hears where there is no memory for a copy.
+
+    Plain tensors must be the same on all processes; of `Parts`, those that one `writes` are saved, and all processes
+    together must cover each tensor exactly once. Raises CheckpointError for a dtype that cannot be saved.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        state: State,
+        world: Processes,
+        *,
+        keep: Keep | None = None,
+        timeout: float = 1800.0,
+        warn: Callable[[str], None] | None = None,
+    ) -> None:
+        self.folder = Path(folder)
+        self._world, self._keep, self._timeout = world, keep, timeout
+        self._plan = make_plan(state, world.rank, world.world_size)
+        # Before any process here takes its share: the largest, so that all of a node come to the same answer.
+        size = int(world.max([float(self._plan.size)])[0])
+        is_direct = not fits(size)
+        if is_direct:
+            (warn or _log.warning)(
+                f"{size / 2**30:.1f} GiB a process of host memory are not free for a copy of the state: while a "
+                f"checkpoint is saved, training waits for the disk"
+            )
+        self._staging = Staging(self._plan, is_direct=is_direct)
+        self._merged = Merged()
+
+    def prepare(self) -> None:
+        """Get the memory for the copy in the background, so that the first save does not wait for it."""
+        threading.Thread(target=self._staging.allocate, name="prepare-saves", daemon=True).start()
+
+    def save(
+        self, step: int, extra: dict[str, Any], *, metric: float | None = None, background: bool = True
+    ) -> PendingSave:
+        """Save the state as `<folder>/step-<step>`. Waits for the save before this one.
+
+        When it returns, all happens in the background: the state must not change until `wait_staged` of the result has
+        returned. `background=False`: the checkpoint is there when it returns, and nothing was copied. `extra`: JSON
+        values, rank 0's are kept. `metric`: for `Keep.best`. Each file is read back before the checkpoint counts.
+        Raises CheckpointError where the folder cannot be written, or an earlier save failed and nobody looked.
+        """
+        global _in_flight
+        if _in_flight is not None:
+            _in_flight.wait()
+        versions = {
+            "megatune": __version__,
+            "torch": str(torch.__version__),
+            "python": platform.python_version(),
+        }
+        run = {"step": step, "metric": metric, "versions": versions, "extra": extra}
+        final = self.folder / f"step-{step:06d}"
+        world = self._world
+        name, wrong = world.broadcast(_make_temporary(self.folder, final.name) if world.is_main else None)
+        if wrong:
+            raise CheckpointError(wrong)
+        job = Job(
+            temporary=self.folder / name,
+            final=final,
+            step=step,
+            rank=world.rank,
+            world_size=world.world_size,
+            plan=self._plan,
+            staging=self._staging,
+            merged=self._merged,
+            run_text=json.dumps(run, indent=1).encode(),
+            after=self._prune,
+            timeout=self._timeout,
+            copies=background and not self._staging.is_direct,
+        )
+        _in_flight = pending = PendingSave(job, background=background)
+        if not background:
+            pending.check()
+        return pending
+
+    def _prune(self) -> None:
+        if self._keep is not None:
+            prune(self.folder, self._keep)
+
+
 def save(
     folder: str | Path,
     step: int,
@@ -65,53 +181,18 @@ def save(
     extra: dict[str, Any],
     world: Processes,
     *,
-    keep_last: int | None = None,
+    keep: Keep | None = None,
+    metric: float | None = None,
     background: bool = True,
     timeout: float = 1800.0,
 ) -> PendingSave:
-    """Save `state` as `<folder>/step-<step>`; every process calls it, with the names that it holds something of.
-
-    When it returns, the state is copied and may change; the files follow in the background (`background=False`: they
-    are there when it returns, and host tensors are not copied). `extra`: JSON values, rank 0's are kept. `keep_last`:
-    then prune to that many. Waits for the save before this one. Each file is read back before the checkpoint counts.
-
-    Plain tensors must be the same on all processes; of `Parts`, those that one `writes` are saved, and all processes
-    together must cover each tensor exactly once. `timeout`: seconds in which each process
-    has to finish its file.
-    Raises CheckpointError where the folder cannot be written, or an earlier save failed and nobody looked.
-    """
-    global _in_flight
-    folder = Path(folder)
+    """One save of any state, as by a `Saver`, which is quicker where the same state is saved again. The state is
+    copied, and may change, when this returns."""
     if _in_flight is not None:
         _in_flight.wait()
-    mine, shared_digest = plan(state, world.rank, world.world_size)
-    versions = {"megatune": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
-    run_text = json.dumps({"step": step, "versions": versions, "extra": extra}, indent=1).encode()
-    final = folder / f"step-{step:06d}"
-    pieces = snapshot(mine, copy=background)
-    name, problem = world.broadcast(_make_temporary(folder, final.name) if world.is_main else None)
-    if problem:
-        raise CheckpointError(problem)
-
-    def after() -> None:
-        if keep_last is not None:
-            prune(folder, keep_last)
-
-    job = Job(
-        temporary=folder / name,
-        final=final,
-        step=step,
-        rank=world.rank,
-        world_size=world.world_size,
-        pieces=pieces,
-        shared_digest=shared_digest,
-        run_text=run_text,
-        after=after,
-        timeout=timeout,
-    )
-    _in_flight = pending = PendingSave(job, background=background)
-    if not background:
-        pending.check()
+    saver = Saver(folder, state, world, keep=keep, timeout=timeout)
+    pending = saver.save(step, extra, metric=metric, background=background)
+    pending.wait_staged()
     return pending
 
 
@@ -119,6 +200,7 @@ def _make_temporary(folder: Path, name: str) -> tuple[str, str | None]:
     """(name of a new hidden folder, None) or ("", what is wrong): the other processes wait for either."""
     hidden = f".{name}.{secrets.token_hex(4)}"
     try:
+        files.make_folders(folder)
         files.make_folder(folder / hidden)
     except OSError as error:
         return (
@@ -126,55 +208,6 @@ def _make_temporary(folder: Path, name: str) -> tuple[str, str | None]:
             f"{name} cannot be saved: {folder} cannot be written ({error.strerror}); earlier ones are whole",
         )
     return hidden, None
-
-
-def steps(folder: str | Path) -> list[Path]:
-    """Checkpoint folders by step, oldest first, valid or not."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        return []
-    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _STEP.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
-
-
-def problem(step_folder: str | Path) -> str | None:
-    """What is wrong with a checkpoint at a quick look (manifest, files, sizes; not their bytes); None: nothing."""
-    try:
-        _quick_check(Path(step_folder))
-    except CheckpointError as error:
-        return str(error)
-    return None
-
-
-def newest(folder: str | Path, warn: Callable[[str], None] | None = None) -> Path | None:
-    """The newest checkpoint that is whole at a quick look, or None. `warn` gets a sentence for each one passed over
-    (default: the log). Files' bytes are verified as they are loaded."""
-    for path in reversed(steps(folder)):
-        wrong = problem(path)
-        if wrong is None:
-            return path
-        (warn or _log.warning)(f"checkpoint {path.name} is passed over: {wrong}")
-    return None
-
-
-def verify(step_folder: str | Path) -> None:
-    """Read every byte of a checkpoint. Raises DamagedError (a CheckpointError) that names what is wrong."""
-    step_folder = Path(step_folder)
-    manifest = _quick_check(step_folder)
-    for name, entry in manifest.files.items():
-        CheckpointFile(step_folder / name, entry).verify_all()
-
-
-def _quick_check(step_folder: Path) -> Manifest:
-    manifest = read_manifest(step_folder)
-    for name, entry in manifest.files.items():
-        try:
-            size = (step_folder / name).stat().st_size
-        except OSError as error:
-            raise DamagedError(f"{step_folder / name} is missing ({error.strerror})") from error
-        if size != entry.size:
-            raise DamagedError(f"{step_folder / name} has {size} bytes instead of {entry.size}")
-    return manifest
 
 
 def load(
@@ -191,22 +224,20 @@ def load(
     CheckpointError for a name, shape or dtype that does not fit, before anything is filled; DamagedError (a
     CheckpointError) where bytes are missing or wrong, when some tensors may already be filled.
     """
-    step_folder = Path(step_folder)
-    manifest = read_manifest(step_folder)
+    return _load(Path(step_folder), read_manifest(Path(step_folder)), state, strict, verify)
+
+
+def _load(
+    step_folder: Path, manifest: Manifest, state: State, strict: bool = True, verify: bool = True
+) -> dict[str, Any]:
     parts = {name: _parts(value) for name, value in state.items()}
     names = _matching_names(step_folder, manifest, parts, strict)
-    run = CheckpointFile(step_folder / RUN, manifest.files[RUN], verify=verify)
-    extra = json.loads(run.read_all())["extra"]
-    work = [
-        (name, manifest.tensors[name], box, tensor) for name in names for box, tensor in parts[name].parts
-    ]
-    needed = {chunk.file for _, entry, box, _ in work for chunk in _chunks_in(entry, box)}
-    shards = {
-        name: ShardFile(step_folder / name, manifest.files[name], verify=verify) for name in sorted(needed)
-    }
-    with ThreadPoolExecutor(min(_READ_THREADS, os.cpu_count() or 1)) as pool:
-        for _ in pool.map(lambda item: _fill(*item, shards), work):
-            pass
+    try:
+        check_tensors({name: manifest.tensors[name] for name in names}, manifest.files)
+    except CheckpointError as error:
+        raise DamagedError(f"{step_folder}: {error}") from error
+    extra = read_run(step_folder, manifest)["extra"]
+    fill(step_folder, manifest, {name: parts[name] for name in names}, verify=verify)
     return extra
 
 
@@ -231,18 +262,18 @@ def restore(
     for text in candidates:
         path, extra, wrong = Path(text), {}, None
         try:
-            manifest = _quick_check(path)
+            manifest = quick_check(path)
         except DamagedError as error:
             wrong = str(error)
         if not _any(world, wrong):
             _check_fit(path, manifest, state, world)
             try:
-                extra = load(path, state)
+                extra = _load(path, manifest, state)
             except DamagedError as error:
                 wrong = str(error)
             if not _any(world, wrong):
                 if world.is_main:
-                    _set_aside(candidates[: candidates.index(text)])
+                    set_aside([Path(one) for one in candidates[: candidates.index(text)]])
                 return path, extra
         (warn or _log.warning)(
             f"checkpoint {path.name} is passed over: {wrong or 'another process found it damaged'}"
@@ -279,13 +310,6 @@ def _check_fit(path: Path, manifest: Manifest, state: State, world: Processes) -
         )
 
 
-def _set_aside(damaged: list[str]) -> None:
-    """Give checkpoints that were passed over a name that no reader takes for one: retention must not count them."""
-    for text in damaged:
-        path = Path(text)
-        files.rename(path, path.with_name(f"damaged-{path.name}.{secrets.token_hex(4)}"))
-
-
 def _parts(value: Tensor | Parts) -> Parts:
     return whole_parts(value) if isinstance(value, Tensor) else value
 
@@ -313,62 +337,9 @@ def _matching_names(
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more tensors" if len(names) > 3 else "")
-
-
-def _chunks_in(entry: TensorEntry, box: Box) -> list[Chunk]:
-    return [chunk for chunk in entry.chunks if box & chunk.box is not None]
-
-
-def _fill(name: str, entry: TensorEntry, box: Box, tensor: Tensor, shards: dict[str, ShardFile]) -> None:
-    with torch.no_grad():  # per thread
-        filled = sum(
-            shards[chunk.file].fill(tensor, box, chunk, entry.dtype) for chunk in _chunks_in(entry, box)
-        )
-    if filled != box.numel:
-        raise DamagedError(f"{name}: the checkpoint's chunks fill {filled} of {box.numel} elements")
-
-
-def prune(folder: str | Path, keep_last: int) -> list[Path]:
-    """Remove all but the newest `keep_last` valid checkpoints; returns what was removed.
-
-    Every published checkpoint was read back by its writers. Nothing is removed that is newer than the oldest one kept,
-    and nothing at all where none is valid. A folder gets a hidden name before its files go.
-    """
-    if keep_last < 1:
-        raise ValueError("keep_last must be at least 1: the only checkpoint is never removed")
-    kept: list[Path] = []
-    removed: list[Path] = []
-    for path in reversed(steps(folder)):
-        if len(kept) < keep_last:
-            if problem(path) is None:
-                kept.append(path)
-            continue
-        hidden = path.with_name(f".{path.name}.{secrets.token_hex(4)}.pruned")
-        files.rename(path, hidden)
-        files.remove_tree(hidden)
-        removed.append(path)
-    return removed
-
-
-def clean(folder: str | Path) -> list[Path]:
-    """Remove what dead processes left (one process, before the run's first save); returns what was removed.
-
-    A checkpoint whose replacement never came gets its name back.
-    """
-    folder = Path(folder)
-    removed = []
-    for path in sorted(folder.glob(".step-*")) if folder.is_dir() else []:
-        original = folder / path.name.split(".")[1]
-        if path.name.endswith(".replaced") and not original.exists():
-            files.rename(path, original)
-            continue
-        if path.is_dir():
-            files.remove_tree(path)
-        else:
-            files.remove_file(path)
-        removed.append(path)
-    return removed
+    return ", ".join(name[:200] for name in names[:3]) + (
+        f" and {len(names) - 3} more tensors" if len(names) > 3 else ""
+    )
 
 
 def written_bytes(state: State) -> int:

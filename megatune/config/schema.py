@@ -248,6 +248,15 @@ class CheckpointConfig(Section):
     folder: str = Field(description="The run's folder: checkpoints, logs, metrics, exports.")
     every: int = Field(0, ge=0, description="Save each N steps; 0: only at the end and when stopped.")
     keep_last: int = Field(2, ge=1, description="Newest checkpoints to keep.")
+    keep_every: int = Field(
+        0, ge=0, description="Keep also each checkpoint whose step is a multiple of this; 0: none."
+    )
+    keep_best: int = Field(
+        0,
+        ge=0,
+        description="Keep also that many with the lowest held-out loss; 0: none. Needs data.eval, and every to be a "
+        "multiple of train.eval_every.",
+    )
     export: list[Literal["adapter", "merged", "model"]] | None = Field(
         None,
         description="Written at the end: adapter (PEFT), merged (Hugging Face folder with the adapter merged), model "
@@ -255,6 +264,11 @@ class CheckpointConfig(Section):
     )
     resume: Literal["auto", "never"] = Field(
         "auto", description="auto: go on from the newest valid checkpoint in the folder."
+    )
+    start: str | None = Field(
+        None,
+        description="Folder that `megatune convert --to megatune` wrote, with optimizer states: a run without checkpoints "
+        "starts with its weights, moments and step, and not from those of model.path.",
     )
 
 
@@ -276,6 +290,26 @@ class LaunchConfig(Section):
     cpu_nproc: int = Field(1, ge=1, description="Processes for nproc: auto on a machine without GPUs.")
     timeout: float = Field(
         1800, gt=0, description="Seconds after which a collective that hangs ends the run."
+    )
+    restarts: int = Field(
+        3,
+        ge=0,
+        description="After a failure the run is started again from the newest valid checkpoint, at most so many times "
+        "in a row without getting further; never after a mistake that only a person can mend.",
+    )
+    hang_timeout: float = Field(
+        600,
+        ge=0,
+        description="Seconds without a sign of life within a step after which the stacks of all ranks are written to "
+        "their logs and the run is started again; 5 times as long in the first step, for reading data, evaluating and "
+        "saving. 0: off.",
+    )
+    join_timeout: float = Field(300, gt=0, description="Seconds that the nodes of a job wait for each other.")
+    grace: float | None = Field(
+        None,
+        ge=0,
+        description="Seconds that the scheduler gives between asking a run to stop and killing it; a warning is "
+        "printed where saving takes longer.",
     )
 
 
@@ -307,6 +341,13 @@ class Config(Section):
         held_out = self.data.eval is not None or self.data.eval_fraction > 0
         if self.train.early_stop is not None and not (held_out and self.train.eval_every):
             raise ValueError("train.early_stop needs train.eval_every above 0 and held-out data (data.eval)")
+        saves, evaluates = self.checkpoint.every, self.train.eval_every
+        measured = held_out and saves and evaluates and saves % evaluates == 0
+        if self.checkpoint.keep_best and not measured:
+            raise ValueError(
+                "checkpoint.keep_best needs held-out data (data.eval), and checkpoint.every to be a multiple of "
+                "train.eval_every, so that each checkpoint is evaluated"
+            )
         is_lora = self.method.type == "lora"
         if self.checkpoint.export is None:
             self.checkpoint.export = ["adapter", "merged"] if is_lora else ["model"]

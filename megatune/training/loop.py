@@ -15,10 +15,12 @@ from megatune import checkpoint
 from megatune.config.schema import Config, EarlyStop
 from megatune.data import DataModule
 from megatune.errors import CheckpointError, TrainingError
-from megatune.parallel import Parts, World
+from megatune.parallel import World
 from megatune.track import Trackers
 from megatune.training.folder import RunFolder
-from megatune.training.signals import StopFlag
+from megatune.training.grace import Grace
+from megatune.training.heartbeat import CHECKPOINT, END, EVALUATE, SAVE, heartbeat
+from megatune.training.signals import StopFlag, stop_requests
 from megatune.training.step import Trainer, evaluate
 
 
@@ -50,8 +52,8 @@ class Progress:
 
 @dataclass
 class Loop:
-    """Everything that the steps need; `fit` runs them. `state`: live tensors by checkpoint key; `flops_per_token`
-    and `peak`: for MFU; `facts`: what must not change between two starts of the run."""
+    """Everything that the steps need; `fit` runs them. `saver`: of the trainer's live state; `flops_per_token` and
+    `peak`: for MFU; `facts`: what must not change between two starts of the run."""
 
     config: Config
     world: World
@@ -59,13 +61,18 @@ class Loop:
     trainer: Trainer
     data: DataModule
     trackers: Trackers
-    state: dict[str, Parts]
+    saver: checkpoint.Saver
     total_steps: int
     flops_per_token: float
     peak: float | None
     facts: dict[str, Any]
     progress: Progress = field(default_factory=Progress)
     _pending: checkpoint.PendingSave | None = None
+    _grace: Grace = field(init=False)
+    _resumed: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._grace, self._resumed = Grace(self.folder.path), self.progress.step
 
     def fit(self) -> bool:
         """Run the remaining steps; True where it was stopped before the end (a checkpoint is saved then)."""
@@ -75,34 +82,45 @@ class Loop:
             return False  # stopped early before, and ended before its exports were written
         if self.progress.step == 0 and train.eval_first and self.data.eval is not None:
             self._evaluate()
-        with StopFlag() as flag:
+        with stop_requests() as flag:
             while self.progress.step < self.total_steps:
                 stop = self._one_step(flag)
                 done = self.progress.step
                 last = done == self.total_steps
-                over = False
+                over, held_out = False, None
                 if self.data.eval is not None and (
                     last or (train.eval_every and done % train.eval_every == 0)
                 ):
                     over = self._evaluate()
+                    held_out = self.progress.eval_last
+                    # It takes long: who was asked to stop meanwhile does not begin another step.
+                    stop = self.world.max([float(stop or bool(flag))])[0] > 0
                 every = self.config.checkpoint.every
                 if last or stop or over or (every and done % every == 0):
-                    self._save(wait=last or stop or over)
+                    self._save(held_out, wait=last or stop or over)
                 if over and not last:
                     self.trackers.note(f"stopped early at step {done}: eval_loss no longer falls")
                     return False
                 if stop and not last:
                     return True
+        heartbeat().phase(END)
         return False
 
     def _one_step(self, flag: StopFlag) -> bool:
         step = self.progress.step
         loader = self.data.train
         began = time.perf_counter()
+        heartbeat().begin(step + 1)
         if self._pending is not None:
             self._pending.check()
+            self._look_at_save(self._pending)
         try:
-            result = self.trainer.step(loader.step(step), loader.target_tokens(step), stop=bool(flag))
+            result = self.trainer.step(
+                loader.step(step),
+                loader.target_tokens(step),
+                stop=flag,
+                before_update=self._pending.wait_staged if self._pending is not None else None,
+            )
         except TrainingError as error:
             self._finish_save()
             safe = checkpoint.newest(self.folder.checkpoints)
@@ -114,7 +132,10 @@ class Loop:
             ) from error
         seconds = time.perf_counter() - began
         tokens = loader.tokens(step)
+        if step > self._resumed:  # the first one also compiles and allocates
+            self._grace.step_seconds = max(self._grace.step_seconds, seconds)
         self.progress.step += 1
+        heartbeat().finished(self.progress.step)
         self.progress.tokens += tokens
         self.progress.loss = result.loss
         if self.progress.step % self.config.train.log_every == 0 or self.progress.step == self.total_steps:
@@ -136,9 +157,12 @@ class Loop:
 
     def _evaluate(self) -> bool:
         trainer, held_out = self.trainer, self.data.eval
+        heartbeat().phase(EVALUATE)
+        began = time.perf_counter()
         loss = evaluate(
             trainer.model, trainer.pipeline, held_out.batches(), held_out.target_tokens, self.world
         )
+        self._grace.evaluate_seconds = max(self._grace.evaluate_seconds, time.perf_counter() - began)
         self.trackers.log(self.progress.step, {"eval_loss": loss})
         return self.progress.evaluated(loss, self.config.train.early_stop)
 
@@ -148,23 +172,35 @@ class Loop:
             with suppress(CheckpointError):
                 self._pending.wait()
 
-    def _save(self, *, wait: bool) -> None:
-        """Start a save; the files are written behind the next steps unless the caller has to wait."""
+    def _save(self, held_out: float | None, *, wait: bool) -> None:
+        """Start a save; the state is copied, and the files written, behind the next steps unless the caller has to
+        wait. `held_out`: the evaluation of this step."""
+        beat = heartbeat()
         if self._pending is not None:
+            beat.phase(CHECKPOINT)
             self._pending.wait()
+            self._look_at_save(self._pending)
+        beat.phase(SAVE)
         extra = {**self.facts, "progress": vars(self.progress)}
-        self._pending = checkpoint.save(
-            self.folder.checkpoints,
-            self.progress.step,
-            self.state,
-            extra,
-            self.world,
-            keep_last=self.config.checkpoint.keep_last,
-        )
+        self._pending = self.saver.save(self.progress.step, extra, metric=held_out, background=not wait)
         if wait:
-            self._pending.wait()
+            self._look_at_save(self._pending)
             self._pending = None
+            beat.phase(CHECKPOINT)
             self.world.barrier()
+
+    def _look_at_save(self, pending: checkpoint.PendingSave) -> None:
+        """Once a save is done: tell the launcher, and the scheduler how long stopping takes by now."""
+        if not pending.is_done or pending.seconds is None:
+            return
+        heartbeat().saved(int(pending.folder.name.partition("-")[2]))
+        grace, announced = self._grace, self.config.launch.grace
+        grace.save_seconds = max(grace.save_seconds, pending.seconds)
+        if self.world.is_main and grace.write() and announced is not None and announced < grace.grace_seconds:
+            self.trackers.note(
+                f"warning: stopping may take {grace.grace_seconds} s, launch.grace is {announced:g} s: a save may "
+                f"be cut off then, and the run would go on from the one before"
+            )
 
 
 def memory_gib(device: torch.device) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ import torch
 
 from megatune import adapters, checkpoint, data, models, ops, parallel, track
 from megatune.config.loader import config_as_dict
-from megatune.config.schema import Config
+from megatune.config.schema import CheckpointConfig, Config
 from megatune.data.tokenizer import Tokenizer, load_tokenizer
 from megatune.errors import CheckpointError, DataError
 from megatune.parallel.shard import Parts
@@ -24,6 +25,7 @@ from megatune.training.layout import describe as describe_layout
 from megatune.training.loop import Loop, Progress
 from megatune.training.precision import compute_dtype, peak_flops
 from megatune.training.samples import answers
+from megatune.training.signals import stop_requests
 from megatune.training.step import Trainer
 
 
@@ -47,11 +49,12 @@ def train(config: Config) -> TrainResult:
     Goes on from the newest valid checkpoint in the run's folder. Raises a MegatuneError for anything that the user
     can mend, before a GPU is used where possible.
     """
-    world = parallel.init(config.parallel, timeout=config.launch.timeout)
-    try:
-        return _Run(config, world).run()
-    finally:
-        world.close()
+    with stop_requests():
+        world = parallel.init(config.parallel, timeout=config.launch.timeout)
+        try:
+            return _Run(config, world).run()
+        finally:
+            world.close()
 
 
 class _Run:
@@ -103,7 +106,7 @@ class _Run:
         zero.publish()
         trainer = Trainer(built.model, zero, optimizer, pipeline, world, config, total_steps)
         loop = self._loop(trainer, module, trackers, state, source, facts, progress)
-        self._check_space(state, source)
+        self._check_space(state, source, total_steps)
         trackers.start(config_as_dict(config), progress.step, total_steps)
         trackers.header(self._header(source, module, total_steps))
         before = self._samples("before", pipeline, tokenizer, trackers, progress.step == 0)
@@ -171,10 +174,10 @@ class _Run:
                     f"checkpoint.resume: never, but {self.folder.checkpoints} holds checkpoints; remove them, choose "
                     f"another checkpoint.folder, or set resume: auto to go on from them"
                 )
-            return Progress()
+            return self._start(state, optimizer, trackers)
         found = checkpoint.restore(self.folder.checkpoints, state, self.world, warn=trackers.note)
         if found is None:
-            return Progress()
+            return self._start(state, optimizer, trackers)
         newest, extra = found
         for key, now in facts.items():
             if extra.get(key) != now:
@@ -186,7 +189,10 @@ class _Run:
                     f"{newest} was trained from something else: {what.get(key, key)}; restore it, or choose another "
                     f"checkpoint.folder"
                 )
-        progress = Progress(**extra["progress"])
+        try:
+            progress = Progress(**extra["progress"])
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"{newest} does not say how far its run was ({error!r:.200})") from error
         if self.config.train.steps is not None and progress.step > self.config.train.steps:
             raise CheckpointError(
                 f"{newest} is of step {progress.step}, train.steps is {self.config.train.steps}: raise it, or choose "
@@ -196,8 +202,38 @@ class _Run:
         trackers.note(f"resuming from {newest} (step {progress.step})")
         return progress
 
+    def _start(self, state, optimizer, trackers: track.Trackers) -> Progress:
+        """Where a run without checkpoints begins: at step 0, or with what `checkpoint.start` holds."""
+        start = self.config.checkpoint.start
+        if start is None:
+            return Progress()
+        newest = checkpoint.newest(Path(start) / "checkpoints", trackers.note)
+        if newest is None:
+            raise CheckpointError(
+                f"checkpoint.start: {start} holds no whole checkpoint; make one with `megatune convert --to megatune`"
+            )
+        progress = Progress(step=checkpoint.load(newest, state)["progress"]["step"])
+        if self.config.train.steps is not None and progress.step >= self.config.train.steps:
+            raise CheckpointError(
+                f"checkpoint.start: {newest} is of step {progress.step}, train.steps is {self.config.train.steps}: "
+                "raise it"
+            )
+        optimizer.load_steps(progress.step)
+        trackers.note(f"starting from {newest} (step {progress.step})")
+        return progress
+
     def _loop(self, trainer, module, trackers, state, source, facts, progress) -> Loop:
         config = self.config
+        checkpoints = config.checkpoint
+        saver = checkpoint.Saver(
+            self.folder.checkpoints,
+            state,
+            self.world,
+            keep=checkpoint.Keep(checkpoints.keep_last, checkpoints.keep_every, checkpoints.keep_best),
+            warn=trackers.note,
+        )
+        if checkpoints.every:
+            saver.prepare()
         return Loop(
             config=config,
             world=self.world,
@@ -205,7 +241,7 @@ class _Run:
             trainer=trainer,
             data=module,
             trackers=trackers,
-            state=state,
+            saver=saver,
             total_steps=trainer.total_steps,
             flops_per_token=models.flops_per_token(
                 source.spec, config.data.seq_length, frozen=config.method.type == "lora"
@@ -215,14 +251,14 @@ class _Run:
             progress=progress,
         )
 
-    def _check_space(self, state: dict[str, Parts], source: checkpoint.ModelFolder) -> None:
+    def _check_space(self, state: dict[str, Parts], source: checkpoint.ModelFolder, total_steps: int) -> None:
         """Refuse before the first step what would fill the disk at the last one."""
         (one,) = self.world.sum([checkpoint.written_bytes(state)])
         if not self.world.is_main:
             return
         weights = models.count_parameters(source.spec) * self.dtype.itemsize
         whole = [what for what in self.config.checkpoint.export if what != "adapter"]
-        kept = self.config.checkpoint.keep_last + 1 if self.config.checkpoint.every else 1
+        kept = _most_kept(self.config.checkpoint, total_steps)
         # What lies there already is replaced as the run goes on.
         there = min(len(list(self.folder.checkpoints.glob("step-*"))), kept - 1)
         needed = one * (kept - there) + weights * sum(not self.folder.export(what).exists() for what in whole)
@@ -296,3 +332,11 @@ class _Run:
         }
         write_atomically(self.folder.summary, json.dumps(summary, indent=1))
         trackers.finish(summary, before, after)
+
+
+def _most_kept(config: CheckpointConfig, total_steps: int) -> int:
+    """How many checkpoints there are at most at one time."""
+    if not config.every:
+        return 1
+    multiples = total_steps // math.lcm(config.every, config.keep_every) if config.keep_every else 0
+    return min(config.keep_last + config.keep_best + multiples, total_steps // config.every + 1) + 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,6 +18,8 @@ from megatune.optim import ShardedAdamW, learning_rate
 from megatune.parallel import World, Zero
 from megatune.parallel.context import MicroBatch, shard_stream
 from megatune.parallel.pipeline import Pipeline
+from megatune.training.heartbeat import BACKWARD, EVALUATE, FORWARD, OPTIMIZER, REDUCE, heartbeat
+from megatune.training.signals import StopFlag
 
 PAD_MULTIPLE = 64  # tokens: wide enough for few different shapes, 6 % of a stream of 512 at worst
 
@@ -56,18 +58,29 @@ class Trainer:
         self.total_steps = total_steps
         train = config.train
         set_balance(model, config.moe, train.global_batch_size // train.micro_batch_size)
+        self.beat = beat = heartbeat()
+        model.register_forward_pre_hook(lambda it, _: beat.phase(FORWARD if it.training else EVALUATE))
 
-    def step(self, batches: Sequence[Batch], target_tokens: int, *, stop: bool = False) -> StepResult:
+    def step(
+        self,
+        batches: Sequence[Batch],
+        target_tokens: int,
+        *,
+        stop: bool | StopFlag = False,
+        before_update: Callable[[], None] | None = None,
+    ) -> StepResult:
         """One update from this process's micro-batches.
 
         `target_tokens`: scored tokens of the global batch, so that the loss is their mean whatever the layout.
-        `stop`: this process wants to end; any process's wish comes back to all in the result.
+        `stop`: this process wants to end (asked after backward); any process's wish comes back to all in the result.
+        `before_update`: called when weights and optimizer states are about to change, for the first time in this step.
         Raises TrainingError when loss or gradient norm is not finite; weights and optimizer are untouched then.
         """
         step = self.optim.steps
         self.model.train()
         micro_batches = [prepare(batch, self.world, self._key(step, batch)) for batch in batches]
-        loss = self.pipeline.train(micro_batches, 1 / max(1, target_tokens), self.zero.begin_backward)
+        loss = self.pipeline.train(micro_batches, 1 / max(1, target_tokens), self._begin_backward)
+        self.beat.phase(REDUCE)
         self.zero.finish()
         # The host's sum over processes needs the numbers anyway: one wait for the device a step, after all its work
         # has been queued. Processes of a tensor parallel line have the same loss, and gradients that they all hold
@@ -75,21 +88,28 @@ class Trainer:
         mine = float(loss) if self.world.tp.is_first else 0.0
         has_balance = self.config.moe.aux_loss > 0
         balance = take_aux(self.model, self.world) if has_balance else 0.0
-        sums = self.world.sum([mine, self.optim.grad_square(), balance, float(stop)])
+        sums = self.world.sum([mine, self.optim.grad_square(), balance, float(bool(stop))])
         loss_sum, square, balance, stops = sums
         grad_norm = math.sqrt(square) if math.isfinite(square) else square
         if not (math.isfinite(loss_sum) and math.isfinite(grad_norm)):
             self.zero.zero_grad()
             raise TrainingError(f"step {step + 1}: loss {loss_sum}, gradient norm {grad_norm}: not finite")
+        self.beat.phase(OPTIMIZER)
         clip = self.config.optim.clip
         scale = clip / (grad_norm + 1e-6) if clip and grad_norm > clip else 1.0
         lr = learning_rate(self.config.optim, step, self.total_steps)
+        if before_update is not None:
+            before_update()
         self.optim.step_with(lr, scale)
         self.zero.zero_grad()
         self.zero.publish()
         if self.config.moe.bias_rate:
             update_correction(self.model, self.world, self.config.moe.bias_rate)
         return StepResult(loss_sum, grad_norm, lr, balance if has_balance else None, stops > 0)
+
+    def _begin_backward(self, stage: int, is_last: bool) -> None:
+        self.beat.phase(BACKWARD)
+        self.zero.begin_backward(stage, is_last)
 
     def _key(self, step: int, batch: Batch) -> int:
         """Dropout depends on seed, step and the sequences of the micro-batch, not on the layout."""

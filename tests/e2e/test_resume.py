@@ -113,8 +113,8 @@ def _until(rank, world_size, config, step):
 
     plain = Trainer.step
 
-    def stopping(self, batches, target_tokens, *, stop=False):
-        return plain(self, batches, target_tokens, stop=stop or self.optim.steps + 1 >= step)
+    def stopping(self, batches, target_tokens, *, stop=False, **more):
+        return plain(self, batches, target_tokens, stop=stop or self.optim.steps + 1 >= step, **more)
 
     Trainer.step = stopping
     return megatune.train(config).step

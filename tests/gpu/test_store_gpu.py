@@ -25,7 +25,7 @@ def test_state_on_the_gpu_may_change_as_soon_as_save_returns(tmp_path: Path) -> 
         for tensor in state.values():
             tensor.add_(step)  # queued right before the copy
         wanted = {name: tensor.clone() for name, tensor in state.items()}
-        pending = store.save(tmp_path, step, state, {}, Alone(), keep_last=2)
+        pending = store.save(tmp_path, step, state, {}, Alone(), keep=store.Keep(2))
         buffers = {name: tensor.data_ptr() for name, tensor in writer._pinned.items()}
         assert all(tensor.is_pinned() for tensor in writer._pinned.values())
         for tensor in state.values():

@@ -337,14 +337,14 @@ def test_retention_keeps_the_newest_valid_ones(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         save(tmp_path, step)
     (tmp_path / "step-000004" / "run.json").unlink()  # the newest is torn
-    assert store.prune(tmp_path, 1) == [tmp_path / "step-000002", tmp_path / "step-000001"]
+    assert store.prune(tmp_path, store.Keep(1)) == [tmp_path / "step-000002", tmp_path / "step-000001"]
     assert store.steps(tmp_path) == [tmp_path / "step-000003", tmp_path / "step-000004"]
     (tmp_path / "step-000003" / "run.json").unlink()
-    assert store.prune(tmp_path, 1) == []  # none valid: nothing goes
-    save(tmp_path, 5, keep_last=1)
+    assert store.prune(tmp_path, store.Keep(1)) == []  # none valid: nothing goes
+    save(tmp_path, 5, keep=store.Keep(1))
     assert store.steps(tmp_path) == [tmp_path / "step-000005"]
     with pytest.raises(ValueError, match="at least 1"):
-        store.prune(tmp_path, 0)
+        store.prune(tmp_path, store.Keep(0))
 
 
 def test_steps_are_numbers_and_other_folders_are_left_alone(tmp_path: Path) -> None:
@@ -353,7 +353,7 @@ def test_steps_are_numbers_and_other_folders_are_left_alone(tmp_path: Path) -> N
     (tmp_path / "step-final").mkdir()
     (tmp_path / "notes.txt").write_text("mine")
     assert store.newest(tmp_path) == tmp_path / "step-1000000"
-    store.prune(tmp_path, 1)
+    store.prune(tmp_path, store.Keep(1))
     assert sorted(os.listdir(tmp_path)) == ["notes.txt", "step-1000000", "step-final"]
 
 
@@ -409,7 +409,7 @@ def test_disk_full_at_every_operation(tmp_path: Path, again: bool) -> None:
         with pytest.MonkeyPatch.context() as patch:
             shim = FailAt(patch, number)
             try:
-                pending = store.save(folder, step, new, {"new": True}, Alone(), keep_last=1)
+                pending = store.save(folder, step, new, {"new": True}, Alone(), keep=store.Keep(1))
                 pending.wait()
                 failed = None
             except CheckpointError as error:
@@ -423,7 +423,11 @@ def test_disk_full_at_every_operation(tmp_path: Path, again: bool) -> None:
         assert not [name for name in os.listdir(folder) if name.startswith(".")]
         if failed is None:
             assert extra == {"new": True}
-            assert shim.failed in ("rename", "remove_tree")  # pruning, after the checkpoint was there
+            assert shim.failed in (
+                "rename",
+                "sync_folder",
+                "remove_tree",
+            )  # pruning, after the checkpoint was there
         else:
             errors += 1
             assert "No space left on device" in failed

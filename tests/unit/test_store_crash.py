@@ -70,7 +70,7 @@ def die_at(number: int, unsynced: Path) -> Callable[[], int]:
 
 
 def crash(base: Path, number: int, step: int, *, power_cut: bool) -> dict[str, Any]:
-    """Steps 1 and 2 are saved; a child saves `step` with keep_last=1 and dies at operation `number`; then a start."""
+    """Steps 1 and 2 are saved; a child saves `step` with keep=store.Keep(1) and dies at operation `number`; then a start."""
     import torch
 
     from megatune.checkpoint import store
@@ -82,7 +82,7 @@ def crash(base: Path, number: int, step: int, *, power_cut: bool) -> dict[str, A
     child = os.fork()
     if child == 0:
         count = die_at(number, base / "unsynced")
-        store.save(folder, step, make_state(50), {"value": 50}, Alone(), keep_last=1).wait()
+        store.save(folder, step, make_state(50), {"value": 50}, Alone(), keep=store.Keep(1)).wait()
         os._exit(count() < number)
     _, status = os.waitpid(child, 0)
     if power_cut:
