@@ -7,8 +7,7 @@ import re
 import shutil
 import socket
 import subprocess
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 from megatune.errors import ParallelError
@@ -154,22 +153,6 @@ def usable_cores() -> int:
     return cores if quota == "max" else max(1, min(cores, round(int(quota) / int(period))))
 
 
-@contextmanager
-def reserved_port() -> Iterator[int]:
-    """A port for rank 0's store that nobody else can get meanwhile.
-
-    A socket that is bound with SO_REUSEADDR but does not listen keeps the kernel from handing the port out, and still
-    lets rank 0 (whose store sets SO_REUSEADDR, too) listen on it. Bound like the store's own: on all addresses.
-    """
-    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as holder:
-        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            holder.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        holder.bind(("", 0))
-        yield holder.getsockname()[1]
-
-
 def local_addresses() -> list[str]:
     """This machine's IPv4 addresses but the loopback's, those of bridges that containers make on each machine last."""
     import psutil
@@ -181,13 +164,3 @@ def local_addresses() -> list[str]:
         if one.family == socket.AF_INET and not one.address.startswith("127.")
     ]
     return [address for _, address in sorted(found, key=lambda item: item[0])]
-
-
-def interface_of(address: str) -> str:
-    """Name of the network interface that has this address of the machine; empty where none has."""
-    import psutil
-
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(one.address.partition("%")[0] == address for one in addresses):
-            return name
-    return ""
