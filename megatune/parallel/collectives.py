@@ -15,7 +15,7 @@ Functions without autograd come first, then the differentiable ones, named by wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -78,6 +78,42 @@ def swap(
     if incoming is not None:
         ops.append(dist.P2POp(dist.irecv, incoming, axis.ranks[source], axis.group))
     return dist.batch_isend_irecv(ops) if ops else []
+
+
+def arriving(x: Tensor, out: Tensor, axis: Axis) -> Iterator[tuple[int, Tensor]]:
+    """An all-gather of x [rows, ..] to `out` [n * rows, ..] in pieces: (process, its rows in `out`), this one's first,
+    then each as it arrives. All are on their way before the first is given out."""
+    x = x.contiguous()
+    rows = out.view(axis.size, *x.shape)
+    coming = []
+    for step in range(1, axis.size):
+        source = (axis.rank - step) % axis.size
+        coming.append((source, swap(x, (axis.rank + step) % axis.size, rows[source], source, axis)))
+    rows[axis.rank] = x
+    yield axis.rank, rows[axis.rank]
+    for source, works in coming:
+        for work in works:
+            work.wait()
+        yield source, rows[source]
+
+
+def summed(produce: Callable[[int, Tensor], None], like: Tensor, axis: Axis) -> Tensor:
+    """The sum over the axis of what each process has for this one, as a reduce-scatter in pieces: `produce(i, out)`
+    writes this process's part for process i to `out`, which is sent while the next one is produced. `like`: a tensor
+    of a part's shape and dtype. Summed at once, so rounded once."""
+    parts = like.new_empty(axis.size, *like.shape)
+    sent = []
+    for step in range(1, axis.size):
+        to = (axis.rank + step) % axis.size
+        part = torch.empty_like(like)
+        produce(to, part)
+        # Held until it has gone.
+        sent.append((part, swap(part, to, parts[step], (axis.rank - step) % axis.size, axis)))
+    produce(axis.rank, parts[0])
+    for _, works in sent:
+        for work in works:
+            work.wait()
+    return parts.sum(0)
 
 
 class _Gather(torch.autograd.Function):

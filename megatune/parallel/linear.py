@@ -9,6 +9,10 @@ processes.
 | row (inputs) | [T, in / n] | [T, in / n] @ [out, in / n]^T | [T / n, out] | scatter-sum; gather |
 | replicated | [T / n, in] | [T / n, in] @ [out, in]^T | [T / n, out] | none; the weight's gradient is partial |
 
+Communication in pieces (`overlap`): the rows of each process are multiplied as they arrive, or sent as soon as they are
+multiplied, so that links and products work at the same time, forward and backward. With few rows a piece is not worth
+its own product: then one collective moves all.
+
 Weight gradients go through `deferred.defer`, so that a zero-bubble pipeline can put them off.
 """
 
@@ -25,8 +29,11 @@ from torch.autograd.function import once_differentiable
 
 from megatune import ops
 from megatune.parallel import deferred
-from megatune.parallel.collectives import gather_rows, scatter_sum, scatter_sum_rows
+from megatune.parallel.collectives import arriving, gather_rows, scatter_sum, scatter_sum_rows, summed
 from megatune.parallel.world import Axis
+
+# Rows of a process from which communication goes in pieces.
+PIECE_ROWS = 512
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,11 +74,24 @@ def column(
 
 
 def row(
-    x: Tensor, weight: Tensor, bias: Tensor | None, change: LowRank | None, axis: Axis, splits: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    change: LowRank | None,
+    axis: Axis,
+    splits: bool,
+    overlap: bool,
 ) -> Tensor:
-    """x [T, in / n], weight [out, in / n] -> [T / n, out]. The bias is added after the sum; its gradient, and that of
-    the change's b, are sums over the tokens here."""
-    out = scatter_sum(product(x, weight, None, change, splits), axis)
+    """x [T, in / n], weight [out, in / n] -> [T / n, out]. The bias is added after the sum; its gradient is a sum over
+    the tokens here."""
+    if overlap and x.shape[0] // axis.size >= PIECE_ROWS:
+        if change is None:
+            out = _Row.apply(x, weight, None, None, None, None, 1.0, axis)
+        else:
+            c = change
+            out = _Row.apply(x, weight, c.a, c.b, c.dropped, c.layout, c.scale, axis)
+    else:
+        out = scatter_sum(product(x, weight, None, change, splits), axis)
     return out if bias is None else out + bias
 
 
@@ -122,13 +142,21 @@ class _Column(torch.autograd.Function):
         axis: Axis,
         overlap: bool,
     ) -> Tensor:
-        whole, arrived = gather_rows(x, axis, async_op=overlap)
         dropped = x if x_dropped is None else x_dropped
         low = low_arrived = None
-        if a is not None:
-            low, low_arrived = gather_rows(F.linear(dropped, a.to(x.dtype)), axis, async_op=overlap)
-        _wait(arrived)
-        out = F.linear(whole, weight, bias)
+        if overlap and x.shape[0] >= PIECE_ROWS:
+            tokens = axis.size * x.shape[0]
+            out = x.new_empty(tokens, weight.shape[0])
+            for process, rows in arriving(x, x.new_empty(tokens, x.shape[1]), axis):
+                _product_to(_rows_of(out, process, axis), rows, weight, bias)
+                if low is None and a is not None:
+                    low, low_arrived = gather_rows(F.linear(dropped, a.to(x.dtype)), axis, async_op=True)
+        else:
+            whole, arrived = gather_rows(x, axis, async_op=overlap)
+            if a is not None:
+                low, low_arrived = gather_rows(F.linear(dropped, a.to(x.dtype)), axis, async_op=overlap)
+            _wait(arrived)
+            out = F.linear(whole, weight, bias)
         _wait(low_arrived)
         if a is not None:
             out.addmm_(low, layout.scatter(b.to(x.dtype) * scale).t())
@@ -188,6 +216,89 @@ def _grad_weight(
 def _grad_b(ctx: Any, grad: Tensor, low: Tensor, dtype: torch.dtype) -> Tensor | None:
     layout, scale = ctx.layout, ctx.scale
     return deferred.defer(ctx.parameters[2], lambda: layout.gather((low.t() @ grad).t()).to(dtype) * scale)
+
+
+class _Row(torch.autograd.Function):
+    """out = sum over the processes of (x @ weight^T + low @ block^T), with low = dropped @ a^T and block as in
+    `_Column`; without an adapter the first term. In pieces: forward each part is sent behind the product of the next,
+    backward grad_x is computed of each part as it arrives.
+
+    | tensor | shape | |
+    | --- | --- | --- |
+    | x, dropped | [T, in / n] | |
+    | low | [T, adapters * r] | a partial sum, saved |
+    | grad | [T / n, out] | gathered in backward |
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        a: Tensor | None,
+        b: Tensor | None,
+        x_dropped: Tensor | None,
+        layout: ops.LoraLayout | None,
+        scale: float,
+        axis: Axis,
+    ) -> Tensor:
+        dropped = x if x_dropped is None else x_dropped
+        low = block = None
+        if a is not None:
+            low, block = F.linear(dropped, a.to(x.dtype)), layout.scatter(b.to(x.dtype) * scale)
+
+        def produce(process: int, out: Tensor) -> None:
+            _product_to(out, _rows_of(x, process, axis), weight, None)
+            if a is not None:
+                out.addmm_(_rows_of(low, process, axis), block.t())
+
+        need_weight, need_a = ctx.needs_input_grad[1:3]
+        ctx.save_for_backward(x if need_weight else None, dropped if need_a else None, low, weight, a, b)
+        ctx.parameters = weight, a, b
+        ctx.layout, ctx.scale, ctx.axis = layout, scale, axis
+        ctx.has_dropped = x_dropped is not None
+        return summed(produce, x.new_empty(x.shape[0] // axis.size, weight.shape[0]), axis)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, dropped, low, weight, a, b = ctx.saved_tensors
+        axis = ctx.axis
+        need_x, need_weight, need_a, need_b, need_dropped = ctx.needs_input_grad[:5]
+        tokens = axis.size * grad.shape[0]
+        whole = grad.new_empty(tokens, grad.shape[1])
+        grad_x = grad.new_empty(tokens, weight.shape[1]) if need_x else None
+        for process, rows in arriving(grad, whole, axis):
+            if need_x:
+                torch.mm(rows, weight, out=_rows_of(grad_x, process, axis))
+        grad_low = grad_dropped = grad_weight = grad_a = grad_b = None
+        if a is not None and (need_a or need_dropped or (need_x and not ctx.has_dropped)):
+            grad_low = whole @ ctx.layout.scatter(b.to(grad.dtype) * ctx.scale)
+            if need_dropped:
+                grad_dropped = grad_low @ a.to(grad.dtype)
+            elif need_x and not ctx.has_dropped:
+                grad_x.addmm_(grad_low, a.to(grad.dtype))
+        if need_a:
+            dtype = a.dtype
+            grad_a = deferred.defer(ctx.parameters[1], lambda: (grad_low.t() @ dropped).to(dtype))
+        if need_b:
+            grad_b = _grad_b(ctx, whole, low, b.dtype)
+        if need_weight:
+            grad_weight = deferred.defer(ctx.parameters[0], lambda: whole.t() @ x)
+        return grad_x, grad_weight, grad_a, grad_b, grad_dropped, None, None, None
+
+
+def _rows_of(x: Tensor, process: int, axis: Axis) -> Tensor:
+    rows = x.shape[0] // axis.size
+    return x.narrow(0, process * rows, rows)
+
+
+def _product_to(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """out becomes x @ weight^T + bias."""
+    if bias is None:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.addmm(bias, x, weight.t(), out=out)
 
 
 def _wait(work: dist.Work | None) -> None:

@@ -123,7 +123,7 @@ class Linear(nn.Module):
             return self._whole(x, change)
         if self.shard == "column":
             return linear.column(x, self.weight, self.bias, change, self.axis, self.overlap)
-        return linear.row(x, self.weight, self.bias, change, self.axis, self.splits)
+        return linear.row(x, self.weight, self.bias, change, self.axis, self.splits, self.overlap)
 
     def _whole(self, x: Tensor, change: LowRank | None) -> Tensor:
         if self.shard == "column":

@@ -207,10 +207,10 @@ def _without_coverage() -> None:
 
 def train(case: Case, *, device: str | None = "cpu", world: Any = None) -> Outcome:
     """The run of `case` in this process and the others of its process group; offloading leaves out no tensor for being
-    small."""
-    from megatune.parallel import offload
+    small, nor tensor parallelism communication in pieces where there are 32 rows or more."""
+    from megatune.parallel import linear, offload
 
-    with mock.patch.object(offload, "SMALLEST", 1):
+    with mock.patch.object(offload, "SMALLEST", 1), mock.patch.object(linear, "PIECE_ROWS", 32):
         return _train(case, device, world)
 
 

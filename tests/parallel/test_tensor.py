@@ -16,7 +16,7 @@ from megatune.models import Decoder, DecoderSpec, LayerSpec, RopeSpec, build
 from megatune.models.generate import generate
 from megatune.models.layout import check_tensor
 from megatune.ops import Segments, Targets
-from megatune.parallel import World, deferred
+from megatune.parallel import World, deferred, linear
 from megatune.parallel.collectives import sum_
 from megatune.parallel.tensor import whole_tokens
 from tests.helpers.dist import run_ranks
@@ -85,6 +85,7 @@ class Case:
     dropout: float = 0.0
     recompute: bool = False
     config: tuple[tuple[str, Any], ...] = ()
+    pieces: bool = False  # communication goes in pieces
 
 
 CASES = {
@@ -98,11 +99,16 @@ CASES = {
         Case("llama", "all-linear", config=(("overlap", False),)),
         Case("gpt2", "all-linear", dropout=0.4, config=(("schedule", "zb-h1"),)),
         Case("llama", ("k_proj", "up_proj", "o_proj"), config=(("schedule", "zb-h1"),)),
+        Case("llama-biases", pieces=True),
+        Case("gpt2", "all-linear", dropout=0.4, pieces=True),
+        Case("llama", "all-linear", recompute=True, pieces=True),
+        Case("gpt2", "all-linear", config=(("schedule", "zb-h1"),), pieces=True),
     ],
     4: [
         *(Case(name) for name in ("llama", "llama-kv1", "qwen3-kv2", "olmo2", "olmo2-kv1")),
         Case("llama-kv1", ("q_proj", "v_proj", "down_proj"), dropout=0.4),
         Case("qwen3-kv2", "all-linear"),
+        Case("gpt2", "all-linear", dropout=0.4, pieces=True),
     ],
 }
 
@@ -145,6 +151,7 @@ def _compare(rank: int, world_size: int, cases: list[Case]) -> None:
             config = ParallelConfig(tensor=world_size, **dict(case.config))
             worlds[case.config] = parallel.init(config, device="cpu")
         world = worlds[case.config]
+        linear.PIECE_ROWS = 1 if case.pieces else 512
         whole, mine = _model(case), _model(case, world)
         state = random_state(whole.shard_specs().values())
         load_whole(whole, state)
