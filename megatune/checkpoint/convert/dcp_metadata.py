@@ -243,8 +243,8 @@ def _covers(shape: tuple[int, ...], chunks: list[Chunk]) -> bool:
 
 
 def metadata_bytes(index: Index) -> bytes:
-    """The `.metadata` of a folder: a pickle of torch's own data classes, made by their constructors, which have had these
-    arguments since torch 2.1."""
+    """The `.metadata` of a folder: a pickle of torch's own data classes, made by their constructors, which have had
+    these arguments since torch 2.1."""
     entries: dict[str, Instance] = {}
     storage: dict[Instance, Instance] = {}
     for name, tensor in index.tensors.items():

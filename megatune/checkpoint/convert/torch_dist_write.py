@@ -98,8 +98,8 @@ class TorchDistTarget:
             slot, dtype = written_slot(self._table, tensor), source.dtype(name)
             if dtypes.setdefault(slot.key, dtype) != dtype:
                 raise CheckpointError(
-                    f"{source}: {name} is {dtype}, but in another layer {dtypes[slot.key]}; Megatron stacks the layers, "
-                    "so give one with --dtype"
+                    f"{source}: {name} is {dtype}, but in another layer {dtypes[slot.key]}; Megatron stacks the "
+                    "layers, so give one with --dtype"
                 )
             shape = (self._vocab, *tensor.shape[1:]) if tensor.vocab else tensor.shape
             lead = len(slot.lead)
