@@ -101,8 +101,7 @@ def _layout(options: Options, spec: DecoderSpec) -> dict[str, Any]:
 
 
 def _biases(spec: DecoderSpec) -> dict[str, Any]:
-    mlp = spec.mlp_bias or (spec.moe is not None and spec.qkv_bias)
-    kinds = (spec.qkv_bias, spec.attention_out_bias, mlp)
+    kinds = (spec.qkv_bias, spec.attention_out_bias, spec.mlp_bias)
     if kinds not in ((False, False, False), (True, False, False), (True, True, True)):
         raise ConfigError(
             f"a {spec.family} model with biases on attention but not on all linear layers has no counterpart in "
@@ -200,6 +199,9 @@ def _unsaid(spec: DecoderSpec) -> list[str]:
         found.append(f"that embeddings are multiplied by {spec.embedding_scale:.6g}")
     if spec.attention_softcap or spec.logit_softcap:
         found.append("caps on scores and logits")
+    if spec.moe is not None and spec.moe.groups > 1 and spec.moe.top_k // spec.moe.groups_per_token != 2:
+        best = spec.moe.top_k // spec.moe.groups_per_token
+        found.append(f"that groups of experts are rated by their two best (it takes the {best} best)")
     width = spec.head_dim**-0.5
     if spec.mla is None and abs(spec.attention_scale - width) > 1e-9:
         found.append(f"that scores are multiplied by {spec.attention_scale:.6g}")
