@@ -18,22 +18,20 @@ asked=""                          # set once the run has been asked to stop
 say() { printf 'megatune: %s\n' "$*"; }
 
 # watched COMMAND...: run it, pass USR1 and TERM on to it (as USR1: save and stop), and return its exit code.
-# `wait` comes back early when a trap runs, and 127 where it had already told the code: hence the loop.
+#
+# `wait` is asked only once the command has ended: one that a trap interrupts may lose the exit code (bash 5.2 returns
+# -1 or 127 then). Meanwhile `read` sleeps on a pipe that nobody writes to; a signal wakes it.
 watched() {
-    local code="" now cut="" child=""
-    trap 'asked=1; cut=1; [[ -z $child ]] || kill -USR1 "$child" 2>/dev/null' USR1 TERM
+    local child="" pipe
+    trap 'asked=1; [[ -z $child ]] || kill -USR1 "$child" 2>/dev/null' USR1 TERM
     "$@" </dev/null &
     child=$!
     [[ -z $asked ]] || kill -USR1 "$child" 2>/dev/null
-    while :; do
-        cut=""
-        wait "$child"
-        now=$?
-        [[ $now -eq 127 && -n $code ]] && break
-        code=$now
-        [[ -n $cut ]] || break
-    done
-    return "$code"
+    exec {pipe}<> <(:)
+    while kill -0 "$child" 2>/dev/null; do read -r -t 0.5 -u "$pipe"; done
+    exec {pipe}>&-
+    trap 'asked=1' USR1 TERM
+    wait "$child"
 }
 
 # On each node: which one is this? Then the agent. Arguments: folder for exit codes, number of nodes, their names,
