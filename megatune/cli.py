@@ -85,7 +85,7 @@ def train(config: str, overrides: tuple[str, ...], dry_run: bool, nproc: int | N
         overrides = (*overrides, f"launch.nproc={nproc}")
     if not dry_run and mpi.usable():
         return mpi.run(
-            ["train", config, *overrides], lambda count: _logs_of(load_config(config, overrides), count)
+            lambda count: _job(load_config(config, overrides), count, ["train", config, *overrides])
         )
     settings = load_config(config, overrides)
     if dry_run:
@@ -116,11 +116,25 @@ def train(config: str, overrides: tuple[str, ...], dry_run: bool, nproc: int | N
     )
 
 
-def _logs_of(settings: Any, processes: int) -> str | None:
-    """Look at what would fail later; the folder for logs, None where the run is done already."""
-    from megatune.launch.preflight import check
+def _job(settings: Any, processes: int, argv: list[str]) -> Any:
+    """What is the same on all machines of a run, which has been looked at; None where it is done already."""
+    from pathlib import Path
 
-    return None if check(settings, processes) else f"{settings.checkpoint.folder}/logs"
+    from megatune.launch.agent import Job
+    from megatune.launch.preflight import check
+    from megatune.launch.watch import Limits
+
+    if check(settings, processes):
+        return None
+    launch = settings.launch
+    return Job(
+        command=[sys.executable, "-m", "megatune", *argv],
+        nproc=1,
+        logs=Path(settings.checkpoint.folder, "logs"),
+        restarts=launch.restarts,
+        limits=Limits(launch.hang_timeout, launch.timeout),
+        join_timeout=launch.join_timeout,
+    )
 
 
 def _train_here(settings: Any) -> int:
@@ -232,6 +246,22 @@ def data_show(config: str, overrides: tuple[str, ...], count: int) -> None:
     from megatune.launch.preflight import show_data
 
     show_data(load_config(config, overrides), count)
+
+
+@commands.command()
+@click.argument("config", required=False)
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option(
+    "--nproc", type=click.IntRange(min=1), help="Local processes; default: as many as train starts."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the findings and all that was measured as JSON.")
+@_verb
+def doctor(config: str | None, overrides: tuple[str, ...], nproc: int | None, as_json: bool) -> int:
+    """Look for what would spoil a long run of CONFIG here, or on all nodes under srun, mpirun or torchrun: GPUs,
+    versions, network, clocks, storage, limits, memory. Exit code 0: go; 2: no go, with reasons."""
+    from megatune.launch.doctor_start import start
+
+    return start(config, overrides, nproc, as_json)
 
 
 @commands.command()

@@ -18,14 +18,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
 from megatune.config.schema import Config
 from megatune.errors import MegatuneError
 from megatune.launch import doctor_net as net
 from megatune.launch import doctor_probe as probe
 from megatune.launch.codes import USER_ERROR
-from megatune.launch.doctor_checks import NO_GO, NOTE, OK, WARNING, Facts, Finding, is_go, judge
+from megatune.launch.doctor_checks import NO_GO, NOTE, OK, WARNING, Facts, Finding, count, is_go, judge
 
 _COLOURS = {OK: "green", NOTE: "cyan", WARNING: "yellow", NO_GO: "bold red"}
 
@@ -137,17 +137,16 @@ def _print_json(facts: Facts, findings: Sequence[Finding]) -> None:
 
 
 def _print(facts: Facts, findings: Sequence[Finding]) -> None:
-    console = Console(soft_wrap=True)
-    table = Table("", "check", "what", show_header=False, box=None)
+    console = Console(soft_wrap=True, highlight=False)
     for one in findings:
-        table.add_row(f"[{_COLOURS[one.level]}]{one.level}[/]", one.check, one.text.replace("[", r"\["))
-    console.print(table)
+        text = Text.assemble((f"{one.level:8}", _COLOURS[one.level]), f" {one.check:9} {one.text}")
+        console.print(text)
     reasons = [one for one in findings if one.level == NO_GO]
-    ranks = sum(node.ranks for node in facts.nodes)
-    where = f"{len(facts.nodes)} nodes, {ranks} ranks" if len(facts.nodes) > 1 else f"{ranks} ranks here"
+    ranks = count(sum(node.ranks for node in facts.nodes), "rank")
+    where = f"{ranks} on {count(len(facts.nodes), 'node')}"
     if not reasons:
         console.print(f"[bold green]go[/] ({where})")
         return
-    console.print(f"[bold red]no go[/] ({where}): {len(reasons)} of these must be mended:")
+    console.print(f"[bold red]no go[/] ({where}); to be mended:")
     for one in reasons:
         console.print(f"  {one.check}: {one.text}", markup=False)

@@ -157,7 +157,7 @@ def _versions(nodes: Sequence[Node]) -> Iterator[Finding]:
             yield Finding(NO_GO, "versions", f"{name} differs: {said}. Install one version on all nodes")
     first = nodes[0].versions
     said = ", ".join(f"{name} {first[name]}" for name in VERSIONS if first.get(name))
-    yield Finding(OK, "versions", f"{said}; {_count(len(nodes), 'node')}")
+    yield Finding(OK, "versions", f"{said}; {count(len(nodes), 'node')}")
 
 
 def _gpus(nodes: Sequence[Node]) -> Iterator[Finding]:
@@ -177,7 +177,7 @@ def _gpus_of(node: Node) -> Iterator[Finding]:
         return
     built, served = node.versions.get("cuda", ""), node.driver_cuda
     if not built:
-        text = f"{node.host} has {_count(len(node.gpus), 'GPU')}, but torch is a build for CPUs; install torch for CUDA"
+        text = f"{node.host} has {count(len(node.gpus), 'GPU')}, but torch is a build for CPUs; install torch for CUDA"
         yield Finding(NO_GO, "GPUs", text)
         return
     needed = tuple(int(part) for part in built.split(".")[:2])
@@ -194,15 +194,15 @@ def _gpus_of(node: Node) -> Iterator[Finding]:
         text = f"{node.host}: torch sees {node.torch_gpus} of {len(node.gpus)} GPUs; see nvidia-smi and dmesg there"
         yield Finding(NO_GO, "GPUs", text)
     if node.ranks > len(node.gpus):
-        text = f"{node.host} runs {node.ranks} ranks on {_count(len(node.gpus), 'GPU')}; start one a GPU"
+        text = f"{node.host} runs {node.ranks} ranks on {count(len(node.gpus), 'GPU')}; start one a GPU"
         yield Finding(NO_GO, "GPUs", text)
     for index, gpu in enumerate(node.gpus):
         if gpu.errors:
             text = f"{node.host}: GPU {index} has {gpu.errors} uncorrected memory errors; reset it or drop the node"
             yield Finding(NO_GO, "GPUs", text)
         if gpu.free < 0.95 * gpu.memory:
-            used = (gpu.memory - gpu.free) / GIB
-            yield Finding(WARNING, "GPUs", f"{node.host}: GPU {index} has {used:.1f} GiB in use by others")
+            used = gpu.memory - gpu.free
+            yield Finding(WARNING, "GPUs", f"{node.host}: GPU {index} has {_size(used)} in use by others")
 
 
 def _rates(rates: Mapping[str, float]) -> Iterator[Finding]:
@@ -320,7 +320,7 @@ def _memory(facts: Facts) -> Iterator[Finding]:
     if not share:
         on_node = max(1, facts.needs.processes // len(facts.nodes))
         share, what = min(node.memory for node in facts.nodes) // on_node, "a process's share of the host is"
-    said = f"a process needs about {needed / GIB:.1f} GiB (estimate), {what} {share / GIB:.1f} GiB"
+    said = f"a process needs about {_size(needed)} (estimate), {what} {_size(share)}"
     if needed > share:
         advice = "parallel.zero=3, recompute=selective or full, tensor, pipeline; more processes"
         yield Finding(NO_GO, "memory", f"{said}: {advice}")
@@ -345,10 +345,10 @@ def _storage(facts: Facts) -> Iterator[Finding]:
         return
     total = sum(one.written for one in good) / max(one.seconds for one in good)
     sync = max(one.sync for one in good)
-    said = f"{_speed(total)} from {_count(len(good), 'node')} at once, a small file is on disk in {1000 * sync:.0f} ms"
+    said = f"{_speed(total)} from {count(len(good), 'node')} at once, a small file is on disk in {1000 * sync:.0f} ms"
     if facts.needs is not None:
         one = facts.needs.checkpoint
-        said += f"; a checkpoint of {one / GIB:.2f} GiB takes about {one / total:.1f} s"
+        said += f"; a checkpoint of {_size(one)} takes about {one / total:.1f} s"
     level = WARNING if total < _SLOW_DISK or sync > _SLOW_SYNC else OK
     yield Finding(level, "storage", f"{where}: {said}" + (" (slow)" if level == WARNING else ""))
 
@@ -357,7 +357,7 @@ def _space(facts: Facts) -> Iterator[Finding]:
     if facts.free is None or facts.needs is None:
         return
     needed = int(_SPARE * facts.needs.disk)
-    said = f"{facts.folder}: {facts.free / GIB:.1f} GiB free, checkpoints and exports need {needed / GIB:.2f} GiB"
+    said = f"{facts.folder}: {_size(facts.free)} free, checkpoints and exports need {_size(needed)}"
     if needed > facts.free:
         advice = "free space, choose another checkpoint.folder, or lower checkpoint.keep_last"
         yield Finding(NO_GO, "space", f"{said}: {advice}")
@@ -370,8 +370,12 @@ def _speed(bytes_per_second: float) -> str:
     return f"{rate:.1f} GB/s" if rate >= 1 else f"{1000 * rate:.0f} MB/s"
 
 
-def _count(count: int, what: str) -> str:
-    return f"{count} {what}{'s' if count != 1 else ''}"
+def count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' if number != 1 else ''}"
+
+
+def _size(size: float) -> str:
+    return f"{size / GIB:,.1f} GiB" if size >= GIB else f"{size / 2**20:,.1f} MiB"
 
 
 def _some(hosts: Sequence[str], most: int = 4) -> str:

@@ -82,6 +82,8 @@ def _wait_for_all(store: dist.Store, rank: int, size: int, host: str, timeout: f
 def rounds(count: int) -> list[list[tuple[int, int]]]:
     """All pairs of `count` players in as few rounds as can be (the circle method), each player in one pair at most in a
     round. An even number takes count - 1 rounds; an odd one takes count, in each of which one rests."""
+    if count < 2:
+        return []
     players: list[int | None] = [*range(count), *([None] if count % 2 else [])]
     found = []
     for _ in range(len(players) - 1):

@@ -260,7 +260,12 @@ def needs_of(config: Config, processes: int, device: torch.device) -> Needs:
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     one = 12 * trained  # weights and AdamW's two moments in fp32
     folder = Path(config.checkpoint.folder)
-    kept = config.checkpoint.keep_last + 1 if config.checkpoint.every else 1
+    saves = config.checkpoint
+    kept = 1
+    if saves.every:
+        kept = saves.keep_last + saves.keep_best + 1  # the new one is there before an old one goes
+        # With epochs the number of steps is known only when the data is.
+        kept += (config.train.steps or 0) // saves.keep_every if saves.keep_every else 0
     # What lies there already is replaced as the run goes on.
     there = min(len(list((folder / "checkpoints").glob("step-*"))), kept - 1)
     whole = [
