@@ -18,6 +18,8 @@ from typing import Any
 
 from megatune.checkpoint.quantised import dequantised
 from megatune.checkpoint.sources import (
+    INDEX,
+    SINGLE,
     SafetensorsFolder,
     TensorSource,
     digest_file,
@@ -49,12 +51,32 @@ class ModelFolder:
 
     def tensors(self) -> TensorSource:
         """The weights, open for reading; quantised ones as the numbers that they stand for."""
-        return dequantised(SafetensorsFolder(self.path), self.hf_config)
+        return dequantised(_weights(self.path), self.hf_config)
 
     @cached_property
     def digest(self) -> str:
         """Tells base models apart; see `weights_digest`."""
+        if is_converted(self.path):
+            from megatune.checkpoint.convert.megatune_run import digest_of
+
+            return digest_of(self.path)
         return weights_digest(self.path)
+
+
+def is_converted(folder: Path) -> bool:
+    """Whether a model folder's weights are a checkpoint of ours (`megatune convert --to megatune`)."""
+    return not any((folder / name).is_file() for name in (SINGLE, INDEX)) and any(
+        folder.glob("checkpoints/step-*/manifest.json")
+    )
+
+
+def _weights(folder: Path) -> TensorSource:
+    if is_converted(folder):
+        from megatune.checkpoint.convert.base import Options
+        from megatune.checkpoint.convert.megatune_run import open_run
+
+        return open_run(folder, Options()).weights
+    return SafetensorsFolder(folder)
 
 
 def resolve_model(path: str, cache: str | None = None) -> ModelFolder:
@@ -90,7 +112,7 @@ def open_folder(folder: Path, source: str) -> ModelFolder:
         spec = family.spec(config)
     except ConfigError as error:
         raise ConfigError(f"{folder}/{error}") from error  # the message begins with "config.json: "
-    SafetensorsFolder(folder)
+    _weights(folder)
     return ModelFolder(folder, source, config, family, spec)
 
 

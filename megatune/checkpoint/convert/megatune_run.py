@@ -8,6 +8,7 @@ their dtypes.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -145,6 +146,11 @@ def _open_converted(step: Path, manifest: Manifest, notes: Mapping[str, Any], ro
     if any(name.startswith("optim/") for name in manifest.tensors):
         optimizer = {slot: HfView(StepTensors(step, manifest, _prefix(slot)), mapped) for slot in SLOTS}
     return Opened("megatune", step, config, weights, optimizer, notes["step"], root)
+
+
+def digest_of(folder: Path) -> str:
+    """Tells converted folders apart as `weights_digest` does model folders: of the checksums of all bytes."""
+    return hashlib.sha256((_step_folder(folder, None) / MANIFEST).read_bytes()).hexdigest()
 
 
 def _prefix(slot: str) -> str:

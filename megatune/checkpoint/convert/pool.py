@@ -31,8 +31,8 @@ class Work(Protocol):
 def run(
     work: Work, tasks: Sequence[Task], workers: int, passed: Callable[[int], None]
 ) -> Iterator[tuple[Task, Any]]:
-    """(task, its result) as they are finished, by `workers` processes; one: in this process. A worker's MegatuneError is
-    raised here. CheckpointError where a worker died."""
+    """(task, its result) as they are finished, by `workers` processes; one: in this process. MegatuneErrors of workers
+    are raised here. CheckpointError where one died."""
     workers = min(workers, len(tasks))
     if workers <= 1:
         threads = torch.get_num_threads()
