@@ -45,8 +45,7 @@ class Cluster:
 
     def __init__(self, folder: Path, subnet: str) -> None:
         self.folder = folder
-        # A requeued job waits `cred_expire` + 1 seconds; Slurm's own 120 would be most of a test.
-        self._own = {"SLURM2_DIR": str(folder), "SLURM2_SUBNET": subnet, "SLURM2_CRED_EXPIRE": "3"}
+        self._own = {"SLURM2_DIR": str(folder), "SLURM2_SUBNET": subnet}
         self.environ = {
             **os.environ,
             "PATH": f"{folder}/bin:{os.environ['PATH']}",

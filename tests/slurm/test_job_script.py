@@ -153,7 +153,7 @@ def test_a_signal_saves_and_requeues_until_done(run) -> None:
         "3000",
     ]
     assert one.output(job).count("requeued") == 3  # appended to, over all starts
-    assert one.call("logs", "--node", "1").output.endswith("node 1 of start 3000\n")
+    assert one.call("logs", "--node", "1").output.endswith("node 1 of start 3\n")
     found = json.loads(one.call("status", "--json").output)
     assert found["jobs"][0]["restarts"] == 3 and found["marks"] == ["done"]
 

@@ -14,6 +14,7 @@ from megatune.config.schema import Config
 from megatune.errors import ConfigError
 from megatune.launch.slurm.quoting import bash_word, directive_word
 from megatune.launch.slurm.script import CODE, VALUES_END, render, values_section
+from megatune.training.grace import GRACE_FILE, Grace
 
 VALUES = int(os.environ.get("MEGATUNE_FUZZ", 2000))
 PIECES = (
@@ -283,6 +284,12 @@ def test_grace_follows_the_measured_saves(tmp_path: Path) -> None:
     assert notice() == 300
     assert notice(time=8) == 120  # a quarter of the limit
     assert notice(grace=77) == 77
+    grace = Grace(folder, step_seconds=2.0, save_seconds=100.0)
+    assert grace.write()
+    assert notice() == round(1.2 * grace.grace_seconds) == 260
+    assert notice(time="1:00:00") == 260
+    (folder / GRACE_FILE).write_text("{torn")
+    assert notice() == 300
 
 
 def test_containers_get_what_they_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

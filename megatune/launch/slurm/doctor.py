@@ -16,7 +16,7 @@ from megatune.config.schema import Config
 from megatune.config.slurm import time_limit_seconds
 from megatune.errors import MegatuneError
 from megatune.launch.slurm import client
-from megatune.launch.slurm.grace import grace_seconds, measured_save
+from megatune.launch.slurm.grace import grace_seconds, measured_need
 from megatune.launch.slurm.script import Job, render
 
 # File systems that other nodes do not see.
@@ -112,10 +112,10 @@ def _requeue(config: Config, _job: Job) -> Iterator[Check]:
 
 def _times(config: Config, job: Job) -> Iterator[Check]:
     slurm = config.slurm
-    grace, saved = grace_seconds(config, job.folder), measured_save(job.folder)
+    grace, need = grace_seconds(config, job.folder), measured_need(job.folder)
     limit = None if slurm.time is None else time_limit_seconds(slurm.time)
-    basis = "no save was measured yet" if saved is None else f"the longest save took {saved:.0f} s"
-    if saved is not None and grace < saved:
+    basis = "no save was measured yet" if need is None else f"the run needs {need:.0f} s to stop"
+    if need is not None and grace < need:
         yield Check("grace", "bad", f"{grace} s, but {basis}; raise slurm.grace or slurm.time")
     elif limit is not None and grace + 120 > limit:
         yield Check("grace", "bad", f"a notice {grace} s before a limit of {limit} s leaves no time to train")

@@ -11,9 +11,8 @@ first=${2:-$SLURM_JOB_ID}
 state=$folder/slurm/$first        # jobs/<id>, and marks: stop, done, failed, requeue
 logs=$folder/logs/slurm-$SLURM_JOB_ID
 restarts=${SLURM_RESTART_COUNT:-0}
-generation=$((restarts * 1000))   # the agents add 1 for each restart of their own
-ends=$logs/ends-$restarts         # what each node's agent ended with
-asked=""                          # set once the run has been asked to stop
+ends=$logs/ends-$restarts        # what each node's agent ended with
+asked=""                         # set once the run has been asked to stop
 
 say() { printf 'megatune: %s\n' "$*"; }
 
@@ -131,7 +130,7 @@ run_agents() {
         --kill-on-bad-exit=0 --wait=300 "${step[@]}" "${srun_options[@]}" \
         bash -c "$(declare -f watched on_node); asked=''; on_node \"\$@\"" megatune "$ends" "$count" "${nodes[@]}" \
         "${launcher[@]}" "$python" -m megatune agent --nodes "$count" --node-rank @RANK@ --nproc "$per_node" \
-        --endpoint "$head:$port" --run-id "slurm-$SLURM_JOB_ID" --generation "$generation" --logs "$logs" \
+        --endpoint "$head:$port" --run-id "slurm-$SLURM_JOB_ID" --generation "$restarts" --logs "$logs" \
         -- train "$config" "${overrides[@]}"
 }
 
