@@ -180,6 +180,7 @@ def _job(request: Request, timeout: float) -> tuple[list[int | None], list[int],
             killed = True
         time.sleep(0.01)
     seconds = time.monotonic() - began
+    _note(folder, "over")
     time.sleep(0.1)
     pids = [json.loads(line)["pid"] for line in _events(folder).splitlines() if '"rank started"' in line]
     alive = [pid for pid in pids if _is_alive(pid)]

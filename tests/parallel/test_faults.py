@@ -119,3 +119,85 @@ def test_deaths_in_every_phase(job, whole) -> None:
     if results:
         Path(results, "injections.json").write_text(json.dumps(found, indent=1))
     assert len(found) >= 0.7 * INJECTIONS
+
+
+def test_hangs_are_found_and_shown(job, whole) -> None:
+    """One rank that sleeps in a step, and one that is frozen: stacks in the logs, the run goes on."""
+    sleeping = Fault(1, 3, "backward", "sleep", delay=600)
+    frozen = Fault(0, 6, "forward", "stop")
+    outcome, folder = job(1, sleeping, frozen, hang=3.0)
+    check_whole(outcome, folder, whole)
+    assert "rank 1 of 2" in outcome.said and "hangs in step 3, backward" in outcome.said
+    assert "rank 0: in step 3, reduce since" in outcome.said  # what the other did meanwhile
+    for rank in range(2):
+        assert "most recent call first" in outcome.log(rank)
+    assert "_hurt" in outcome.log(1), "its stack shows where it stood"
+    assert "rank 0 of 2" in outcome.said and "hangs in step 6, forward" in outcome.said
+    assert "most recent call first" in outcome.log(1, 1)
+    assert len(outcome.of("rank started")) == 6
+
+
+def test_what_is_slow_is_no_hang(job, whole) -> None:
+    """Four places where a rank may take longer than within a step: first step, data, evaluation, saving."""
+    slow = [
+        Fault(0, 1, "forward", "sleep", delay=4),
+        Fault(1, 3, "fetch", "sleep", delay=4),
+        Fault(0, 3, "evaluate", "sleep", delay=4),
+        Fault(1, 4, "save", "sleep", delay=4),
+    ]
+    outcome, folder = job(1, *slow, hang=2.5)
+    check_whole(outcome, folder, whole)
+    assert len(outcome.of("rank started")) == 2, outcome.said
+
+
+def test_a_step_that_always_fails_stops_the_run(job) -> None:
+    outcome, folder = job(2, Fault(1, 5, "reduce", "raise", always=True))
+    assert outcome.codes == [77, 77], outcome.said
+    assert not outcome.alive
+    assert "failed with exit code 1 in step 5, reduce; the other 1 were ended" in outcome.said
+    assert "RuntimeError: an error that was put there" in outcome.said
+    assert "not started again: step 5 failed twice in a row" in outcome.said
+    assert len(outcome.of("rank started")) == 4
+    assert (folder / "checkpoints" / "step-000004" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("nodes", "fault", "layout"),
+    [
+        (1, Fault(1, 3, "backward", "term agent"), ()),
+        (2, Fault(1, 5, "forward", "term"), ()),  # only one rank of one node is told
+        (1, Fault(0, 6, "evaluate", "term"), ()),
+        (1, Fault(1, 3, "forward", "term"), ("parallel.pipeline=2",)),
+    ],
+    ids=["agent", "one rank", "evaluation", "pipeline"],
+)
+def test_a_stop_loses_no_finished_step(job, whole, nodes, fault, layout) -> None:
+    outcome, folder = job(nodes, fault, overrides=layout)
+    assert set(outcome.codes) == {75}, outcome.said
+    assert not outcome.alive
+    done = max(event["step"] for event in outcome.of("finished"))
+    assert done == fault.step, "the step under way is the last one"
+    assert (folder / "checkpoints" / f"step-{done:06d}" / "manifest.json").exists()
+    assert json.loads((folder / "grace.json").read_text())["grace_seconds"] >= 15
+    if not layout:
+        outcome, _ = job(nodes, again=folder.parent)
+        check_whole(outcome, folder, whole)
+
+
+def test_a_stop_before_there_is_anything_to_save(job) -> None:
+    outcome, _ = job(1, Fault(0, 0, "start", "term agent"))
+    assert outcome.codes == [75], outcome.said
+    assert not outcome.alive
+
+
+@pytest.mark.parametrize("node", [0, 1])
+def test_a_lost_node_ends_the_job_for_another_start(job, whole, node: int) -> None:
+    outcome, folder = job(2, kill_agent=node)
+    assert outcome.codes[1 - node] == 76, outcome.said
+    assert not outcome.alive, "ranks of the lost agent, too"
+    (killed,) = outcome.of("agent killed")
+    assert outcome.of("over")[0]["at"] - killed["at"] < 20
+    lost = f"node {node}" if node else "node 0's agent"
+    assert lost in outcome.said and "is lost" in outcome.said
+    outcome, _ = job(2, again=folder.parent)
+    check_whole(outcome, folder, whole)
