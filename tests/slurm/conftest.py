@@ -10,7 +10,8 @@ from tests.slurm.cluster import Cluster, running_cluster, why_not
 
 
 @pytest.fixture(scope="session")
-def running() -> Iterator[Cluster]:
+def running_slurm() -> Iterator[Cluster]:
+    """The cluster that all tests of a session share."""
     reason = why_not()
     if reason:
         pytest.skip(reason)
@@ -19,9 +20,9 @@ def running() -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def cluster(running: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:
+def cluster(running_slurm: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:
     """Two idle nodes; sbatch and its like are on this process's PATH."""
-    running.quiet()
-    monkeypatch.setenv("PATH", running.environ["PATH"])
-    monkeypatch.setenv("SLURM_CONF", running.environ["SLURM_CONF"])
-    return running
+    running_slurm.quiet()
+    monkeypatch.setenv("PATH", running_slurm.environ["PATH"])
+    monkeypatch.setenv("SLURM_CONF", running_slurm.environ["SLURM_CONF"])
+    return running_slurm

@@ -16,7 +16,7 @@ from megatune.launch.slurm.submission import Submission
 _PAUSE = 0.5
 _CHUNK = 2**20
 # Terminals obey these; what a run wrote must not move a reader's cursor or rename his window.
-_CONTROLS = re.compile(rb"[\x00-\x08\x0b-\x1f\x7f]|\x1b\[[0-9;?]*[A-Za-z]")
+_CONTROLS = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f]")
 
 
 def job_output(submission: Submission, job: str) -> Path:
