@@ -5,7 +5,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: quickstart test lint format venv gpu-test docs clean
+.PHONY: quickstart test lint format venv gpu-test slurm-test docs clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -20,6 +20,7 @@ runs/quickstart-data/train.jsonl: | venv
 # Two workers: two cores are enough, and each worker starts ranks of its own.
 test: lint
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup --cov --cov-fail-under=85
+	@$(BIN)/pytest -m "slurm and not slow" tests/slurm
 
 lint: venv
 	@$(BIN)/ruff check .
@@ -31,6 +32,10 @@ format: venv
 
 gpu-test: venv
 	@$(BIN)/pytest -m gpu tests
+
+# A real Slurm with two nodes on this machine; needs root. Skipped, with the reason, where it cannot be.
+slurm-test: venv
+	@$(BIN)/pytest -m slurm tests/slurm
 
 docs: venv
 	@$(BIN)/python tools/make_config_docs.py

@@ -25,6 +25,10 @@ ENDED = {
 }
 
 
+class NotHere(Exception):
+    """There can be no cluster on this machine."""
+
+
 def why_not() -> str | None:
     """What is missing for a cluster here; None where there is nothing."""
     if os.geteuid() != 0:
@@ -129,8 +133,11 @@ def running_cluster() -> Iterator[Cluster]:
     """A cluster that is there as long as the context is."""
     folder = Path(tempfile.mkdtemp(prefix="sl", dir="/tmp"))  # short: sockets lie in it
     cluster = Cluster(folder, f"10.77.{os.getpid() % 250 + 1}")
+    has_packages = all(Path(tool).exists() for tool in TOOLS)
     try:
-        cluster.script("up")
+        started = cluster.script("up", check=has_packages)
+        if started.returncode:
+            raise NotHere(f"Slurm's packages could not be installed: {started.stderr.strip()[-200:]}")
         yield cluster
     finally:
         cluster.script("down", check=False)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import pytest
 
-from tests.slurm.cluster import Cluster, running_cluster, why_not
+from tests.slurm.cluster import Cluster, NotHere, running_cluster, why_not
 
 
 @pytest.fixture(scope="session")
@@ -15,7 +16,11 @@ def running_slurm() -> Iterator[Cluster]:
     reason = why_not()
     if reason:
         pytest.skip(reason)
-    with running_cluster() as cluster:
+    with ExitStack() as stack:
+        try:
+            cluster = stack.enter_context(running_cluster())
+        except NotHere as error:
+            pytest.skip(str(error))
         yield cluster
 
 

@@ -27,7 +27,7 @@ watched() {
     child=$!
     [[ -z $asked ]] || kill -USR1 "$child" 2>/dev/null
     exec {pipe}<> <(:)
-    while kill -0 "$child" 2>/dev/null; do read -r -t 0.5 -u "$pipe"; done
+    while kill -0 "$child" 2>/dev/null; do read -r -t 0.2 -u "$pipe"; done
     exec {pipe}>&-
     trap 'asked=1' USR1 TERM
     wait "$child"
