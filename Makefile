@@ -5,7 +5,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: quickstart test lint format venv gpu-test slurm-test docs clean
+.PHONY: quickstart test coverage lint format venv gpu-test slurm-test docs clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -19,8 +19,12 @@ runs/quickstart-data/train.jsonl: | venv
 
 # Two workers: two cores are enough, and each worker starts ranks of its own.
 test: lint
-	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup --cov --cov-fail-under=85
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
 	@$(BIN)/pytest -m "slurm and not slow" tests/slurm
+
+# The tests again with every line counted, which makes them take more than twice as long.
+coverage: venv
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup --cov --cov-fail-under=85
 
 lint: venv
 	@$(BIN)/ruff check .
