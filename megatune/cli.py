@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from megatune import __version__
+from megatune.cli_checkpoint import add_verbs as add_checkpoint_verbs
 from megatune.cli_convert import add_verbs as add_convert_verb
 from megatune.cli_slurm import add_verbs as add_slurm_verbs
 from megatune.errors import MegatuneError
@@ -98,6 +99,10 @@ def train(config: str, overrides: tuple[str, ...], dry_run: bool, nproc: int | N
         os.environ.update(rank_variables())
         check_plain(settings, int(os.environ["WORLD_SIZE"]))
         return _train_here(settings)
+    if settings.launch.backend == "ray":
+        from megatune.launch.ray import run as run_on_ray
+
+        return run_on_ray(config, overrides, settings)
     from megatune.launch.preflight import check, local_processes
 
     processes = local_processes(settings)
@@ -275,3 +280,4 @@ def env() -> None:
 
 add_slurm_verbs(commands, _verb)
 add_convert_verb(commands, _verb)
+add_checkpoint_verbs(commands, _verb)
