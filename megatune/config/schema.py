@@ -283,7 +283,23 @@ class TrackConfig(Section):
     )
 
 
+class RayConfig(Section):
+    address: str = Field(
+        "auto",
+        description="The cluster: auto (RAY_ADDRESS, or the one that runs on this machine, else a new one of this "
+        "machine alone), local (a new one), HOST:PORT or ray://HOST:PORT.",
+    )
+    strategy: Literal["PACK", "STRICT_PACK", "SPREAD", "STRICT_SPREAD"] = Field(
+        "PACK", description="Placement of the ranks: on few machines, on one, spread, each on its own."
+    )
+
+
 class LaunchConfig(Section):
+    backend: Literal["local", "ray"] = Field(
+        "local",
+        description="Who starts the processes of `megatune train`: local (this machine) or ray (a Ray cluster; nproc "
+        "counts all of them, auto: one a GPU of the cluster). Under torchrun, srun and mpirun: they do.",
+    )
     nproc: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
         "auto", description="Local processes that `megatune train` starts. auto: one a GPU, else cpu_nproc."
     )
@@ -311,6 +327,7 @@ class LaunchConfig(Section):
         description="Seconds that the scheduler gives between asking a run to stop and killing it; a warning is "
         "printed where saving takes longer.",
     )
+    ray: RayConfig = Field(default_factory=RayConfig, description="With backend: ray.")
 
 
 class OpsConfig(Section):

@@ -64,13 +64,13 @@ def run(prepare: Callable[[int], Job | None]) -> int:
     with reserved_port() as port:
         code, job = _agree(comm, prepare)
         mine = None if job is None else _part(comm, MPI, job, port)
-    first = comm.rank == 0
-    MPI.Finalize()
-    if mine is None:
-        return code if first else 0
-    for name in [name for name in os.environ if name.startswith(_MPI_VARIABLES)]:
-        del os.environ[name]
-    code = run_job(mine)
+        first = comm.rank == 0
+        MPI.Finalize()
+        if mine is None:
+            return code if first else 0
+        for name in [name for name in os.environ if name.startswith(_MPI_VARIABLES)]:
+            del os.environ[name]
+        code = run_job(mine)
     return code if first or code not in codes.CLEAN else 0
 
 
