@@ -41,14 +41,15 @@ def prepare(tensor: int = 1, pipeline: int = 1, expert: int = 1) -> None:
     random.get_cuda_rng_tracker().fork = lambda *args: nullcontext()
 
 
-def gpt(spec: DecoderSpec, vocab: int, seed: int = 0, **pieces: bool) -> Any:
+def gpt(spec: DecoderSpec, vocab: int, seed: int = 0, *, tensor: int = 1, **pieces: bool) -> Any:
     """A GPTModel with Megatron's own layers (no Transformer Engine), random in every weight, in evaluation mode.
-    `vocab`: rows of the embedding. `pieces`: pre_process, post_process of a pipeline's stage."""
+    `vocab`: rows of the embedding. `tensor`: as `prepare` was told. `pieces`: pre_process, post_process of a pipeline's
+    stage."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-    values = _values(spec)
+    values = _values(spec) | {"tensor_model_parallel_size": tensor}
     config = (MLATransformerConfig if spec.mla else TransformerConfig)(**values)
     if spec.moe is not None and not all(layer.moe for layer in spec.layers):
         layers = get_gpt_decoder_block_spec(config, use_transformer_engine=False)
@@ -77,7 +78,12 @@ def gpt(spec: DecoderSpec, vocab: int, seed: int = 0, **pieces: bool) -> Any:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
+            if not getattr(parameter, "tensor_model_parallel", False):
+                noise = torch.randn(parameter.shape, generator=generator)
+            else:  # another one on each process
+                noise = torch.randn((tensor, *parameter.shape), generator=generator)[
+                    torch.distributed.get_rank()
+                ]
             parameter.copy_(0.2 * noise + (1.0 if "norm" in name else 0.0))
         for name, buffer in model.named_buffers():
             if name.endswith("expert_bias"):
@@ -137,6 +143,7 @@ def _values(spec: DecoderSpec) -> dict[str, Any]:
             "v_head_dim": mla.value_dim,
             "rope_type": "rope",
             "rotary_base": spec.ropes[0].theta,
+            "rotary_scaling_factor": 1.0,
         }
     if moe is not None:
         mixed = not all(layer.moe for layer in spec.layers)
