@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from megatune.errors import ParallelError
 from megatune.launch import environment
-from megatune.launch.environment import already_launched, gpu_count, rank_variables, usable_cores
+from megatune.launch.environment import (
+    already_launched,
+    gpu_count,
+    local_addresses,
+    rank_here,
+    rank_variables,
+    started_by_mpirun,
+    usable_cores,
+)
 
+ROOT = Path(__file__).parents[2]
 SRUN = {
     "SLURM_JOB_ID": "123456",
     "SLURM_PROCID": "6",
@@ -74,8 +89,15 @@ def test_first_host(nodes: str, first: str) -> None:
     assert rank_variables({**SRUN, "SLURM_STEP_NODELIST": nodes})["MASTER_ADDR"] == first
 
 
-def test_started_by_mpirun() -> None:
-    with pytest.raises(ParallelError, match="MASTER_ADDR is not set; pass -x MASTER_ADDR"):
+def test_two_steps_of_a_job_have_two_ports() -> None:
+    ports = {rank_variables({**SRUN, "SLURM_STEP_ID": step})["MASTER_PORT"] for step in ("0", "1", "2")}
+    assert len(ports) == 3
+    assert all(20000 <= int(port) < 32000 for port in ports)
+
+
+def test_started_by_open_mpi() -> None:
+    assert started_by_mpirun(OPEN_MPI) == "openmpi"
+    with pytest.raises(ParallelError, match="nothing says where rank 0 is: install mpi4py"):
         rank_variables(OPEN_MPI)
     found = rank_variables({**OPEN_MPI, "MASTER_ADDR": "node1", "MASTER_PORT": "1234"})
     assert found == {
@@ -88,10 +110,128 @@ def test_started_by_mpirun() -> None:
     }
     one_machine = {**OPEN_MPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "3"}
     assert rank_variables(one_machine)["MASTER_ADDR"] == "127.0.0.1"
+    # Inside a Slurm job mpirun starts its daemons with srun, and the ranks inherit a daemon's variables.
+    assert rank_variables({**SRUN, **one_machine})["RANK"] == "3"
+    alone = {name: value for name, value in one_machine.items() if "LOCAL" in name or "RANK" in name}
+    alone |= {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}
+    assert already_launched(alone)  # mpirun -n 1 means one rank
+
+
+def test_started_by_hydra() -> None:
     mpich = {"PMI_RANK": "1", "PMI_SIZE": "2"}
+    assert started_by_mpirun(mpich) == "hydra"
     assert already_launched(mpich)
     assert rank_variables(mpich)["LOCAL_RANK"] == "1"
     assert rank_variables(mpich)["WORLD_SIZE"] == rank_variables(mpich)["LOCAL_WORLD_SIZE"] == "2"
+    intel = {"PMI_RANK": "9", "PMI_SIZE": "16", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "8"}
+    with pytest.raises(ParallelError, match="nothing says where rank 0 is"):
+        rank_variables(intel)
+    assert already_launched(intel)
+    assert rank_here(intel) == 9
+    found = rank_variables({**intel, "MASTER_ADDR": "10.0.0.1"})
+    assert (found["LOCAL_RANK"], found["LOCAL_WORLD_SIZE"], found["MASTER_ADDR"]) == ("1", "8", "10.0.0.1")
+    daemon = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}  # of hydra, which srun started
+    assert started_by_mpirun({**daemon, **intel}) == "hydra"
+
+
+def test_sruns_tasks_with_pmi_are_sruns() -> None:
+    pmi = {**SRUN, "PMI_RANK": SRUN["SLURM_PROCID"], "PMI_SIZE": SRUN["SLURM_STEP_NUM_TASKS"]}
+    assert started_by_mpirun(pmi) == ""
+    assert rank_variables(pmi) == rank_variables(SRUN)
+    one_task = {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "PMI_RANK": "0", "PMI_SIZE": "1"}
+    assert not already_launched(one_task)  # a shell under `srun --pty`: all GPUs are its own
+    assert started_by_mpirun({"RANK": "0", "WORLD_SIZE": "2", **OPEN_MPI}) == ""
+    assert rank_here({}) == 0
+    assert rank_here(SRUN) == 6
+
+
+def test_addresses_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    def entry(address: str) -> SimpleNamespace:
+        return SimpleNamespace(family=socket.AF_INET, address=address)
+
+    found = {"docker0": "172.17.0.1", "lo": "127.0.0.1", "eth0": "10.0.0.1", "ib0": "10.1.0.1"}
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: {name: [entry(one)] for name, one in found.items()})
+    assert local_addresses() == ["10.0.0.1", "10.1.0.1", "172.17.0.1"]
+
+
+def test_a_mistake_of_all_ranks_is_left_to_rank_0(tmp_path: Path) -> None:
+    """srun and torchrun end the others when rank 0 has ended: these wait for that before they say the same."""
+    config = tmp_path / "run.yaml"
+    config.write_text("model: {path: x}\ndata: {train: none.jsonl}\ncheckpoint: {folder: x}\n")
+    began = time.monotonic()
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "megatune", "train", str(config)],
+            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "PYTHONPATH": str(ROOT)},
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+        )
+        for rank in range(2)
+    ]
+    said = ranks[0].communicate(timeout=60)[1]
+    assert said.startswith("megatune: data.train: none.jsonl does not exist")
+    assert ranks[0].returncode == 2
+    assert ranks[1].communicate(timeout=60)[1] == said
+    assert time.monotonic() - began > 2.0
+
+
+STUB = """#!/usr/bin/env bash
+printf '%s\\n' "$0" "$@"
+"""
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "variables", "expected"),
+    [
+        (
+            "torchrun.sh",
+            ["a b.yaml", "x=$(y)"],
+            {},
+            "python -m torch.distributed.run --nnodes=1 --nproc-per-node=auto --standalone -m megatune train",
+        ),
+        (
+            "torchrun.sh",
+            ["a b.yaml", "x=$(y)"],
+            {"NNODES": "2", "MASTER_ADDR": "node1", "NPROC_PER_NODE": "4"},
+            "python -m torch.distributed.run --nnodes=2 --nproc-per-node=4 --rdzv-backend=c10d --rdzv-id=megatune "
+            "--rdzv-endpoint=node1:29500 -m megatune train",
+        ),
+        ("mpirun.sh", ["8", "a b.yaml", "x=$(y)"], {"MPI": "HYDRA"}, "mpirun -n 8 {} -m megatune train"),
+        (
+            "mpirun.sh",
+            ["16", "a b.yaml", "x=$(y)"],
+            {"MPI": "HYDRA", "HOSTS": "node1:8,node2:8", "MPIRUN_ARGS": "-v -l"},
+            "mpirun -n 16 -hosts node1:8,node2:8 -v -l {} -m megatune train",
+        ),
+        (
+            "mpirun.sh",
+            ["16", "a b.yaml", "x=$(y)"],
+            {"MPI": "(Open MPI) 4.1", "HOSTS": "node1:8,node2:8"},
+            "mpirun -n 16 --bind-to none -x OMP_NUM_THREADS --host node1:8,node2:8 {} -m megatune train",
+        ),
+    ],
+)
+def test_what_the_scripts_start(
+    tmp_path: Path, script: str, words: list[str], variables: dict[str, str], expected: str
+) -> None:
+    for name in ("python", "mpirun"):
+        stub = tmp_path / name
+        stub.write_text(STUB.replace("printf", '[[ $1 == --version ]] && echo "$MPI" && exit\nprintf', 1))
+        stub.chmod(0o755)
+    environment = {**os.environ, **variables, "PYTHON": str(tmp_path / "python")}
+    run = subprocess.run([ROOT / "launch" / script, *words], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    program, *found = run.stdout.splitlines()
+    wanted = [word.format(tmp_path / "python") for word in expected.split()]
+    assert [Path(program).name, *found] == [*wanted, "a b.yaml", "x=$(y)"]
+
+
+@pytest.mark.parametrize("script", ["torchrun.sh", "mpirun.sh"])
+def test_the_scripts_say_how_they_are_used(script: str) -> None:
+    run = subprocess.run([ROOT / "launch" / script], capture_output=True, text=True)
+    assert run.returncode == 2
+    assert run.stderr.startswith("usage: ")
 
 
 @pytest.fixture
