@@ -25,6 +25,7 @@ from megatune.training.layout import describe as describe_layout
 from megatune.training.loop import Loop, Progress
 from megatune.training.precision import compute_dtype, peak_flops
 from megatune.training.samples import answers
+from megatune.training.siblings import neighbours_watched
 from megatune.training.signals import stop_requests
 from megatune.training.step import Trainer
 
@@ -52,7 +53,8 @@ def train(config: Config) -> TrainResult:
     with stop_requests():
         world = parallel.init(config.parallel, timeout=config.launch.timeout)
         try:
-            return _Run(config, world).run()
+            with neighbours_watched(world):
+                return _Run(config, world).run()
         finally:
             world.close()
 

@@ -122,10 +122,8 @@ def faults(
     for number in range(count):
         phase = _ROUND[number % len(_ROUND)]
         step, nth, delay = draw.randint(1, steps), 0, 0.0
-        if phase == "start":
-            step = 0
-        elif phase == "end":
-            step = steps
+        if phase == "end":
+            phase, step = draw.choice([("end", steps), ("start", 0)])
         elif phase == "evaluate":
             step, nth = draw.choice([*range(eval_every, steps, eval_every), steps]), draw.randint(0, 2)
         elif phase == "save":
@@ -138,7 +136,7 @@ def faults(
     return found
 
 
-_ROUND = ("fetch", "forward", "backward", "reduce", "optimizer", "save", "evaluate", "end", "save", "start")
+_ROUND = ("fetch", "forward", "backward", "reduce", "optimizer", "save", "evaluate", "end")
 
 
 def _zygote(pipe: Connection) -> None:
@@ -167,6 +165,7 @@ def _job(request: Request, timeout: float) -> tuple[list[int | None], list[int],
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     began = time.monotonic()
+    before = os.times().children_user + os.times().children_system
     agents = [_fork(_agent, request, node, port) for node in range(request.nodes)]
     codes: list[int | None] = [None] * request.nodes
     killed = False
@@ -180,7 +179,8 @@ def _job(request: Request, timeout: float) -> tuple[list[int | None], list[int],
             killed = True
         time.sleep(0.01)
     seconds = time.monotonic() - began
-    _note(folder, "over")
+    used = os.times()
+    _note(folder, "over", cpu_seconds=used.children_user + used.children_system - before)
     time.sleep(0.1)
     pids = [json.loads(line)["pid"] for line in _events(folder).splitlines() if '"rank started"' in line]
     alive = [pid for pid in pids if _is_alive(pid)]
