@@ -188,7 +188,11 @@ class _Whole:
             for rank in range(self._ranks.sizes.expert_tensor):
                 file = self._ranks.of_experts(owner, rank, stage)
                 found.append((file, self._take(file, chunk, tensor, layer, local)))
-        return _joined(tensor, found)
+        parts = _joined(tensor, found)
+        if len(parts.parts) < len(found) and not _are_equal([part for _, part in found]):
+            detail = f"{found[0][0].path.parent.name}'s, though other tensor parallel ranks have other values"
+            self.report.append(Line(tensor.name, "mapped", detail))
+        return parts
 
     def _place(self, tensor: MegatronTensor) -> tuple[int, int, int | None]:
         sizes = self._ranks.sizes
@@ -292,6 +296,18 @@ def _joined(tensor: MegatronTensor, found: list[tuple[RankFile, LazyTensor]]) ->
             f"{tensor.shape[0]}; config and checkpoint do not belong together"
         )
     return _Parts(tensor, parts[:1] if whole else parts, 0 if tensor.cut is None else tensor.cut)
+
+
+def _are_equal(parts: list[LazyTensor]) -> bool:
+    """Whether replicas are; of large ones by samples of their rows."""
+    count = parts[0].shape[0]
+    samples = range(count) if parts[0].numel <= 1 << 16 else range(0, count, -(-count // _COMPARED_ROWS))
+    runs = [(0, count)] if len(samples) == count else [(row, row + 1) for row in samples]
+    return all(
+        torch.equal(parts[0].rows(first, last), other.rows(first, last))
+        for other in parts[1:]
+        for first, last in runs
+    )
 
 
 def _of_group(

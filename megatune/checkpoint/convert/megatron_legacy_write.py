@@ -147,7 +147,7 @@ class LegacyTarget:
             columns, runs = (rank * width, width), [(0, rows)]
             shape = (rows, width)
         else:
-            columns, runs = None, _runs(tensor, rows, rank, ranks if cut == 0 else 1)
+            columns, runs = None, _runs(tensor, rows, rank, ranks) if cut == 0 else [(0, rows)]
             shape = (sum(count for _, count in runs), *rest)
 
         def chunks() -> Iterator[Tensor]:
