@@ -72,7 +72,13 @@ class Cluster:
     def call(self, *words: str, check: bool = True) -> str:
         """One of Slurm's commands, as on a login node; what it printed."""
         done = subprocess.run(
-            words, env=self.environ, capture_output=True, text=True, timeout=120, check=False
+            words,
+            env=self.environ,
+            capture_output=True,
+            text=True,
+            errors="surrogateescape",
+            timeout=120,
+            check=False,
         )
         assert not check or done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
         return done.stdout
@@ -116,6 +122,8 @@ class Cluster:
         until(lambda: not self.call("squeue", "-h", "-o", "%i").strip(), 60)
         for node in self.nodes:
             self.start_node(node)
+        idle = len(self.nodes) * ["idle"]
+        until(lambda: self.call("sinfo", "-h", "-N", "-p", "main", "-o", "%t").split() == idle, 60)
 
 
 def until(

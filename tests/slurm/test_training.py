@@ -178,7 +178,8 @@ def test_a_job_goes_on_with_the_node_that_is_left(oracle, uninterrupted, make) -
     run.reaches(15, job)
     run.cluster.kill_node("node2")
     assert run.ends(job) == "COMPLETED", run.output(job)
-    assert "1 nodes x 2 processes" in run.output(job)
+    said = (run.folder / "slurm" / f"{job}.out").read_text()
+    assert said.count("2 nodes x 2 processes") == said.count("1 nodes x 2 processes") == 1, said
     assert losses(run.folder) == pytest.approx(uninterrupted["losses"], rel=1e-5)
 
 

@@ -18,6 +18,7 @@ from megatune.errors import MegatuneError
 from megatune.launch.slurm import client
 from megatune.launch.slurm.grace import grace_seconds, measured_need
 from megatune.launch.slurm.script import Job, render
+from megatune.launch.slurm.submission import given_options
 
 # File systems that other nodes do not see.
 _LOCAL = {"tmpfs", "ramfs", "overlay", "overlayfs", "ext2/ext3", "xfs", "btrfs", "zfs"}
@@ -84,7 +85,7 @@ def _controller(_config: Config, _job: Job) -> Iterator[Check]:
 
 def _accepted(config: Config, job: Job) -> Iterator[Check]:
     """Slurm's own opinion of partition, account, sizes and limits: sbatch --test-only queues nothing."""
-    environ = client.submission_environment(config.slurm.options)
+    environ = client.submission_environment(given_options(config))
     with tempfile.NamedTemporaryFile(suffix=".sbatch") as script:
         script.write(job.script)
         script.flush()

@@ -82,7 +82,7 @@ def submit(
         script.write_bytes(job.script)
     except OSError as error:
         raise ConfigError(f"checkpoint.folder: cannot write to {folder}: {error.strerror}") from error
-    environ = client.submission_environment(_given(config))
+    environ = client.submission_environment(given_options(config))
     try:
         first = client.submit(script, [] if after is None else [f"--dependency={after}"], [], environ)
     except ConfigError:
@@ -118,7 +118,7 @@ def _enter(submission: Submission, job: str, number: int) -> None:
     (submission.state / "jobs" / job).write_text(f"{number}\n")
 
 
-def _given(config: Config) -> set[str]:
+def given_options(config: Config) -> set[str]:
     """Options of sbatch that the configuration sets."""
     own = {name for name in type(config.slurm).model_fields if getattr(config.slurm, name) not in (None, [])}
     return own | {name.replace("_", "-") for name in config.slurm.options}
