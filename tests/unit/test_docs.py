@@ -133,7 +133,7 @@ def test_commands_of_the_documents_exist_and_parse() -> None:
             raise AssertionError(f"{name}: {' '.join(words)}: {error.format_message()}") from error
         for key in (override.partition("=")[0] for override in context.params.get("overrides", ())):
             assert key in set(describe.all_keys()), f"{name}: {' '.join(words)}: no key {key}"
-        config = context.params.get("config", "")
+        config = context.params.get("config") or ""
         if config.startswith("configs/"):
             load_config(ROOT / config, context.params["overrides"])
     assert seen >= {"train", "chat", "generate", "show", "env"}
