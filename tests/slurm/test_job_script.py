@@ -200,7 +200,36 @@ def test_a_chain_hands_over_and_ends_early(run) -> None:
     assert "job 2 of 3 goes on" in one.output(first)
 
 
-@pytest.mark.parametrize(("plan", "starts", "code"), [("code2", 1, 2), ("code77", 1, 77), ("code1", 3, 1)])
+@pytest.mark.slow
+def test_the_time_limit_itself_moves_a_chain_on(run) -> None:
+    """A minute each: Slurm's own notice comes, 15 to 75 seconds before the limit."""
+    one = run("wait wait sleep", chain=3, time=1)
+    one.submit()
+    jobs = newest(one.folder).jobs
+    for job in jobs:
+        assert one.cluster.wait(job, seconds=120) == "COMPLETED", one.output(job)
+        assert one.cluster.restarts(job) == 0
+    assert one.starts == 3
+    assert "job 3 of 3 goes on" in one.output(jobs[1])
+
+
+@pytest.mark.slow
+def test_a_preempted_job_of_a_chain_comes_back_itself(run) -> None:
+    one = run("wait sleep", chain=2)
+    job = one.submit()
+    one.waits(job)
+    words = ("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
+    urgent = one.cluster.call("sbatch", "--parsable", *words).strip()
+    assert one.cluster.wait(urgent) == "COMPLETED"
+    assert one.cluster.wait(job) == "COMPLETED", one.output(job)
+    assert one.cluster.restarts(job) == 1 and one.starts == 2
+    assert one.cluster.wait(newest(one.folder).jobs[1]) == "CANCELLED"
+
+
+@pytest.mark.parametrize(
+    ("plan", "starts", "code"),
+    [("code2", 1, 2), ("code77", 1, 77), pytest.param("code1", 3, 1, marks=pytest.mark.slow)],
+)
 def test_what_would_not_help_is_not_tried_again(run, plan: str, starts: int, code: int) -> None:
     one = run(plan, retries=2, chain=2)
     job = one.submit()
