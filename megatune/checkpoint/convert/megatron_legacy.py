@@ -16,6 +16,7 @@ from torch import Tensor
 from megatune.checkpoint.convert.base import Format, Line, Opened, Options
 from megatune.checkpoint.convert.megatron_config import hf_config, like_config
 from megatune.checkpoint.convert.megatron_legacy_files import (
+    OPTIMIZER_FILE,
     TOKENIZER,
     Chunk,
     RankFile,
@@ -40,6 +41,12 @@ _IGNORED = re.compile(r"(.*\.)?rotary_pos_emb\.inv_freq|.*\.mlp\.router\.local_t
 _MTP = "mtp."
 _GROUPED = re.compile(r"mlp\.experts\.linear_fc([12])\.weight")
 _COMPARED_ROWS = 64
+# The distributed optimizer's are flat, in the order of the buckets of the run that saved them; the plain one's are
+# numbered by parameter groups. Neither says which parameter a state belongs to.
+_NO_OPTIMIZER = (
+    "its states are numbered by the run that saved them (buckets, parameter groups), not named; to keep them, save as "
+    "torch_dist with --dist-ckpt-optim-fully-reshardable"
+)
 
 
 def open_legacy(path: Path, options: Options) -> Opened:
@@ -57,6 +64,8 @@ def open_legacy(path: Path, options: Options) -> Opened:
         detail = f"the last {rows - table.spec.vocab_size} of {rows} rows pad the vocabulary"
         padded = [tensor for tensor in table.tensors.values() if tensor.vocab]
         report += [Line(tensor.pieces[0].hf_name, "trimmed", detail) for tensor in padded]
+    if options.optimizer and _has_optimizer(ranks):
+        report.append(Line("optimizer", "skipped", _NO_OPTIMIZER))
     return Opened(
         kind="megatron",
         path=folder,
@@ -66,6 +75,12 @@ def open_legacy(path: Path, options: Options) -> Opened:
         extras=_extras(folder, options),
         report=report,
     )
+
+
+def _has_optimizer(ranks: Ranks) -> bool:
+    """Whether any of the files has optimizer states; the distributed optimizer's stand beside them."""
+    files = ranks.opened()
+    return any("optimizer" in file.content or (file.path.parent / OPTIMIZER_FILE).is_file() for file in files)
 
 
 def _extras(folder: Path, options: Options) -> Path | None:
@@ -259,13 +274,7 @@ class _Whole:
     def _check_copy(self, file: RankFile, head: LazyTensor) -> None:
         """The last stage's copy of a tied embedding must be one; compared by samples of its rows."""
         embedding = self._parts[EMBEDDING].parts[file.tensor]
-        same = head.shape == embedding.shape
-        count = head.shape[0]
-        for at in sorted(
-            {count * sample // _COMPARED_ROWS for sample in range(_COMPARED_ROWS)} if same else ()
-        ):
-            same = same and torch.equal(head.rows(at, at + 1), embedding.rows(at, at + 1))
-        if not same:
+        if head.shape != embedding.shape or not _are_equal([embedding, head]):
             raise CheckpointError(
                 f"{file.path}: {HEAD} is not the embedding, though the model's are tied; if they are not, say so with "
                 "the right model's folder (--like)"
