@@ -183,9 +183,10 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def short(what: object) -> str:
-    """For a message: what came from a file may be of any length."""
-    text = repr(what)
-    return text if len(text) <= 200 else text[:200] + "..."
+    """For a message: what came from a file, or an error about it, may be of any length."""
+    is_ours = isinstance(what, ValueError)
+    text, most = (str(what), 400) if is_ours else (repr(what), 100)
+    return text if len(text) <= most else text[:most] + "..."
 
 
 def _check_sizes(tensors: Mapping[str, TensorEntry], files: Mapping[str, FileEntry]) -> None:

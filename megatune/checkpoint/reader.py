@@ -7,7 +7,7 @@ import os
 import stat
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
@@ -136,14 +136,11 @@ class ShardFile(CheckpointFile):
             raise DamagedError(f"{self.path} does not hold {chunk.key} as its manifest says")
         return stored.offset
 
-    def fill(self, target: Tensor, target_box: Box, chunk: Chunk) -> None:
-        """Copy the elements that `chunk` and `target_box` share into `target` (any device, any strides; it fills
-        `target_box`)."""
-        common = target_box & chunk.box
-        if common is not None:
-            destination = within(common, target_box).of(target)
-            start = self.offset(chunk, target.dtype)
-            self._copy(destination, start, chunk.box.shape, within(common, chunk.box))
+    def fill(self, target: Tensor, chunk: Chunk, common: Box) -> None:
+        """Copy the elements `common` of the global tensor, which `chunk` has, into `target` (just these; any device,
+        any strides)."""
+        start = self.offset(chunk, target.dtype)
+        self._copy(target, start, chunk.box.shape, within(common, chunk.box))
 
     def _copy(self, target: Tensor, start: int, shape: tuple[int, ...], source: Box) -> None:
         """The elements `source` of the tensor of `shape` that begins at byte `start` into `target`."""
@@ -162,9 +159,9 @@ class ShardFile(CheckpointFile):
         for row in range(0, rows, rows_at_once):
             count = min(rows_at_once, rows - row)
             slab = self._elements(start + (first + row) * row_bytes, (count, *rest), target.dtype)
-            target.narrow(0, row, count).copy_(
-                Box((0, *source.offset[1:]), (count, *source.shape[1:])).of(slab)
-            )
+            if source.shape[1:] != rest:
+                slab = Box((0, *source.offset[1:]), (count, *source.shape[1:])).of(slab)
+            (target if count == rows else target.narrow(0, row, count)).copy_(slab)
 
     def _elements(self, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return self.read(start, start + math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
@@ -172,12 +169,14 @@ class ShardFile(CheckpointFile):
 
 @dataclass(frozen=True)
 class _Item:
-    """Elements that one thread reads at once."""
+    """Elements that one thread reads at once: `common` of the global tensor, from `chunk` to `tensor`. `start`: of the
+    first byte in the file."""
 
     shard: ShardFile
     chunk: Chunk
-    box: Box
+    common: Box
     tensor: Tensor
+    start: int
 
 
 def fill(folder: Path, manifest: Manifest, state: Mapping[str, Parts], *, verify: bool) -> None:
@@ -187,13 +186,13 @@ def fill(folder: Path, manifest: Manifest, state: Mapping[str, Parts], *, verify
     read with it once. Raises DamagedError.
     """
     wanted = [
-        (chunk, box, tensor)
+        (chunk, box, tensor, common)
         for name, parts in state.items()
         for box, tensor in parts.parts
         for chunk in manifest.tensors[name].chunks
-        if box & chunk.box is not None
+        if (common := box & chunk.box) is not None
     ]
-    names = {chunk.file for chunk, _, _ in wanted}
+    names = {chunk.file for chunk, *_ in wanted}
     keys: dict[str, list[str]] = {name: [] for name in names}
     for entry in manifest.tensors.values():
         for chunk in entry.chunks:
@@ -204,49 +203,43 @@ def fill(folder: Path, manifest: Manifest, state: Mapping[str, Parts], *, verify
     )
     shards = dict(zip(sorted(names), opened, strict=True))
     items = [
-        _Item(shards[chunk.file], chunk, *part)
-        for chunk, box, tensor in wanted
-        for part in _in_slabs(box, tensor)
-        if part[0] & chunk.box is not None
+        item
+        for chunk, box, tensor, common in wanted
+        for item in _items(shards[chunk.file], chunk, box, tensor, common)
     ]
     in_threads(_fill_stretch, _stretches(items))
     _slab.of, _slab.memory = None, torch.empty(0, dtype=torch.uint8)
 
 
-def _in_slabs(box: Box, tensor: Tensor) -> list[tuple[Box, Tensor]]:
-    """A large part in pieces of its rows, for several threads."""
-    if tensor.nbytes <= _SLAB_BYTES or not tensor.ndim:
-        return [(box, tensor)]
-    rows = max(1, _SLAB_BYTES * tensor.shape[0] // tensor.nbytes)
-    found = []
-    for start in range(0, tensor.shape[0], rows):
-        part = tensor[start : start + rows]
-        found.append((Box((box.offset[0] + start, *box.offset[1:]), tuple(part.shape)), part))
-    return found
+def _items(shard: ShardFile, chunk: Chunk, box: Box, tensor: Tensor, common: Box) -> Iterator[_Item]:
+    """What `common` takes to read: several pieces of its rows where it is large, for several threads."""
+    target = tensor if common.shape == box.shape else within(common, box).of(tensor)
+    row_bytes = math.prod(chunk.box.shape[1:]) * target.dtype.itemsize
+    offset = shard.offset(chunk, target.dtype)
+    rows = max(1, _SLAB_BYTES // max(1, row_bytes))
+    if not target.ndim or target.shape[0] <= rows:
+        row = common.offset[0] - chunk.box.offset[0] if target.ndim else 0
+        yield _Item(shard, chunk, common, target, offset + row * row_bytes)
+        return
+    for begin in range(0, target.shape[0], rows):
+        part = target[begin : begin + rows]
+        here = Box((common.offset[0] + begin, *common.offset[1:]), tuple(part.shape))
+        yield _Item(shard, chunk, here, part, offset + (here.offset[0] - chunk.box.offset[0]) * row_bytes)
 
 
 def _stretches(items: Iterable[_Item]) -> list[list[_Item]]:
-    """The items in the order of the files, some slabs' worth together."""
-
-    def place(item: _Item) -> tuple[int, int]:
-        common = item.box & item.chunk.box
-        row = (common.offset[0] - item.chunk.box.offset[0]) if common.offset else 0
-        rest = math.prod(item.chunk.box.shape[1:]) * item.tensor.dtype.itemsize
-        start = item.shard.offset(item.chunk, item.tensor.dtype) + row * rest
-        return start // _SLAB_BYTES, start
-
-    found = []
-    of_file = sorted(items, key=lambda item: str(item.shard.path))
-    for _, some in groupby(of_file, key=lambda item: item.shard.path):
-        by_place = sorted(((place(item), item) for item in some), key=lambda pair: pair[0])
-        found += [[item for _, item in group] for _, group in groupby(by_place, key=lambda pair: pair[0][0])]
-    return found
+    """The items in the order of the files, about a slab's worth together."""
+    in_order = sorted(items, key=lambda item: (str(item.shard.path), item.start))
+    return [
+        list(group)
+        for _, group in groupby(in_order, key=lambda item: (item.shard, item.start // _SLAB_BYTES))
+    ]
 
 
 @torch.no_grad()
 def _fill_stretch(items: list[_Item]) -> None:
     for item in items:
-        item.shard.fill(item.tensor, item.box, item.chunk)
+        item.shard.fill(item.tensor, item.chunk, item.common)
 
 
 def in_threads(work: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:

@@ -11,7 +11,7 @@ import os
 import threading
 import weakref
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import psutil
@@ -75,7 +75,10 @@ class Staging:
     def allocate(self) -> None:
         """Get the memory now (page-locking takes seconds), in any thread. Raises CheckpointError."""
         with self._lock:
-            if self._buffer is None and not self.is_direct:
+            if self._buffer is not None or self.is_direct:
+                return
+            # A new thread's device is the first one; page-locking would make a context there.
+            with torch.cuda.device(self._devices[0]) if self._devices else nullcontext():
                 self._buffer = HostBuffer(self._plan.size, pinned=bool(self._devices))
 
     def now(self) -> list[torch.cuda.Event]:

@@ -124,7 +124,16 @@ class Saver:
 
     def prepare(self) -> None:
         """Get the memory for the copy in the background, so that the first save does not wait for it."""
-        threading.Thread(target=self._staging.allocate, name="prepare-saves", daemon=True).start()
+
+        def allocate() -> None:
+            try:
+                self._staging.allocate()
+            except (
+                CheckpointError
+            ) as error:  # the first save tries again, and ends the run where it cannot either
+                _log.warning("%s", error)
+
+        threading.Thread(target=allocate, name="prepare-saves", daemon=True).start()
 
     def save(
         self, step: int, extra: dict[str, Any], *, metric: float | None = None, background: bool = True

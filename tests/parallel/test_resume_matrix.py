@@ -1,0 +1,291 @@
+"""A run saved under any layout goes on under any other.
+
+Each layout trains three steps, saves, and trains three more. Then its checkpoint is loaded under every layout, and the
+global state must be bit for bit the one that was saved. Three steps more are those of the run that was not interrupted:
+losses bit for bit where only pipeline, ZeRO and recompute differ, and weights and moments too where the sums over
+processes come in the same order (ZeRO 0 and 1 sum once a step, 2 and 3 in each micro-batch); else within 1e-5 (losses),
+2e-5 (gradient norms) and 1e-5 (weights: norm of the difference over that of the tensor).
+
+Only neighbours in the lists below train on by default. MEGATUNE_RESUME=dense-full,moe-lora: every pair of these groups;
+all: of all groups.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tests.helpers.dist import run_ranks
+from tests.helpers.parity import FAMILIES, Case, Outcome, batches, config_of, fill
+
+HALF, WHOLE = 3, 6
+CHOSEN = os.environ.get("MEGATUNE_RESUME")
+LOSS, NORM, WEIGHT = 1e-5, 2e-5, 1e-5
+# The schedule moves, so that a step that is forgotten is seen; nothing is clipped in the pairs that must agree bit for
+# bit, as the sum of squares that clipping divides by comes in another order.
+CHANGES = {"optim.schedule": "cosine", "optim.warmup": 2, "optim.clip": 0}
+
+Layouts = dict[str, tuple[int, dict[str, Any]]]
+DENSE: Layouts = {
+    "1": (1, {}),
+    "pp2": (2, {"pipeline": 2}),
+    "tp2": (2, {"tensor": 2}),
+    "tp2-pp2-recompute": (4, {"tensor": 2, "pipeline": 2, "recompute": "full"}),
+    "cp2": (2, {"context": 2}),
+    "pp2-cp2": (4, {"pipeline": 2, "context": 2}),
+    "dp2-zero1": (2, {"zero": 1}),
+    "dp2-zero3": (2, {"zero": 3}),
+    "pp2-dp2-zero2": (4, {"pipeline": 2, "zero": 2}),
+    "tp2-dp2-zero3": (4, {"tensor": 2, "zero": 3}),
+    "dp2x2-zero2": (4, {"replicate": 2, "zero": 2}),
+    "cp2-dp2-zero3": (4, {"context": 2, "zero": 3}),
+}
+MOE: Layouts = {
+    "1": (1, {}),
+    "pp2-zbv": (2, {"pipeline": 2, "schedule": "zbv"}),
+    "dp2-zero2": (2, {"zero": 2}),
+    "dp2-zero3": (2, {"zero": 3}),
+    "ep2": (2, {"expert": 2}),
+    "pp2-ep2": (4, {"pipeline": 2, "expert": 2}),
+    "tp2": (2, {"tensor": 2}),
+    "tp2-pp2": (4, {"tensor": 2, "pipeline": 2}),
+    "cp2-ep2": (2, {"context": 2, "expert": 2}),
+    "ep4-zero1": (4, {"expert": 4, "zero": 1}),
+    "ep2-dp2-zero3": (4, {"expert": 2, "zero": 3}),
+    "tp2-ep4-etp1": (4, {"tensor": 2, "expert": 4, "expert_tensor": 1}),
+}
+# Dropout: the random numbers after a restart are those of a run that went on. moe-balanced: routers' biases move.
+GROUPS: dict[str, tuple[str, str, Layouts]] = {
+    "dense-lora": ("dense", "lora-dropout", DENSE),
+    "moe-full": ("moe-balanced", "full", MOE),
+    "dense-full": ("dense-tied", "full", DENSE),
+    "moe-lora": ("moe", "lora", MOE),
+}
+_CHOSEN = (CHOSEN or "dense-lora,moe-full").split(",")
+GROUPS = {name: group for name, group in GROUPS.items() if name in _CHOSEN or CHOSEN == "all"}
+SIZES = (1, 2, 4)
+
+
+class Run:
+    """One layout's model, trainer and state in this process."""
+
+    def __init__(self, group: str, layout: str, worlds: dict[str, Any]) -> None:
+        from megatune import parallel
+        from megatune.models import family_for
+        from megatune.training.assemble import assemble, training_parts
+        from megatune.training.step import Trainer
+
+        family, method, layouts = GROUPS[group]
+        config = config_of(Case(family, method, layouts[layout][1], CHANGES))
+        key = repr(sorted(layouts[layout][1].items()))
+        if key not in worlds:
+            worlds[key] = parallel.init(config.parallel, device="cpu")
+        self.world = worlds[key]
+        settings = FAMILIES[family]
+        self.zero = (
+            built := assemble(family_for(settings).spec(settings), config, self.world, torch.float32)
+        ).zero
+        fill(self.zero.weights())
+        self.zero.publish()
+        self.optimizer, pipeline, self.state = training_parts(built, config, self.world, torch.float32)
+        self.trainer = Trainer(built.model, self.zero, self.optimizer, pipeline, self.world, config, WHOLE)
+
+    def train(self, first: int, stop: int, before_update: Any = None) -> Outcome:
+        losses, norms = [], []
+        for step in range(first, stop):
+            found, targets = batches(step)
+            mine = found[self.world.dp_rank :: self.world.dp_size]
+            result = self.trainer.step(mine, targets, before_update=before_update)
+            losses.append(result.loss)
+            norms.append(result.grad_norm)
+        return Outcome(losses, norms, list(self.pieces()))
+
+    def pieces(self) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...], Tensor]]:
+        for name, parts in self.state.items():
+            if parts.writes:
+                for box, tensor in parts.parts:
+                    yield name, box.offset, tuple(parts.shape), tensor.detach().clone()
+
+
+def _save_all(rank: int, world_size: int, folder: Path) -> dict[str, tuple[Outcome, Outcome]]:
+    """(state and losses after half of the steps, and at the end) of each layout of this many processes."""
+    from megatune import checkpoint
+
+    worlds: dict[str, Any] = {}
+    found = {}
+    for group, (_, _, layouts) in GROUPS.items():
+        for layout in (name for name, (processes, _) in layouts.items() if processes == world_size):
+            run = Run(group, layout, worlds)
+            half = run.train(0, HALF)
+            saver = checkpoint.Saver(folder / group / layout, run.state, run.world)
+            pending = saver.save(HALF, {"from": layout})
+            whole = run.train(HALF, WHOLE, before_update=pending.wait_staged)
+            pending.wait()
+            run.world.barrier()
+            found[f"{group}/{layout}"] = half, whole
+    return found
+
+
+def _load_all(rank: int, world_size: int, folder: Path) -> dict[str, Outcome | list[str]]:
+    """What each layout of this many processes finds wrong in each checkpoint, and how it goes on from some."""
+    from megatune import checkpoint
+
+    worlds: dict[str, Any] = {}
+    found: dict[str, Any] = {}
+    for group, (_, _, layouts) in GROUPS.items():
+        for layout in (name for name, (processes, _) in layouts.items() if processes == world_size):
+            run = Run(group, layout, worlds)
+            for source in layouts:
+                for parts in run.state.values():
+                    for _, tensor in parts.parts:
+                        tensor.detach().fill_(float("nan"))
+                restored = checkpoint.restore(folder / group / source, run.state, run.world)
+                assert restored is not None and restored[1] == {"from": source}
+                truth = load_file(folder / group / f"{source}.safetensors")
+                key = f"{group}/{source}/{layout}"
+                found[f"wrong/{key}"] = _differences(run, truth)
+                if CHOSEN or _is_neighbour(layouts, source, layout):
+                    run.zero.publish()
+                    run.optimizer.load_steps(HALF)
+                    found[key] = run.train(HALF, WHOLE)
+    return found
+
+
+def _differences(run: Run, truth: dict[str, Tensor]) -> list[str]:
+    return [
+        name
+        for name, parts in run.state.items()
+        for box, tensor in parts.parts
+        if tuple(parts.shape) != truth[name].shape or not torch.equal(tensor.detach(), box.of(truth[name]))
+    ]
+
+
+def _is_neighbour(layouts: Layouts, source: str, target: str) -> bool:
+    names = list(layouts)
+    return (names.index(source) + 1) % len(names) == names.index(target)
+
+
+def _how_equal(source: tuple[int, dict[str, Any]], target: tuple[int, dict[str, Any]]) -> str:
+    """ "losses": only pipeline, ZeRO and recompute differ; "all": and sums over processes come in the same order."""
+    free = ("pipeline", "schedule", "zero", "recompute", "stages")
+    there, here = ({k: v for k, v in section.items() if k not in free} for _, section in (source, target))
+    widths = [processes // section.get("pipeline", 1) for processes, section in (source, target)]
+    if there != here or widths[0] != widths[1]:
+        return "tolerance"
+    sums = [section.get("zero", 1) >= 2 for _, section in (source, target)]
+    return "all" if sums[0] == sums[1] or widths[0] == 1 else "losses"
+
+
+@cache
+def saved(folder: Path) -> dict[str, tuple[Outcome, Outcome, dict[str, Tensor], dict[str, Tensor]]]:
+    """(half, whole, global state after the half and at the end) of each layout."""
+    found = {}
+    for size in SIZES:
+        ranks = run_ranks(_save_all, size, folder, timeout=600)
+        for key, (half, whole) in ranks[0].items():
+            states = [
+                one.weights([other[key][number] for other in ranks[1:]])
+                for number, one in enumerate((half, whole))
+            ]
+            save_file(states[0], folder / f"{key}.safetensors")
+            found[key] = half, whole, *states
+    return found
+
+
+@cache
+def loaded(folder: Path) -> dict[str, list[Any]]:
+    """By target layout: what each rank found."""
+    saved(folder)
+    found: dict[str, list[Any]] = {}
+    for size in SIZES:
+        ranks = run_ranks(_load_all, size, folder, timeout=1500)
+        found |= {key: [rank[key] for rank in ranks] for key in ranks[0]}
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("resume")
+
+
+pytestmark = [pytest.mark.xdist_group("resume"), pytest.mark.timeout(1800)]
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_layout_loads_every_other_bit_for_bit(folder: Path, group: str) -> None:
+    layouts = GROUPS[group][2]
+    assert len(layouts) >= 12
+    found = loaded(folder)
+    for source in layouts:
+        for target in layouts:
+            wrong = found[f"wrong/{group}/{source}/{target}"]
+            assert len(wrong) == layouts[target][0]
+            assert not any(wrong), f"saved under {source}, loaded under {target}: {wrong}"
+    states = [saved(folder)[f"{group}/{layout}"][2] for layout in layouts]
+    names = {name.split("/")[0] for name in states[0]} | {"/".join(name.split("/")[:2]) for name in states[0]}
+    assert {"model", "optim/exp_avg", "optim/exp_avg_sq"} <= names
+    assert all(state.keys() == states[0].keys() for state in states)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_run_goes_on_as_if_it_never_stopped(folder: Path, group: str) -> None:
+    layouts = GROUPS[group][2]
+    bitwise = 0
+    for source in layouts:
+        for target in layouts:
+            if f"{group}/{source}/{target}" not in loaded(folder):
+                continue
+            found = loaded(folder)[f"{group}/{source}/{target}"]
+            _, expected, _, truth = saved(folder)[f"{group}/{source}"]
+            weights = found[0].weights(found[1:])
+            where = f"saved under {source}, went on under {target}"
+            how = _how_equal(layouts[source], layouts[target])
+            if how != "tolerance":
+                bitwise += source != target
+                assert all(outcome.losses == expected.losses for outcome in found), where
+            if how == "all":
+                different = [name for name, tensor in truth.items() if not torch.equal(weights[name], tensor)]
+                assert not different, f"{where}: {different}"
+            else:
+                for outcome in found:
+                    assert outcome.losses == pytest.approx(expected.losses, rel=LOSS), where
+                for name, tensor in truth.items():
+                    norm = torch.linalg.vector_norm
+                    error = norm(weights[name] - tensor) / max(norm(tensor), 1e-20)
+                    assert not name.startswith("model/") or error <= WEIGHT, (
+                        f"{where}: {name} is off by {error:.1e}"
+                    )
+            for outcome in found:
+                assert outcome.norms == pytest.approx(expected.norms, rel=NORM), where
+    assert bitwise >= 4
+
+
+def test_going_on_depends_on_what_is_restored(folder: Path) -> None:
+    """A moment, a step or a weight that is not as it was saved is seen in what follows."""
+    run_ranks(_forget, 1, folder)
+
+
+def _forget(rank: int, world_size: int, folder: Path) -> None:
+    from megatune import checkpoint
+
+    group = next(iter(GROUPS))
+    outcomes = []
+    for forgotten in (None, "optim/exp_avg/", "optim/exp_avg_sq/", "model/", "step"):
+        run = Run(group, "1", {})
+        checkpoint.restore(folder / group / "1", run.state, run.world)
+        for name, parts in run.state.items():
+            if forgotten and name.startswith(forgotten):
+                parts.parts[0][1].detach().mul_(1.01)
+                break
+        run.zero.publish()
+        run.optimizer.load_steps(HALF - (forgotten == "step"))
+        outcomes.append(run.train(HALF, WHOLE).losses)
+    assert all(outcome != outcomes[0] for outcome in outcomes[1:])
