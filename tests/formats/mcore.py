@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from megatune.models import DecoderSpec
 
@@ -39,6 +40,38 @@ def prepare(tensor: int = 1, pipeline: int = 1, expert: int = 1) -> None:
     multi_latent_attention.TELinear = type("TELinear", (), {})
     moe_utils.te_general_gemm = None  # a name that 0.16.1 lacks without Transformer Engine
     random.get_cuda_rng_tracker().fork = lambda *args: nullcontext()
+
+
+def without_cuda() -> None:
+    """For the rest of this process: Megatron's optimizer takes what is on the CPU for what is on a GPU."""
+
+    class OnTheCpu(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = dict(kwargs or {})
+            if str(kwargs.get("device")).startswith("cuda"):
+                kwargs["device"] = "cpu"
+            return function(*args, **kwargs)
+
+    kind = Tensor.type
+
+    def of_cuda(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        found = kind(tensor, *args, **kwargs)
+        asked = isinstance(found, str) and "cuda" not in found
+        return found.replace("torch.", "torch.cuda.") if asked else found
+
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    put = DistributedOptimizer._set_main_param_and_optimizer_states
+
+    def put_but_step(self: Any, parameter: Tensor, tensors: dict[str, Tensor]) -> None:
+        # torch's AdamW, which stands in for Transformer Engine's, counts for each weight; no file has that.
+        own = self._get_main_param_and_optimizer_states(parameter)
+        put(self, parameter, {name: own[name] for name in own if name == "step"} | tensors)
+
+    DistributedOptimizer._set_main_param_and_optimizer_states = put_but_step
+    Tensor.type = of_cuda
+    Tensor.cuda = lambda tensor, *args, **kwargs: tensor
+    OnTheCpu().__enter__()
 
 
 def gpt(spec: DecoderSpec, vocab: int, seed: int = 0, *, tensor: int = 1, **pieces: bool) -> Any:

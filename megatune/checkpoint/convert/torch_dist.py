@@ -17,7 +17,7 @@ from megatune.checkpoint.convert.dcp_metadata import METADATA
 from megatune.checkpoint.convert.megatron_config import hf_config, like_config
 from megatune.checkpoint.convert.megatron_names import EMBEDDING, FromMegatron, MegatronTable
 from megatune.checkpoint.convert.pickles import Opaque, open_pickle
-from megatune.checkpoint.convert.torch_dist_keys import EXTRA, StoredMegatron
+from megatune.checkpoint.convert.torch_dist_keys import EXTRA, StoredMegatron, trained
 from megatune.checkpoint.convert.torch_dist_write import COMMON, LATEST, MARK, TorchDistTarget
 from megatune.checkpoint.sources import read_json
 from megatune.errors import CheckpointError
@@ -207,7 +207,7 @@ def _optimizer(table: MegatronTable, stored: DcpFolder, prefix: str) -> dict[str
             starts.setdefault(_SLOTS[match[2]], set()).add(match[0] + prefix)
     for slot, prefixes in sorted(starts.items()):
         view = StoredMegatron(table, stored, sorted(prefixes), states=True)
-        if len(view.names()) == len(table.tensors):
+        if view.names() >= trained(table):
             found[slot] = view
     return found
 

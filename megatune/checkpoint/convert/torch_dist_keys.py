@@ -78,6 +78,11 @@ def is_uniform(table: MegatronTable) -> bool:
     return len({layer.moe for layer in table.spec.layers}) == 1
 
 
+def trained(table: MegatronTable) -> set[str]:
+    """Names of what an optimizer trains: all but the routers' corrections."""
+    return {name for name, tensor in table.tensors.items() if not tensor.fp32}
+
+
 def slot_of(table: MegatronTable, tensor: MegatronTensor, within: str, stacked: bool) -> Slot:
     """Where `tensor`, called `within` in its layer, is stored."""
     if tensor.layer is None:

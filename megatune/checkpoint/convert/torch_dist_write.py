@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ from megatune.checkpoint.convert.dcp_files import (
 )
 from megatune.checkpoint.convert.megatron_args import megatron_args, padded_vocab
 from megatune.checkpoint.convert.megatron_names import MegatronTable, MegatronTensor, ToMegatron
-from megatune.checkpoint.convert.names import main_dtype
-from megatune.checkpoint.convert.torch_dist_keys import extra_states, written_slot
+from megatune.checkpoint.convert.names import Cast, main_dtype
+from megatune.checkpoint.convert.torch_dist_keys import extra_states, trained, written_slot
 from megatune.checkpoint.convert.torch_zip import Instance, write_torch_file
 from megatune.checkpoint.hf import write_json
 from megatune.checkpoint.sources import TensorSource
@@ -51,6 +51,12 @@ class TorchDistTarget:
         self._vocab = padded_vocab(self._table.spec.vocab_size, options)
         self._args, lines = megatron_args(opened.hf_config, main_dtype(opened.weights), options)
         self.report += lines
+        if opened.optimizer:
+            detail = (
+                "the source does not say AdamW's settings: Megatron's defaults are written (betas 0.9, 0.999, eps "
+                "1e-8); set yours after loading, and load with --override-opt-param-scheduler"
+            )
+            self.report.append(Line("optimizer.param_groups", "skipped", detail))
         self._files = plan_files(self._items())
 
     def jobs(self) -> list[Job]:
@@ -74,27 +80,38 @@ class TorchDistTarget:
 
     def _items(self) -> Iterator[Part | Blob]:
         weights = ToMegatron(self._table, self._opened.weights)
-        yield from self._parts("", weights)
+        yield from self._parts("", weights, weights.names())
         padding = self._vocab - self._table.spec.vocab_size
         for tensor in self._table.tensors.values():
             if tensor.vocab and padding:
                 detail = f"{padding} rows of zeros: vocabularies are padded to multiples"
                 self.report.append(Line(tensor.pieces[0].hf_name, "padded", detail))
-        for slot, source in sorted(self._opened.optimizer.items()):
+        wanted = trained(self._table)
+        for slot, source in sorted(self._states().items()):
             states = ToMegatron(self._table, source)
-            if states.names() != weights.names():
-                missing = sorted(weights.names() - states.names())[0]
+            missing = sorted(wanted - states.names())
+            if missing:
                 raise CheckpointError(
-                    f"{source}: {slot} is there for some weights only (not for {missing}), which Megatron cannot load; "
-                    "convert without optimizer states"
+                    f"{source}: {slot} is there for some weights only (not for {missing[0]}), which Megatron cannot "
+                    "load; convert without optimizer states"
                 )
-            yield from self._parts(f"optimizer.state.{_SLOTS[slot]}.", states)
+            yield from self._parts(f"optimizer.state.{_SLOTS[slot]}.", states, wanted)
         nothing = torch_blob([None])  # what Megatron's own layers keep there
         yield from (Blob(key, nothing) for key in dict.fromkeys(extra_states(self._table)))
 
-    def _parts(self, prefix: str, source: TensorSource) -> Iterator[Part]:
+    def _states(self) -> Mapping[str, TensorSource]:
+        """The optimizer's slots. Where the source has no master weights, they are the weights."""
+        states = self._opened.optimizer
+        if not states or "master" in states:
+            return states
+        weights = self._opened.weights
+        return {**states, "master": Cast(weights, dict.fromkeys(weights.names(), torch.float32))}
+
+    def _parts(self, prefix: str, source: TensorSource, names: set[str]) -> Iterator[Part]:
         dtypes: dict[str, torch.dtype] = {}
         for name, tensor in self._table.tensors.items():
+            if name not in names:
+                continue
             slot, dtype = written_slot(self._table, tensor), source.dtype(name)
             if dtypes.setdefault(slot.key, dtype) != dtype:
                 raise CheckpointError(
@@ -119,7 +136,7 @@ class TorchDistTarget:
 
     def _common(self) -> dict[str, Any]:
         args = self._args | {"ckpt_format": "torch_dist", "use_dist_ckpt": True, "iteration": self._step or 0}
-        return {
+        common: dict[str, Any] = {
             "args": Instance("argparse.Namespace", (), args),
             "checkpoint_version": 3.0,
             "iteration": self._step or 0,
@@ -130,6 +147,33 @@ class TorchDistTarget:
                 "distrib_optim_fully_reshardable_mem_efficient": False,
             },
         }
+        if self._opened.optimizer:
+            chained = self._options.expert > 1 and self._table.spec.moe is not None
+            one = optimizer_state(self._step or 0)
+            common["optimizer"] = {0: one, 1: optimizer_state(self._step or 0)} if chained else one
+        return common
+
+
+def optimizer_state(step: int) -> dict[str, Any]:
+    """What Megatron's distributed optimizer has beside its tensors: groups of parameters, told apart by four numbers.
+    Sources do not say these hyperparameters, so Megatron's defaults stand there; the learning rate and weight decay are
+    set by its scheduler when training starts."""
+    groups = [
+        {
+            "wd_mult": decay,
+            "lr_mult": 1.0,
+            "is_expert_parallel": expert,
+            "is_decoupled_lr": False,
+            "lr": 0.0,
+            "betas": (0.9, 0.999),
+            "eps": 1e-8,
+            "weight_decay": 0.01,
+            "step": step,
+        }
+        for expert in (False, True)
+        for decay in (1.0, 0.0)
+    ]
+    return {"optimizer": {"param_groups": groups}, "param_state_sharding_type": "fully_reshardable"}
 
 
 def _padded(source: TensorSource, tensor: MegatronTensor, start: int, stop: int) -> Tensor:
