@@ -24,7 +24,6 @@ ALIASES = {
     "ep": "parallel.expert",
     "eval_steps": "train.eval_every",
     "finetuning_type": "method.type",
-    "gpus": "launch.nproc",
     "grad_clip": "optim.clip",
     "gradient_accumulation": "train.global_batch_size",
     "gradient_accumulation_steps": "train.global_batch_size",
