@@ -32,6 +32,7 @@ _TICK = 0.25  # seconds between looks at what nobody announces
 _BEATS = 1.0  # seconds between reports of what ranks are doing
 SILENT_SECONDS = 60.0  # an agent that says nothing for so long is lost, though its machine answers
 _FAREWELL_SECONDS = 5.0
+_PAUSED_SECONDS = 10.0  # a turn of the loop takes milliseconds
 # A killed rank is noticed when it is reaped; a peer's complaint about it may have been earlier.
 _KILL_HEAD_START = 2.0
 
@@ -83,6 +84,7 @@ class _Agent:
         self._received: dict[int, int] = {}
         self._next_beats = 0.0
         self._told_end = False
+        self._waited = self._awake_since = time.monotonic()
         self._address = job.endpoint[0]
         # Node 0:
         self.coordinator: Coordinator | None = None
@@ -150,12 +152,19 @@ class _Agent:
     # What every agent does.
 
     def _wait(self) -> None:
+        now = time.monotonic()
+        if now - self._waited > _PAUSED_SECONDS:
+            # The scheduler had stopped all of this job's processes: the silence was not the ranks' own.
+            self._awake_since, self._next_beats = now, 0.0
+            if self.coordinator is not None:
+                self.coordinator.awakened()
         limit = _TICK
         if self.ranks is not None and self.ranks.wakes_at is not None:
             limit = max(0.0, min(limit, self.ranks.wakes_at - time.monotonic()))
         for key, _ in self._selector.select(limit):
             if isinstance(key.fileobj, int):
                 self._copy_output(key.fileobj)
+        self._waited = time.monotonic()
 
     def _copy_output(self, source: int) -> None:
         tee = self.ranks.tee if self.ranks is not None else None
@@ -196,7 +205,9 @@ class _Agent:
         if ranks.running:
             if time.monotonic() >= self._next_beats:
                 self._next_beats = time.monotonic() + _BEATS
-                found = [[one.rank, *vars(one.beat.read()).values()] for one in ranks.running]
+                found = [
+                    [one.rank, *vars(one.beat.read(self._awake_since)).values()] for one in ranks.running
+                ]
                 self._tell({"kind": "beats", "ranks": found})
         elif not self._told_end:
             self._told_end = True
@@ -328,6 +339,7 @@ class _Agent:
                     coordinator.handle(number, message, now)
             except (KeyError, TypeError, ValueError):
                 peer.is_open = False
+            heard = max(now if messages else heard, self._awake_since)
             if not peer.is_open or now - heard > SILENT_SECONDS:
                 self._drop(number, "its agent ended or its machine does not answer")
         coordinator.tick(now)

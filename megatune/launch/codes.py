@@ -19,7 +19,9 @@ def of_status(returncode: int) -> int:
 
 def how(code: int) -> str:
     """What happened to a process that ended with `code`."""
-    if code <= 128 or code > 128 + signal.NSIG:
+    if code - 128 not in signal.valid_signals():
         return f"failed with exit code {code}"
-    text = f"was killed by {signal.Signals(code - 128).name}"
+    number = code - 128
+    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+    text = f"was killed by {name}"
     return text + " (by the kernel if memory ran out: see dmesg)" if code == 128 + signal.SIGKILL else text

@@ -111,6 +111,11 @@ class Coordinator:
             self._end(self.grace)
         self._all_ended(now)
 
+    def awakened(self) -> None:
+        """The job was stopped as a whole and goes on: what was known about its ranks is old."""
+        for node in self._joined.values():
+            node.beats = {}
+
     def tick(self, now: float) -> None:
         """Whatever time alone brings about."""
         if self.state == "joining":

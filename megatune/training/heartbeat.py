@@ -123,8 +123,9 @@ class Reader:
         with open(path, "r+b") as file:
             self._words = memoryview(mmap.mmap(file.fileno(), _SIZE, access=mmap.ACCESS_READ)).cast("Q")
 
-    def read(self) -> Beat:
+    def read(self, since: float = 0.0) -> Beat:
+        """What it says now. `since`: monotonic seconds; a silence before does not count."""
         word, at, done_here, finished, saved, longest = self._words[:6].tolist()
-        silent = (time.monotonic_ns() - (at or self._began)) / 1e9
+        silent = time.monotonic() - max(since, (at or self._began) / 1e9)
         phase = min(word & 0xFF, END)
         return Beat(word >> 8, phase, max(0.0, silent), done_here, finished, saved, longest / 1e9)

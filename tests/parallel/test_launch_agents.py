@@ -375,6 +375,27 @@ def test_a_lost_node_is_not_waited_for(lead: Coordinator) -> None:
     assert "node 1 (b) is lost: gone" in lead.said[0]
 
 
+def test_a_job_that_was_stopped_as_a_whole_does_not_hang(lead: Coordinator, tmp_path: Path) -> None:
+    def say(silent: float) -> None:
+        for node, rank in ((0, 0), (0, 1), (1, 2)):
+            ranks = [[rank, *vars(beat(7, hb.REDUCE, silent)).values()]]
+            lead.handle(node, {"kind": "beats", "ranks": ranks}, 100.0)
+
+    say(1.0)
+    lead.tick(108.0)
+    assert lead.state == "running"
+    lead.awakened()
+    lead.tick(500.0)
+    assert lead.state == "running"
+    say(1.0)
+    lead.tick(110.0)
+    assert lead.state == "dumping", "silent for 11 s by now"
+    reader = Reader(tmp_path / "beat")
+    Heartbeat(reader.path).begin(1)
+    time.sleep(0.05)
+    assert reader.read().silent >= 0.05 > reader.read(time.monotonic()).silent
+
+
 def test_heartbeats(tmp_path: Path, monkeypatch) -> None:
     reader = Reader(tmp_path / "beat")
     assert reader.read().where == "while starting"
