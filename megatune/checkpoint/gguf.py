@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from megatune.checkpoint.gguf_config import ROPE_TENSORS, Architecture, Metadata, architecture_of, hf_config
+from megatune.checkpoint.gguf_header import check_header
 from megatune.checkpoint.safetensors_file import SafetensorsWriter
 from megatune.checkpoint.sources import SINGLE
 from megatune.errors import CheckpointError
@@ -101,6 +102,7 @@ class _Place:
 
 
 def _open(path: Path) -> gguf.GGUFReader:
+    check_header(path)
     try:
         return gguf.GGUFReader(path)
     except OSError as error:

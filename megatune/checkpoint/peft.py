@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from megatune.adapters.expert_lora import ExpertLora
@@ -219,11 +220,17 @@ def adapter_method(config: dict[str, Any], folder: Path) -> LoraMethod:
         )
     if isinstance(targets, list):
         targets = sorted({str(target).rpartition(".")[2] for target in targets})
-    return LoraMethod(
-        type="lora",
-        rank=config.get("r", 8),
-        alpha=config.get("lora_alpha", 8),
-        dropout=config.get("lora_dropout") or 0.0,
-        targets=targets,
-        rslora=bool(config.get("use_rslora")),
-    )
+    try:
+        return LoraMethod(
+            type="lora",
+            rank=config.get("r", 8),
+            alpha=config.get("lora_alpha", 8),
+            dropout=config.get("lora_dropout") or 0.0,
+            targets=targets,
+            rslora=bool(config.get("use_rslora")),
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise CheckpointError(
+            f"{folder / CONFIG}: {first['loc'][0]} is {first['input']!r}: {first['msg']}; save the adapter again"
+        ) from error

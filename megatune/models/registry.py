@@ -37,6 +37,14 @@ FAMILIES: tuple[Family, ...] = (
     GptOss(),
 )
 
+_MOST = {
+    "num_hidden_layers": 10_000,
+    "n_layer": 10_000,
+    "num_experts": 10_000,
+    "num_local_experts": 10_000,
+    "n_routed_experts": 10_000,
+}
+
 
 def supported_model_types() -> list[str]:
     """The `model_type` values that a config.json may have."""
@@ -69,7 +77,16 @@ def family_for(hf_config: Mapping[str, Any]) -> Family:
         raise ConfigError(
             f"config.json: the weights are quantised ({method}); use the model's bf16 or fp32 checkpoint instead"
         )
+    _check_counts(hf_config)
     return family
+
+
+def _check_counts(hf_config: Mapping[str, Any]) -> None:
+    """ConfigError for more layers or experts than any model has: a plan of each one is made before weights are seen."""
+    for key, most in _MOST.items():
+        count = hf_config.get(key)
+        if isinstance(count, int | float) and count > most:
+            raise ConfigError(f"config.json: {key} is {count}, more than any model has; is the file damaged?")
 
 
 def family_named(name: str) -> Family:
