@@ -16,6 +16,7 @@ from megatune.checkpoint.store import (
     prune,
     restore,
     save,
+    steps,
     verify,
     written_bytes,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "resolve_model",
     "restore",
     "save",
+    "steps",
     "verify",
     "weights_digest",
     "written_bytes",

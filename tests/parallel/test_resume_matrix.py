@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -184,31 +185,42 @@ def _how_equal(source: tuple[int, dict[str, Any]], target: tuple[int, dict[str, 
     return "all" if sums[0] == sums[1] or widths[0] == 1 else "losses"
 
 
-@cache
-def saved(folder: Path) -> dict[str, tuple[Outcome, Outcome, dict[str, Tensor], dict[str, Tensor]]]:
-    """(half, whole, global state after the half and at the end) of each layout."""
+States = tuple[Outcome, Outcome, dict[str, Tensor], dict[str, Tensor]]
+
+
+def _saved(ranks: list[dict[str, tuple[Outcome, Outcome]]], folder: Path) -> dict[str, States]:
+    """(half, whole, global state after the half and at the end) of each layout; the first state is left in a file."""
     found = {}
-    for size in SIZES:
-        ranks = run_ranks(_save_all, size, folder, timeout=600)
-        for key, (half, whole) in ranks[0].items():
-            states = [
-                one.weights([other[key][number] for other in ranks[1:]])
-                for number, one in enumerate((half, whole))
-            ]
-            save_file(states[0], folder / f"{key}.safetensors")
-            found[key] = half, whole, *states
+    for key, (half, whole) in ranks[0].items():
+        states = [one.weights([other[key][i] for other in ranks[1:]]) for i, one in enumerate((half, whole))]
+        save_file(states[0], folder / f"{key}.safetensors")
+        found[key] = half, whole, *states
     return found
+
+
+def _save_and_load(
+    rank: int, world_size: int, folder: Path
+) -> tuple[dict[str, States] | None, dict[str, Any]]:
+    """The largest number of processes: all others have saved."""
+    mine = _save_all(rank, world_size, folder)
+    ranks = [None] * world_size if rank == 0 else None
+    dist.gather_object(mine, ranks, dst=0)
+    found = _saved(ranks, folder) if rank == 0 else None
+    dist.barrier()
+    return found, _load_all(rank, world_size, folder)
 
 
 @cache
-def loaded(folder: Path) -> dict[str, list[Any]]:
-    """By target layout: what each rank found."""
-    saved(folder)
-    found: dict[str, list[Any]] = {}
-    for size in SIZES:
-        ranks = run_ranks(_load_all, size, folder, timeout=1500)
-        found |= {key: [rank[key] for rank in ranks] for key in ranks[0]}
-    return found
+def everything(folder: Path) -> tuple[dict[str, States], dict[str, list[Any]]]:
+    """What was saved under each layout, and what each rank of each layout found."""
+    before: dict[str, States] = {}
+    for size in SIZES[:-1]:
+        before |= _saved(run_ranks(_save_all, size, folder, timeout=600), folder)
+    largest = run_ranks(_save_and_load, SIZES[-1], folder, timeout=1500)
+    before |= largest[0][0]
+    loads = [[rank[1] for rank in largest]]
+    loads += [run_ranks(_load_all, size, folder, timeout=1500) for size in SIZES[:-1]]
+    return before, {key: [rank[key] for rank in ranks] for ranks in loads for key in ranks[0]}
 
 
 @pytest.fixture(scope="module")
@@ -223,13 +235,13 @@ pytestmark = [pytest.mark.xdist_group("resume"), pytest.mark.timeout(1800)]
 def test_every_layout_loads_every_other_bit_for_bit(folder: Path, group: str) -> None:
     layouts = GROUPS[group][2]
     assert len(layouts) >= 12
-    found = loaded(folder)
+    saved, found = everything(folder)
     for source in layouts:
         for target in layouts:
             wrong = found[f"wrong/{group}/{source}/{target}"]
             assert len(wrong) == layouts[target][0]
             assert not any(wrong), f"saved under {source}, loaded under {target}: {wrong}"
-    states = [saved(folder)[f"{group}/{layout}"][2] for layout in layouts]
+    states = [saved[f"{group}/{layout}"][2] for layout in layouts]
     names = {name.split("/")[0] for name in states[0]} | {"/".join(name.split("/")[:2]) for name in states[0]}
     assert {"model", "optim/exp_avg", "optim/exp_avg_sq"} <= names
     assert all(state.keys() == states[0].keys() for state in states)
@@ -238,13 +250,14 @@ def test_every_layout_loads_every_other_bit_for_bit(folder: Path, group: str) ->
 @pytest.mark.parametrize("group", GROUPS)
 def test_a_run_goes_on_as_if_it_never_stopped(folder: Path, group: str) -> None:
     layouts = GROUPS[group][2]
+    saved, loaded = everything(folder)
     bitwise = 0
     for source in layouts:
         for target in layouts:
-            if f"{group}/{source}/{target}" not in loaded(folder):
+            if f"{group}/{source}/{target}" not in loaded:
                 continue
-            found = loaded(folder)[f"{group}/{source}/{target}"]
-            _, expected, _, truth = saved(folder)[f"{group}/{source}"]
+            found = loaded[f"{group}/{source}/{target}"]
+            _, expected, _, truth = saved[f"{group}/{source}"]
             weights = found[0].weights(found[1:])
             where = f"saved under {source}, went on under {target}"
             how = _how_equal(layouts[source], layouts[target])
@@ -270,6 +283,7 @@ def test_a_run_goes_on_as_if_it_never_stopped(folder: Path, group: str) -> None:
 
 def test_going_on_depends_on_what_is_restored(folder: Path) -> None:
     """A moment, a step or a weight that is not as it was saved is seen in what follows."""
+    everything(folder)
     run_ranks(_forget, 1, folder)
 
 
