@@ -345,7 +345,7 @@ def _storage(facts: Facts) -> Iterator[Finding]:
         return
     total = sum(one.written for one in good) / max(one.seconds for one in good)
     sync = max(one.sync for one in good)
-    said = f"{_speed(total)} from {count(len(good), 'node')} at once, a small file is on disk in {1000 * sync:.0f} ms"
+    said = f"{_speed(total)} from {count(len(good), 'node')} at once, a small file is on disk in {1000 * sync:.1f} ms"
     if facts.needs is not None:
         one = facts.needs.checkpoint
         said += f"; a checkpoint of {_size(one)} takes about {one / total:.1f} s"

@@ -37,7 +37,8 @@ def started_by_mpirun(environ: Mapping[str, str] = os.environ) -> str:
     if "PMI_SIZE" not in environ or "PMI_RANK" not in environ:
         return ""
     srun = environ.get("SLURM_STEP_NUM_TASKS"), environ.get("SLURM_PROCID")
-    return "" if srun == (environ["PMI_SIZE"], environ["PMI_RANK"]) else "hydra"
+    says_the_same = srun == (environ["PMI_SIZE"], environ["PMI_RANK"])
+    return "hydra" if "MPI_LOCALNRANKS" in environ or not says_the_same else ""
 
 
 def rank_variables(environ: Mapping[str, str] = os.environ, host: str = "") -> dict[str, str]:

@@ -132,6 +132,8 @@ def test_started_by_hydra() -> None:
     assert (found["LOCAL_RANK"], found["LOCAL_WORLD_SIZE"], found["MASTER_ADDR"]) == ("1", "8", "10.0.0.1")
     daemon = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}  # of hydra, which srun started
     assert started_by_mpirun({**daemon, **intel}) == "hydra"
+    one_a_node = {**daemon, **intel, "PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALNRANKS": "1"}
+    assert started_by_mpirun(one_a_node) == "hydra"
 
 
 def test_sruns_tasks_with_pmi_are_sruns() -> None:
