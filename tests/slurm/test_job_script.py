@@ -146,12 +146,7 @@ def test_a_signal_saves_and_requeues_until_done(run) -> None:
     assert one.starts == 4 and one.cluster.restarts(job) == 3
     ports = {one.arguments(job, start, 1)["--endpoint"] for start in range(4)}
     assert len(ports) == 4
-    assert [one.arguments(job, start, 0)["--generation"] for start in range(4)] == [
-        "0",
-        "1000",
-        "2000",
-        "3000",
-    ]
+    assert [one.arguments(job, start, 0)["--generation"] for start in range(4)] == ["0", "1", "2", "3"]
     assert one.output(job).count("requeued") == 3  # appended to, over all starts
     assert one.call("logs", "--node", "1").output.endswith("node 1 of start 3\n")
     found = json.loads(one.call("status", "--json").output)

@@ -194,10 +194,9 @@ def test_directives() -> None:
                  "licenses": ["a", "b"]},
     )  # fmt: skip
     lines = directive_lines(render(one, "c.yaml").script)
-    assert lines[:17] == [
+    assert lines[:16] == [
         '#SBATCH --job-name="my job"',
         "#SBATCH --nodes=2-4",
-        "#SBATCH --ntasks-per-node=1",
         "#SBATCH --gpus-per-node=h100:8",
         "#SBATCH --cpus-per-task=96",
         "#SBATCH --mem=0",
@@ -213,6 +212,7 @@ def test_directives() -> None:
         "#SBATCH --mail-type=END,FAIL",
         "#SBATCH --exclusive",
     ]
+    assert "#SBATCH --ntasks-per-node=1" in directive_lines(render(config(nodes=4), "c.yaml").script)
     assert "#SBATCH --signal=B:USR1@120" in lines and "#SBATCH --no-requeue" in lines
     assert lines[-5:] == [
         "#SBATCH --gres=gpu:8",

@@ -70,7 +70,10 @@ def _options(
     nodes = str(slurm.nodes) if slurm.min_nodes is None else f"{slurm.min_nodes}-{slurm.nodes}"
     yield "slurm.job_name", "job-name", job_name
     yield "slurm.nodes", "nodes", nodes
-    yield "slurm.nodes", "ntasks-per-node", "1"
+    if (
+        slurm.min_nodes is None
+    ):  # with a range of nodes it would make Slurm take as few as it may, even where all are free
+        yield "slurm.nodes", "ntasks-per-node", "1"
     for key, option in (
         ("gpus", "gpus-per-node"),
         ("cpus", "cpus-per-task"),
