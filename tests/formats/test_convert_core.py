@@ -185,9 +185,11 @@ def test_a_writer_that_gets_it_wrong_never_shows_a_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, out = make_llama(tmp_path / "source"), tmp_path / "out"
-    real = hf_format._write_at
+    real = hf_format.write_at
     monkeypatch.setattr(
-        hf_format, "_write_at", lambda fd, data, at: real(fd, data[::-1] if at > 200_000 else data, at)
+        hf_format,
+        "write_at",
+        lambda fd, data, at: real(fd, memoryview(bytes(data)[::-1]) if at > 200_000 else data, at),
     )
     with pytest.raises(CheckpointError, match=r"of 21 tensors \(weights\) are not what was read"):
         convert(source, out, "hf", verify=True, workers=1)

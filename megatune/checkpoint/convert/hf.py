@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,6 +12,8 @@ import torch
 from megatune.checkpoint.convert.base import Format, Job, Line, Opened, Options, copy_extras, kin
 from megatune.checkpoint.convert.bin_files import BinFolder
 from megatune.checkpoint.convert.digest import PORTION_BYTES, bytes_of
+from megatune.checkpoint.convert.disk import opened as opened_file
+from megatune.checkpoint.convert.disk import write_at
 from megatune.checkpoint.convert.names import main_dtype, model_map
 from megatune.checkpoint.hf import MAX_SHARD_BYTES, write_json
 from megatune.checkpoint.quantised import dequantised
@@ -83,9 +83,9 @@ class HfTarget:
         return self._jobs
 
     def make(self, job: Job, folder: Path) -> None:
-        with _at_places(folder / job.file, self._sizes[job.file]) as descriptor:
+        with opened_file(folder / job.file, self._sizes[job.file]) as descriptor:
             if job.part == 0:
-                _write_at(descriptor, memoryview(self._headers[job.file]), 0)
+                write_at(descriptor, memoryview(self._headers[job.file]), 0)
             for group in self._parts[job.file, job.part]:
                 self._copy(descriptor, group)
 
@@ -99,7 +99,7 @@ class HfTarget:
                 start, stop = rows * step // steps, rows * (step + 1) // steps
                 if start < stop:
                     data = bytes_of(self._source.rows(place.name, start, stop))
-                    _write_at(descriptor, data, place.offset + start * (sizes[place.name] // rows))
+                    write_at(descriptor, data, place.offset + start * (sizes[place.name] // rows))
 
     def finish(self, folder: Path) -> None:
         if len(self._shards) > 1:
@@ -156,24 +156,6 @@ class HfTarget:
     def _file(self, index: int) -> str:
         count = len(self._shards)
         return SINGLE if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
-
-
-@contextmanager
-def _at_places(path: Path, size: int) -> Iterator[int]:
-    """A file of its final size, written at any place by any process; on disk afterwards."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        os.ftruncate(descriptor, size)
-        yield descriptor
-        os.fdatasync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write_at(descriptor: int, data: memoryview, offset: int) -> None:
-    while data:
-        count = os.pwrite(descriptor, data, offset)
-        data, offset = data[count:], offset + count
 
 
 def weights_only(opened: Opened, options: Options) -> Opened:

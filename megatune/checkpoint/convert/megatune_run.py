@@ -26,6 +26,8 @@ from megatune.checkpoint import files, store
 from megatune.checkpoint.boxes import whole_box
 from megatune.checkpoint.convert.base import SLOTS, Format, Job, Line, Opened, Options, copy_extras
 from megatune.checkpoint.convert.digest import PORTION_BYTES, bytes_of
+from megatune.checkpoint.convert.disk import opened as opened_file
+from megatune.checkpoint.convert.disk import write_at
 from megatune.checkpoint.convert.names import Cast, main_dtype, model_map
 from megatune.checkpoint.convert.run_source import Fallback, HfView, StepTensors
 from megatune.checkpoint.hf import FP32, write_json
@@ -262,14 +264,11 @@ class MegatuneTarget:
         entries = self._files[path.name]
         named = [(p + name, self._dtype(p, name), self._mapped[name].shape) for p, name in entries]
         checksums = BlockChecksums()
-        descriptor = files.create(path)
-        try:
+        with opened_file(path) as descriptor:
+            end = 0
             for data in self._bytes(header_of(named)[0], entries):
                 checksums.add(data)
-                files.write(descriptor, data)
-            files.sync(descriptor)
-        finally:
-            files.close(descriptor)
+                end = write_at(descriptor, data, end)
         note = json.dumps(file_to_json(checksums.entry())).encode()
         files.write_whole(path.with_name(f".{path.name}.json"), note)
 

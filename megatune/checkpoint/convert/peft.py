@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ from torch import Tensor
 from megatune.adapters.lora import lora_scale
 from megatune.checkpoint.convert.base import Format, Job, Line, Opened, Options, kin
 from megatune.checkpoint.convert.digest import bytes_of, portions
+from megatune.checkpoint.convert.disk import opened as opened_file
+from megatune.checkpoint.convert.disk import write_at
 from megatune.checkpoint.convert.names import check_tied, whole_model
 from megatune.checkpoint.hf import write_json
 from megatune.checkpoint.peft import (
@@ -190,13 +191,11 @@ class PeftTarget:
         return [Job(WEIGHTS, sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in self._entries))]
 
     def make(self, job: Job, folder: Path) -> None:
-        with open(folder / job.file, "wb") as file:
-            file.write(header_of(self._entries)[0])
+        with opened_file(folder / job.file) as descriptor:
+            end = write_at(descriptor, memoryview(header_of(self._entries)[0]), 0)
             for name, _, _ in self._entries:
                 for start, stop in portions(self._source, name):
-                    file.write(bytes_of(self._source.rows(name, start, stop)))
-            file.flush()
-            os.fsync(file.fileno())
+                    end = write_at(descriptor, bytes_of(self._source.rows(name, start, stop)), end)
 
     def finish(self, folder: Path) -> None:
         write_json(folder / CONFIG, self._config)

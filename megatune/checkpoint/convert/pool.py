@@ -7,6 +7,7 @@ import os
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
@@ -52,14 +53,14 @@ def run(
 
 class _Crew:
     def __init__(self, work: Work, workers: int) -> None:
-        # A server that has the imports done and no threads yet is forked: workers start in milliseconds.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__, "megatune.checkpoint.convert.core"])
+        context = _context()
         self._members: dict[Connection, Any] = {}
         for _ in range(workers):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs, work), daemon=True)
-            process.start()
+            with warnings.catch_warnings():  # of threads of libraries: `_serve` starts none of their work
+                warnings.simplefilter("ignore", DeprecationWarning)
+                process.start()
             theirs.close()
             self._members[ours] = process
 
@@ -100,6 +101,16 @@ class _Crew:
             process.terminate()
         for process in self._members.values():
             process.join()
+
+
+def _context() -> Any:
+    """How processes start. A process without threads of its own is forked, in milliseconds; from any other one a server
+    is started that has the imports done, and forks them."""
+    if threading.active_count() == 1 and not torch.cuda.is_initialized():
+        return multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "megatune.checkpoint.convert.core"])
+    return context
 
 
 def _serve(connection: Connection, work: Work) -> None:

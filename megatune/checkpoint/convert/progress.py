@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from megatune.checkpoint.convert.core import Result
 
 _LINE_SECONDS = 10.0
+_BAR_SECONDS = 0.1
 _SHOWN = 12
 
 
@@ -41,20 +42,25 @@ class Progress:
 
             columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn())
             shown = [TextColumn(c) if isinstance(c, str) else c for c in columns]
-            self._bar = Bar(*shown, TimeRemainingColumn(), console=Console(stderr=True))
+            self._bar = Bar(*shown, TimeRemainingColumn(), console=Console(stderr=True), auto_refresh=False)
             self._bar.start()
             self._task = self._bar.add_task(title, total=self._total)
 
     def add(self, count: int) -> None:
         self._done = min(self._total, self._done + count)
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self._done)
-        elif not self._quiet and time.monotonic() - self._said >= _LINE_SECONDS:
-            self._said = time.monotonic()
+        if self._quiet or time.monotonic() - self._said < (
+            _LINE_SECONDS if self._bar is None else _BAR_SECONDS
+        ):
+            return
+        self._said = time.monotonic()
+        if self._bar is None:
             self._say()
+        else:  # not by a thread: processes are forked from this one
+            self._bar.update(self._task, completed=self._done, refresh=True)
 
     def stop(self) -> None:
         if self._bar is not None:
+            self._bar.update(self._task, completed=self._done)
             self._bar.stop()
             self._bar = None
         elif not self._quiet and self._total:

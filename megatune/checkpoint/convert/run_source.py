@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatune.checkpoint.boxes import within
 from megatune.checkpoint.manifest import Chunk, Manifest
 from megatune.checkpoint.mapping import Mapped
 from megatune.checkpoint.reader import ShardFile
@@ -60,7 +61,7 @@ class StepTensors:
         for chunk in entry.chunks:
             common = box & chunk.box
             if common is not None:
-                self._file(chunk).fill(out, box, chunk)
+                self._file(chunk).fill(within(common, box).of(out), chunk, common)
                 filled += common.numel
         if filled != box.numel:
             raise CheckpointError(
