@@ -391,6 +391,14 @@ def test_paths_stay_in_the_folder(path: str, tmp_path: Path) -> None:
         DcpFolder(folder)
 
 
+def overlap(metadata: Any) -> None:
+    """As many elements as there are, but row 1 twice and row 3 never."""
+    entry, (place,) = metadata.state_dict_metadata["a"], infos(metadata)
+    index = next(index for index in metadata.storage_data if index.fqn == "a")
+    entry.chunks = [type(entry.chunks[0])(torch.Size([n, 0]), torch.Size([2, 3])) for n in range(2)]
+    metadata.storage_data[type(index)("a", torch.Size([1, 0]))] = place
+
+
 LIES: dict[str, tuple[Any, str]] = {
     "missing file": (lambda m: setattr(infos(m)[0], "relative_path", "__9_9.distcp"), "missing"),
     "offset beyond the end": (lambda m: setattr(infos(m)[0], "offset", 1 << 60), "refers to byte"),
@@ -414,6 +422,7 @@ LIES: dict[str, tuple[Any, str]] = {
         lambda m: setattr(m.state_dict_metadata["a"].chunks[0], "sizes", torch.Size([3, 4])),
         "do not cover",
     ),
+    "a hole and an overlap": (overlap, "do not cover"),
     "no storage": (lambda m: m.storage_data.clear(), "damaged"),
     "transformed": (lambda m: setattr(infos(m)[0], "transform_descriptors", ["zstd"]), "transformed"),
     "another dtype": (
