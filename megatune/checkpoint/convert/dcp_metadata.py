@@ -225,8 +225,8 @@ def _covers(shape: tuple[int, ...], chunks: list[Chunk]) -> bool:
         return True
     # As many elements as there are: then every cell of the grid of all borders must be hit.
     borders = [
-        sorted({c.offsets[dim] for c in chunks} | {c.offsets[dim] + c.sizes[dim] for c in chunks})
-        for dim in range(len(shape))
+        sorted({0, size, *(c.offsets[dim] for c in chunks), *(c.offsets[dim] + c.sizes[dim] for c in chunks)})
+        for dim, size in enumerate(shape)
     ]
     cells = math.prod(len(border) - 1 for border in borders)
     if cells > _MOST_CELLS:
