@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Add a PEFT LoRA adapter to its base model: a Hugging Face folder comes out. One tensor is in memory at a time."""
+"""Add a PEFT LoRA adapter to its base model: a Hugging Face folder comes out, with megatune-digests.json, which says
+what became of each tensor. A merge that was cut goes on when it is started again."""
 
 from __future__ import annotations
 
@@ -9,7 +10,10 @@ from pathlib import Path
 
 import torch
 
-from megatune.checkpoint import merge_peft, resolve_model
+from megatune.checkpoint import resolve_model
+from megatune.checkpoint.convert.base import Options
+from megatune.checkpoint.convert.core import convert
+from megatune.checkpoint.convert.progress import Progress, show
 from megatune.errors import MegatuneError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -23,13 +27,17 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("output", type=Path, help="folder to write")
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights; default: the base's own")
+    parser.add_argument("--verify", action="store_true", help="read the result back and compare every tensor")
+    parser.add_argument("--workers", type=int, help="processes; default: the cores that may be used")
     chosen = parser.parse_args(arguments)
+    options = Options(adapter=str(chosen.adapter), dtype=DTYPES.get(chosen.dtype))
     try:
-        merge_peft(resolve_model(chosen.base), chosen.adapter, chosen.output, DTYPES.get(chosen.dtype))
+        base = resolve_model(chosen.base).path
+        words = {"verify": chosen.verify, "workers": chosen.workers, "progress": Progress()}
+        show(convert(base, chosen.output, "hf", options, **words))
     except MegatuneError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"wrote {chosen.output}")
     return 0
 
 
