@@ -45,6 +45,14 @@ _MOST = {
     "n_routed_experts": 10_000,
 }
 
+_SIZES = (
+    "num_key_value_heads",
+    "head_dim",
+    "moe_intermediate_size",
+    "num_experts_per_tok",
+    "max_position_embeddings",
+)
+
 
 def supported_model_types() -> list[str]:
     """The `model_type` values that a config.json may have."""
@@ -78,7 +86,21 @@ def family_for(hf_config: Mapping[str, Any]) -> Family:
             f"config.json: the weights are quantised ({method}); use the model's bf16 or fp32 checkpoint instead"
         )
     _check_counts(hf_config)
+    _check_types(family, hf_config)
     return family
+
+
+def _check_types(family: Family, hf_config: Mapping[str, Any]) -> None:
+    """ConfigError for values of another type than the family computes with (text for a number, an object for a list).
+    Values that it refuses itself are said when the spec is asked for."""
+    try:
+        family.spec(hf_config)
+    except ConfigError:
+        return
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, IndexError) as error:
+        raise ConfigError(
+            f"config.json: a value is not of the kind that a {family.name} model has ({error}); download it again"
+        ) from error
 
 
 def _check_counts(hf_config: Mapping[str, Any]) -> None:
@@ -87,6 +109,10 @@ def _check_counts(hf_config: Mapping[str, Any]) -> None:
         count = hf_config.get(key)
         if isinstance(count, int | float) and count > most:
             raise ConfigError(f"config.json: {key} is {count}, more than any model has; is the file damaged?")
+    for key in _SIZES:
+        size = hf_config.get(key)
+        if size is not None and (not isinstance(size, int) or size < 0):
+            raise ConfigError(f"config.json: {key} is {size!r}, not a size; is the file damaged?")
 
 
 def family_named(name: str) -> Family:
