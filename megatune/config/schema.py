@@ -267,7 +267,7 @@ class CheckpointConfig(Section):
     )
     start: str | None = Field(
         None,
-        description="Folder that `megatune convert --to megatune` wrote, with optimizer states: a run without checkpoints "
+        description="Folder that a conversion to megatune wrote, with optimizer states: a run without checkpoints "
         "starts with its weights, moments and step, and not from those of model.path.",
     )
 
