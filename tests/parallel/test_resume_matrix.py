@@ -2,9 +2,9 @@
 
 Each layout trains three steps, saves, and trains three more. Then its checkpoint is loaded under every layout, and the
 global state must be bit for bit the one that was saved. Three steps more are those of the run that was not interrupted:
-losses bit for bit where only pipeline, ZeRO and recompute differ, and weights and moments too where the sums over
-processes come in the same order (ZeRO 0 and 1 sum once a step, 2 and 3 in each micro-batch); else within 1e-5 (losses),
-2e-5 (gradient norms) and 1e-5 (weights: norm of the difference over that of the tensor).
+losses, weights and moments bit for bit where only pipeline (of untied embeddings), recompute and ZeRO differ (between 0
+and 1, which sum gradients over processes once a step, or 2 and 3, which do in each micro-batch); else within 1e-5
+(losses), 2e-5 (gradient norms) and 1e-5 (weights: norm of the difference over that of the tensor).
 
 Only neighbours in the lists below train on by default. MEGATUNE_RESUME=dense-full,moe-lora: every pair of these groups;
 all: of all groups.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,10 @@ LOSS, NORM, WEIGHT = 1e-5, 2e-5, 1e-5
 # The schedule moves, so that a step that is forgotten is seen; nothing is clipped in the pairs that must agree bit for
 # bit, as the sum of squares that clipping divides by comes in another order.
 CHANGES = {"optim.schedule": "cosine", "optim.warmup": 2, "optim.clip": 0}
+BALANCE = {"moe.aux_loss": 0.1, "moe.bias_rate": 0.01}  # routers' biases move, and are part of the state
+TIED = (
+    "dense-tied",
+)  # under a pipeline two processes' gradients of the embedding are summed, in another order
 
 Layouts = dict[str, tuple[int, dict[str, Any]]]
 DENSE: Layouts = {
@@ -51,7 +56,7 @@ DENSE: Layouts = {
 }
 MOE: Layouts = {
     "1": (1, {}),
-    "pp2-zbv": (2, {"pipeline": 2, "schedule": "zbv"}),
+    "pp2-zbv": (2, {"pipeline": 2, "schedule": "zbv", "stages": [1, 0, 0, 1]}),
     "dp2-zero2": (2, {"zero": 2}),
     "dp2-zero3": (2, {"zero": 3}),
     "ep2": (2, {"expert": 2}),
@@ -63,16 +68,16 @@ MOE: Layouts = {
     "ep2-dp2-zero3": (4, {"expert": 2, "zero": 3}),
     "tp2-ep4-etp1": (4, {"tensor": 2, "expert": 4, "expert_tensor": 1}),
 }
-# Dropout: the random numbers after a restart are those of a run that went on. moe-balanced: routers' biases move.
+# Dropout: the random numbers after a restart are those of a run that went on.
 GROUPS: dict[str, tuple[str, str, Layouts]] = {
     "dense-lora": ("dense", "lora-dropout", DENSE),
-    "moe-full": ("moe-balanced", "full", MOE),
+    "moe-full": ("mla-moe", "full", MOE),
     "dense-full": ("dense-tied", "full", DENSE),
     "moe-lora": ("moe", "lora", MOE),
 }
 _CHOSEN = (CHOSEN or "dense-lora,moe-full").split(",")
 GROUPS = {name: group for name, group in GROUPS.items() if name in _CHOSEN or CHOSEN == "all"}
-SIZES = (1, 2, 4)
+SIZES = (2, 4)
 
 
 class Run:
@@ -85,12 +90,15 @@ class Run:
         from megatune.training.step import Trainer
 
         family, method, layouts = GROUPS[group]
-        config = config_of(Case(family, method, layouts[layout][1], CHANGES))
+        changes = CHANGES | (BALANCE if family == "mla-moe" else {})
+        config = config_of(Case(family, method, layouts[layout][1], changes))
         key = repr(sorted(layouts[layout][1].items()))
-        if key not in worlds:
+        if layouts[layout][0] == 1:  # in a process of two
+            worlds[key] = replace(parallel.World.alone(), config=config.parallel)
+        elif key not in worlds:
             worlds[key] = parallel.init(config.parallel, device="cpu")
         self.world = worlds[key]
-        settings = FAMILIES[family]
+        settings = FAMILIES[family] | {"num_hidden_layers": 2}
         self.zero = (
             built := assemble(family_for(settings).spec(settings), config, self.world, torch.float32)
         ).zero
@@ -116,6 +124,12 @@ class Run:
                     yield name, box.offset, tuple(parts.shape), tensor.detach().clone()
 
 
+def _layouts_of(layouts: Layouts, rank: int, world_size: int) -> list[str]:
+    """Those that this process takes part in: of one process too, where it is the first of two."""
+    sizes = {world_size} | ({1} if (rank, world_size) == (0, 2) else set())
+    return [name for name, (processes, _) in layouts.items() if processes in sizes]
+
+
 def _save_all(rank: int, world_size: int, folder: Path) -> dict[str, tuple[Outcome, Outcome]]:
     """(state and losses after half of the steps, and at the end) of each layout of this many processes."""
     from megatune import checkpoint
@@ -123,7 +137,7 @@ def _save_all(rank: int, world_size: int, folder: Path) -> dict[str, tuple[Outco
     worlds: dict[str, Any] = {}
     found = {}
     for group, (_, _, layouts) in GROUPS.items():
-        for layout in (name for name, (processes, _) in layouts.items() if processes == world_size):
+        for layout in _layouts_of(layouts, rank, world_size):
             run = Run(group, layout, worlds)
             half = run.train(0, HALF)
             saver = checkpoint.Saver(folder / group / layout, run.state, run.world)
@@ -142,7 +156,7 @@ def _load_all(rank: int, world_size: int, folder: Path) -> dict[str, Outcome | l
     worlds: dict[str, Any] = {}
     found: dict[str, Any] = {}
     for group, (_, _, layouts) in GROUPS.items():
-        for layout in (name for name, (processes, _) in layouts.items() if processes == world_size):
+        for layout in _layouts_of(layouts, rank, world_size):
             run = Run(group, layout, worlds)
             for source in layouts:
                 for parts in run.state.values():
@@ -174,15 +188,16 @@ def _is_neighbour(layouts: Layouts, source: str, target: str) -> bool:
     return (names.index(source) + 1) % len(names) == names.index(target)
 
 
-def _how_equal(source: tuple[int, dict[str, Any]], target: tuple[int, dict[str, Any]]) -> str:
-    """ "losses": only pipeline, ZeRO and recompute differ; "all": and sums over processes come in the same order."""
-    free = ("pipeline", "schedule", "zero", "recompute", "stages")
-    there, here = ({k: v for k, v in section.items() if k not in free} for _, section in (source, target))
-    widths = [processes // section.get("pipeline", 1) for processes, section in (source, target)]
-    if there != here or widths[0] != widths[1]:
-        return "tolerance"
-    sums = [section.get("zero", 1) >= 2 for _, section in (source, target)]
-    return "all" if sums[0] == sums[1] or widths[0] == 1 else "losses"
+def _is_bitwise(group: str, one: str, other: str) -> bool:
+    """Whether only pipeline, ZeRO and recompute differ, and all sums come in the same order."""
+    family, _, layouts = GROUPS[group]
+    sections = [layouts[name][1] for name in (one, other)]
+    free = ("pipeline", "schedule", "stages", "zero", "recompute")
+    there, here = ({k: v for k, v in section.items() if k not in free} for section in sections)
+    widths = [layouts[name][0] // layouts[name][1].get("pipeline", 1) for name in (one, other)]
+    moves = len({section.get("pipeline", 1) for section in sections}) > 1 and family in TIED
+    sums = {section.get("zero", 1) >= 2 for section in sections}
+    return there == here and widths[0] == widths[1] and not moves and (len(sums) == 1 or widths[0] == 1)
 
 
 States = tuple[Outcome, Outcome, dict[str, Tensor], dict[str, Tensor]]
@@ -192,7 +207,10 @@ def _saved(ranks: list[dict[str, tuple[Outcome, Outcome]]], folder: Path) -> dic
     """(half, whole, global state after the half and at the end) of each layout; the first state is left in a file."""
     found = {}
     for key, (half, whole) in ranks[0].items():
-        states = [one.weights([other[key][i] for other in ranks[1:]]) for i, one in enumerate((half, whole))]
+        states = [
+            one.weights([other[key][i] for other in ranks[1:] if key in other])
+            for i, one in enumerate((half, whole))
+        ]
         save_file(states[0], folder / f"{key}.safetensors")
         found[key] = half, whole, *states
     return found
@@ -220,7 +238,7 @@ def everything(folder: Path) -> tuple[dict[str, States], dict[str, list[Any]]]:
     before |= largest[0][0]
     loads = [[rank[1] for rank in largest]]
     loads += [run_ranks(_load_all, size, folder, timeout=1500) for size in SIZES[:-1]]
-    return before, {key: [rank[key] for rank in ranks] for ranks in loads for key in ranks[0]}
+    return before, {key: [rank[key] for rank in ranks if key in rank] for ranks in loads for key in ranks[0]}
 
 
 @pytest.fixture(scope="module")
@@ -260,11 +278,9 @@ def test_a_run_goes_on_as_if_it_never_stopped(folder: Path, group: str) -> None:
             _, expected, _, truth = saved[f"{group}/{source}"]
             weights = found[0].weights(found[1:])
             where = f"saved under {source}, went on under {target}"
-            how = _how_equal(layouts[source], layouts[target])
-            if how != "tolerance":
+            if _is_bitwise(group, source, target):
                 bitwise += source != target
                 assert all(outcome.losses == expected.losses for outcome in found), where
-            if how == "all":
                 different = [name for name, tensor in truth.items() if not torch.equal(weights[name], tensor)]
                 assert not different, f"{where}: {different}"
             else:
@@ -278,7 +294,7 @@ def test_a_run_goes_on_as_if_it_never_stopped(folder: Path, group: str) -> None:
                     )
             for outcome in found:
                 assert outcome.norms == pytest.approx(expected.norms, rel=NORM), where
-    assert bitwise >= 4
+    assert bitwise >= 1
 
 
 def test_going_on_depends_on_what_is_restored(folder: Path) -> None:
