@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -241,11 +241,17 @@ def test_averages_that_make_no_sense(hf: Path, tmp_path: Path, arguments: list[s
     assert not (tmp_path / "mean").exists() and not list(tmp_path.glob(".mean*"))
 
 
-def test_the_scripts_in_tools(hf: Path) -> None:
+def test_the_scripts_in_tools(
+    hf: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     tools = Path(__file__).parents[2] / "tools"
-    done = subprocess.run(
-        [sys.executable, str(tools / "diff_checkpoints.py"), str(hf), str(hf)], capture_output=True, text=True
-    )
-    assert (done.returncode, done.stdout) == (0, "equal\n"), done.stderr
-    for name in ("inspect_checkpoint.py", "average_checkpoints.py"):
-        assert os.access(tools / name, os.X_OK) and "megatune.cli" in (tools / name).read_text()
+    for name, words, said in (
+        ("diff_checkpoints.py", [hf, hf], "equal"),
+        ("inspect_checkpoint.py", [hf], "Hugging Face folder"),
+        ("average_checkpoints.py", ["--help"], "--ema"),
+    ):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(tools / name), run_name="__main__")
+        assert ended.value.code == 0 and said in capsys.readouterr().out
+        assert os.access(tools / name, os.X_OK)

@@ -257,7 +257,7 @@ def test_a_bomb_in_every_pickle(
 ) -> None:
     """Before what the file holds, within it, and instead of it."""
     attacked = 0
-    for file in _files(good[kind]):
+    for file in {file.name: file for file in _files(good[kind])}.values():  # one of each name
         path = good[kind] / file
         # Nobody needs them: the rest of universal checkpoints, other ranks' models where nothing is frozen.
         unread = path.name == "optimizer_state.pt" or path.name.startswith("zero_pp_rank_1_mp_rank_00_model")
@@ -348,7 +348,7 @@ def test_zip_bombs(kind: str, victim: Victim, copy: Callable[[str], Path], good:
         zipfile.ZipFile(folder / file, "a", zipfile.ZIP_DEFLATED) as archive,
         archive.open("x/data/999", "w") as member,
     ):
-        for _ in range(300):
+        for _ in range(300 if kind == "bin" else 2):
             member.write(bytes(1 << 20))
     outcome = victim.opens(folder)
     assert outcome.is_an_error() and "compressed" in outcome.output, outcome

@@ -298,7 +298,7 @@ def test_functions_of_torch_and_of_unknown_modules_are_not_called(tmp_path: Path
         _hand(_name("torch", "Size"), b"\x8c\x03abc\x85R"),
         _hand(_name("torch._utils", "_rebuild_tensor_v2"), b"(K\x01K\x00)))NtR"),
         _hand(b"c" + b"a" * 5000 + b"\nb\n"),
-        b"\x80\x04" + b")" + b"\x85" * 500_000 + b"}\x8c\x01x\x86" + b".",  # fine to hold, ends at once
+        b"\x80\x04" + b")" + b"\x85" * 50_000 + b"}\x8c\x01x\x86" + b".",  # fine to hold, ends at once
     ],
 )
 def test_damaged_streams_are_one_error(data: bytes) -> None:
@@ -316,7 +316,7 @@ def test_random_damage_raises_nothing_else(tmp_path: Path) -> None:
     whole = (tmp_path / "x.pt").read_bytes()
     raw = pickle.dumps({"a": [1, 2.0, "x"], "n": argparse.Namespace(x={1: 2}), "p": Path("a")})
     generator = np.random.default_rng(0)
-    count = int(os.environ.get("MEGATUNE_FUZZ", "400"))
+    count = int(os.environ.get("MEGATUNE_FUZZ", "150"))
     refused = 0
     for _ in range(count):
         for source in (whole, raw):

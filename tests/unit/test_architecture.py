@@ -32,11 +32,12 @@ FLOORS = {
     "cli": 7,
     "cli_slurm": 7,
     "cli_convert": 7,
+    "cli_checkpoint": 7,
     "__main__": 8,
 }
 # Rooms on one floor do not know each other, except here: (who imports, what).
 NEIGHBOURS = {("config", "errors"), ("checkpoint", "adapters"), ("plan", "training")}
-NEIGHBOURS |= {("cli", "cli_slurm"), ("cli", "cli_convert")}
+NEIGHBOURS |= {("cli", "cli_slurm"), ("cli", "cli_convert"), ("cli", "cli_checkpoint")}
 MODULE_LINES = 600
 FUNCTION_LINES = 80
 FAMILY_LINES = 150
