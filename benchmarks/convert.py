@@ -15,6 +15,7 @@ import argparse
 import itertools
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -137,10 +138,7 @@ def disk(source: Path, folder: Path, workers: int, *, reads: bool = True, writes
     cuts = [size * i // workers for i in range(workers + 1)]
     began = time.perf_counter()
     with ThreadPoolExecutor(workers) as pool:
-        jobs = [
-            pool.submit(_copy, source, target, a, b, reads, writes)
-            for a, b in itertools.pairwise(cuts)
-        ]
+        jobs = [pool.submit(_copy, source, target, a, b, reads, writes) for a, b in itertools.pairwise(cuts)]
         for job in jobs:
             job.result()
     seconds = time.perf_counter() - began
@@ -164,8 +162,9 @@ def _pss(pid: int) -> int:
     return total
 
 
-def timed(code: str, *words: object) -> tuple[float, int]:
-    """(seconds that the program says it took, peak bytes of it and its processes)."""
+def timed(code: str, *words: object) -> tuple[float, int, float]:
+    """(seconds that the program says it took, peak bytes of it and its processes, their processor seconds)."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [sys.executable, "-c", code, *map(str, words)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     peak = 0
@@ -177,7 +176,9 @@ def timed(code: str, *words: object) -> tuple[float, int]:
         time.sleep(0.1)
     if process.returncode:
         raise SystemExit(f"the program ended with code {process.returncode}")
-    return float(process.stdout.read().split()[-1]), peak
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return float(process.stdout.read().split()[-1]), peak, used
 
 
 def idle_bytes() -> int:
@@ -224,6 +225,7 @@ def main() -> None:
     chosen = parser.parse_args()
     times: dict[str, list[float]] = {}
     peaks: dict[str, int] = {}
+    processor: dict[str, list[float]] = {}
     with workplace(chosen.folder) as place:
         size = make_model(place / "hf", chosen.gigabytes)
         idle = idle_bytes()
@@ -237,23 +239,28 @@ def main() -> None:
             ):
                 target = place / (to if to == "megatune" else "back")
                 forget(place / source)
-                seconds, peak = timed(_CONVERT, place / source, target, to, chosen.workers)
+                seconds, peak, used = timed(_CONVERT, place / source, target, to, chosen.workers)
                 times.setdefault(name, []).append(seconds)
+                processor.setdefault(name, []).append(used)
                 peaks[name] = max(peaks.get(name, 0), peak - idle)
             for name in ("megatune", "back"):
                 shutil.rmtree(place / name)
             if chosen.rival:
                 forget(place / "hf")
-                seconds, peak = timed(_RIVAL, place / "hf", place / "rival")
+                seconds, peak, _ = timed(_RIVAL, place / "hf", place / "rival")
                 times.setdefault("transformers load + save", []).append(seconds)
                 peaks["transformers load + save"] = max(peaks.get("transformers load + save", 0), peak - idle)
                 shutil.rmtree(place / "rival")
     limit = statistics.median(times["copy"])
     rows = [line(name, seconds, limit, size, peaks.get(name)) for name, seconds in times.items()]
     for one in rows:
+        if one["name"] in processor:
+            one["processor_seconds"] = [round(used, 1) for used in processor[one["name"]]]
         print("  ".join(f"{key} {value}" for key, value in one.items()))
     facts = {"bytes": size, "largest_tensor_bytes": SHAPE["vocab_size"] * SHAPE["hidden_size"] * 2}
     content = {"benchmark": "convert", "device": device_name(), "torch": torch.__version__}
+    # Other work on the machine slows what computes more than what waits for the disk.
+    facts["load_average"] = round(os.getloadavg()[0], 1)
     content |= {**facts, "workers": chosen.workers, "rows": rows}
     path = Path(chosen.out) if chosen.out else RESULTS / "convert.json"
     path.write_text(json.dumps(content, indent=1) + "\n")
