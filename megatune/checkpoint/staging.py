@@ -93,12 +93,13 @@ class Staging:
         self._wait_for(after)
         for piece in self._plan.pieces:
             place = self._buffer.bytes[piece.offset : piece.offset + piece.tensor.nbytes]
-            target = place.view(piece.tensor.dtype).view(piece.tensor.shape)
             if piece.tensor.is_cuda:
                 with torch.cuda.stream(self._streams[piece.tensor.device]):
-                    target.copy_(piece.tensor, non_blocking=True)
+                    flat = piece.tensor.contiguous().view(-1).view(torch.uint8)
+                    for start, stop in _within_locks(piece.offset, piece.tensor.nbytes):
+                        place[start:stop].copy_(flat[start:stop], non_blocking=True)
             else:
-                target.copy_(piece.tensor)
+                place.view(piece.tensor.dtype).view(piece.tensor.shape).copy_(piece.tensor)
         self._synchronize()
 
     def copied(self) -> Iterator[memoryview]:
@@ -132,6 +133,16 @@ class Staging:
     def _synchronize(self) -> None:
         for stream in self._streams.values():
             stream.synchronize()
+
+
+def _within_locks(offset: int, size: int) -> Iterator[tuple[int, int]]:
+    """[0, size) at `offset` of a buffer, in parts that lie in one page-locked piece each: a driver's copy fails where
+    its memory was locked in two."""
+    start = 0
+    while start < size:
+        stop = min(size, start + _LOCK_BYTES - (offset + start) % _LOCK_BYTES)
+        yield start, stop
+        start = stop
 
 
 def fits(size: int) -> bool:

@@ -17,7 +17,7 @@ import torch
 
 from tests.helpers.dist import run_ranks
 from tests.helpers.layouts import runs_of
-from tests.helpers.parity import FAMILIES, METHODS, Case, Outcome, train
+from tests.helpers.parity import FAMILIES, Case, Outcome, train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(1200)]
 LIMITS = {"fp32": {"loss": 1e-4, "norm": 1e-3, "weight": 1e-3}, "bf16": {"loss": 1e-2, "norm": 5e-2}}
@@ -45,7 +45,12 @@ def _case(family: str, method: str, dtype: str, section: dict, layers: int) -> C
 
 @cache
 def alone(family: str) -> dict[str, Outcome]:
-    cases = {f"{method}/{dtype}": _case(family, method, dtype, {}) for method in METHODS for dtype in LIMITS}
+    wanted = {(run.method, run.layers) for run in runs_of(family)}
+    cases = {
+        f"{method}/{dtype}/{layers}": _case(family, method, dtype, {}, layers)
+        for method, layers in wanted
+        for dtype in LIMITS
+    }
     return run_ranks(_run_all, 1, cases, backend="nccl", timeout=300)[0]
 
 
