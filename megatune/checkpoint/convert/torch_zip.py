@@ -102,7 +102,7 @@ def write_torch_file(path: str | Path, value: Any) -> int:
 
 
 def pickled(value: Any) -> bytes:
-    """The pickle of `value` alone, as it stands in a file's `data.pkl`: where there are tensors in it, of their names."""
+    """The pickle of `value` alone, as in a file's `data.pkl`: where there are tensors in it, of their names."""
     return _Pickler().dump(value)
 
 
