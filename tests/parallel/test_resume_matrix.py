@@ -294,7 +294,7 @@ def test_a_run_goes_on_as_if_it_never_stopped(folder: Path, group: str) -> None:
                     )
             for outcome in found:
                 assert outcome.norms == pytest.approx(expected.norms, rel=NORM), where
-    assert bitwise >= 1
+    assert bitwise or GROUPS[group][0] in TIED  # no pair of these lists where embeddings are tied
 
 
 def test_going_on_depends_on_what_is_restored(folder: Path) -> None:
