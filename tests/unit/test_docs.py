@@ -61,9 +61,19 @@ def shell_lines() -> Iterator[tuple[str, list[str]]]:
     for page, name in zip(PAGES, NAMES, strict=True):
         for span in code_spans(page):
             words = span.split()
-            is_ours = re.match(r"([A-Z_]+=\S+ )*(\S*/)?megatune ", span) and len(words) > 2
+            is_ours = re.match(r"([A-Z_]+=\S+ )*(\S*/)?megatune ", span) and not _is_name(words[1:])
             if is_ours or words[0] == "make":
                 yield name, shlex.split(span)
+
+
+def _is_name(words: list[str]) -> bool:
+    """Whether the words name a verb, of a group or not, and say nothing more."""
+    group: click.Command = commands
+    for word in words:
+        if not isinstance(group, click.Group) or word not in group.commands:
+            return False
+        group = group.commands[word]
+    return True
 
 
 def slug(heading: str) -> str:
