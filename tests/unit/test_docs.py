@@ -61,8 +61,8 @@ def shell_lines() -> Iterator[tuple[str, list[str]]]:
     for page, name in zip(PAGES, NAMES, strict=True):
         for span in code_spans(page):
             words = span.split()
-            is_ours = re.match(r"([A-Z_]+=\S+ )*(\S*/)?megatune ", span) and not _is_name(words[1:])
-            if is_ours or words[0] == "make":
+            is_ours = re.match(r"([A-Z_]+=\S+ )*(\S*/)?megatune ", span) and len(words) > 2
+            if (is_ours and not _is_name(words[1:])) or words[0] == "make":
                 yield name, shlex.split(span)
 
 
