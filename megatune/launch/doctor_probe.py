@@ -93,7 +93,18 @@ def _gpus() -> tuple[str, list[Gpu]]:
         listed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return "", []
-    return read_gpus(listed.stdout if listed.returncode == 0 else "")
+    driver, gpus = read_gpus(listed.stdout if listed.returncode == 0 else "")
+    return driver, shown(gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def shown(gpus: Sequence[Gpu], visible: str | None) -> list[Gpu]:
+    """Those of a machine's GPUs that CUDA_VISIBLE_DEVICES leaves; by number, or, of identifiers, as many."""
+    if visible is None:
+        return list(gpus)
+    names = [name.strip() for name in visible.split(",")]
+    if all(name.isdecimal() for name in names):
+        return [gpus[int(name)] for name in names if int(name) < len(gpus)]
+    return list(gpus[: len(names)])
 
 
 def read_gpus(text: str) -> tuple[str, list[Gpu]]:

@@ -231,6 +231,10 @@ def test_what_nvidia_smi_says_is_read() -> None:
     assert gpus[0] == Gpu("NVIDIA H100 80GB HBM3", 81559 * 2**20, 81000 * 2**20, 0)
     assert gpus[1].errors is None
     assert doctor_probe.read_gpus("") == ("", [])
+    assert doctor_probe.shown(gpus, None) == gpus
+    assert doctor_probe.shown(gpus, "1") == [gpus[1]]
+    assert doctor_probe.shown(gpus, "1, 0,7") == [gpus[1], gpus[0]]
+    assert doctor_probe.shown(gpus, "GPU-123") == [gpus[0]]
 
 
 def test_the_run_folder_is_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
