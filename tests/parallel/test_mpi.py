@@ -230,7 +230,7 @@ except ParallelError as error:
     ("addresses", "said"),
     [
         (["192.0.2.1", "127.0.0.1"], "127.0.0.1"),  # TEST-NET: nobody answers there
-        (["192.0.2.1"], "no address of rank 0's machine (192.0.2.1) is reached by all others; "),
+        (["192.0.2.1"], "no address of rank 0's machine (192.0.2.1) is reached by all others"),
     ],
 )
 def test_an_address_that_all_ranks_reach_is_taken(addresses: list[str], said: str) -> None:
@@ -241,9 +241,8 @@ def test_an_address_that_all_ranks_reach_is_taken(addresses: list[str], said: st
         text=True,
         timeout=30,
     )
-    lines = found.stdout.splitlines()
-    assert len(lines) == 2
-    assert all(line.startswith(said) for line in lines), lines
+    # Both ranks', in any order; mpirun may join what they write.
+    assert found.stdout.count(said) == 2, found.stdout
 
 
 def test_mpi4py_of_another_mpi_is_not_asked() -> None:
