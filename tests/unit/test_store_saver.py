@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -150,22 +150,27 @@ def notes(ranks: int, rows: int = 3) -> list[writer.Note]:
     return found
 
 
-def test_merging_takes_time_in_proportion_to_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_merging_takes_work_in_proportion_to_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     compared = []
     and_ = Box.__and__
     monkeypatch.setattr(Box, "__and__", lambda self, other: compared.append(1) or and_(self, other))
 
-    def seconds(ranks: int) -> float:
-        made = notes(ranks)
-        began = time.process_time()
-        text = writer.Merged().text(made)
-        taken = time.process_time() - began
-        assert all(len(entry["chunks"]) >= 2 * ranks for entry in json.loads(text).values())
-        return taken
+    def calls(ranks: int) -> int:
+        made, count = notes(ranks), 0
 
-    seconds(64)
-    small, large = min(seconds(128) for _ in range(3)), seconds(1024)
-    assert large < 24 * small  # 8 times as many; quadratic would be 64
+        def one_more(*_: object) -> None:
+            nonlocal count
+            count += 1
+
+        sys.setprofile(one_more)
+        try:
+            text = writer.Merged().text(made)
+        finally:
+            sys.setprofile(None)
+        assert all(len(entry["chunks"]) >= 2 * ranks for entry in json.loads(text).values())
+        return count
+
+    assert calls(256) < 4.5 * calls(64)  # 4 times as many; quadratic would be 16
     assert not compared  # no box with every other
 
 
