@@ -19,9 +19,8 @@ LOSS, NORM, WEIGHT = 1e-5, 2e-5, 1e-5
 CASES = [
     pytest.param(
         run,
-        # One worker for all: the cases of one family and number of processes share their processes, and those of two
-        # families at once would only be in each other's way.
-        marks=[pytest.mark.xdist_group("parity"), pytest.mark.timeout(1200)],
+        # The cases of one family and number of processes share their processes: the first takes the time of all.
+        marks=pytest.mark.timeout(1200),
         id=run.id,
     )
     for family in FAMILIES

@@ -246,7 +246,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("resume")
 
 
-pytestmark = [pytest.mark.xdist_group("resume"), pytest.mark.timeout(1800)]
+pytestmark = pytest.mark.timeout(1800)
 
 
 @pytest.mark.parametrize("group", GROUPS)
