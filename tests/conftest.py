@@ -23,10 +23,18 @@ for _name in (*_LAUNCHERS, *_RANKS):
 
 import pytest  # noqa: E402
 
+_PROCESSES = Path(__file__).parent / "parallel"
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the groups
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Tests of many processes one after the other, by one worker, while the other worker has the rest: two of them at
+    once are only in each other's way."""
+    if _PROCESSES in item.path.parents:
+        item.add_marker(pytest.mark.xdist_group("processes"))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    _one_worker_for_processes(items)
+    items.sort(key=lambda item: _PROCESSES not in item.path.parents)  # the longest part begins at once
     if not any(item.get_closest_marker("gpu") for item in items):
         return
     import torch
@@ -36,16 +44,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA GPU here"))
-
-
-def _one_worker_for_processes(items: list[pytest.Item]) -> None:
-    """Tests of many processes one after the other, by one worker, first of all, while the other worker has the rest:
-    two of them at once are only in each other's way."""
-    folder = Path(__file__).parent / "parallel"
-    for item in items:
-        if folder in item.path.parents:
-            item.add_marker(pytest.mark.xdist_group("processes"))
-    items.sort(key=lambda item: folder not in item.path.parents)
 
 
 @pytest.fixture(scope="session", autouse=True)
