@@ -16,7 +16,7 @@ over the processes as ZeRO does. Measured in one run, of the slowest process:
 `dcp`: torch.distributed.checkpoint's async_save, save and load of the same bytes. `transformers`: save_pretrained and
 from_pretrained of the bf16 weights alone. The disk must hold the state once, host memory twice where `dcp` runs; 8b is
 96 GB on one process, 48 GB on each of two. `--parts copy`: only the stall, and nothing is written. Conversions are
-measured by a script of their own, whose rows `convert_rows` takes over.
+measured by benchmarks/convert.py.
 """
 
 from __future__ import annotations
@@ -316,12 +316,6 @@ def with_shares(name: str, row: dict[str, Any], size: int, rates: dict[str, floa
     return {"name": name, "gigabytes": round(size / 1e9, 3), **rounded}
 
 
-def convert_rows() -> list[dict[str, Any]]:
-    """Rows of conversions, where `benchmarks.checkpoint_convert` has written them."""
-    path = RESULTS / "checkpoint_convert.json"
-    return json.loads(path.read_text())["rows"] if path.exists() else []
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=list(SHAPES), default="0.3b")
@@ -363,7 +357,7 @@ def main() -> None:
             row = pretrained(options.shape, target, options.repeats, clock)
             rows.append(with_shares("transformers", row, size, rates))
     if world.is_main:
-        _report(options, world, rates, [*rows, *convert_rows()])
+        _report(options, world, rates, rows)
     world.barrier()
     world.close()
 
