@@ -40,7 +40,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.common import RESULTS, device_name, synchronize
+from benchmarks.common import RESULTS, device_name, drop_cached, synchronize
 from megatune import checkpoint, models, parallel
 from megatune.config.schema import ParallelConfig
 from megatune.parallel.shard import Parts, ShardSpec, parts_of_flat
@@ -111,16 +111,6 @@ class Clock:
         work()
         synchronize()
         return self.world.max([time.perf_counter() - began])[0]
-
-
-def drop_cached(folder: Path) -> None:
-    """Files of a folder leave the page cache."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(descriptor)
 
 
 @contextmanager

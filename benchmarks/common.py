@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
 import time
@@ -114,3 +115,13 @@ def report(title: str, rows: Sequence[dict[str, Any]], facts: dict[str, Any], ou
         "rows": list(rows),
     }
     path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def drop_cached(folder: Path) -> None:
+    """Put a folder's files on disk and drop them from the page cache."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)

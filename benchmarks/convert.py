@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import RESULTS, device_name
+from benchmarks.common import RESULTS, device_name, drop_cached
 from megatune.checkpoint.safetensors_file import SafetensorsWriter
 
 ROOT = Path(__file__).parents[1]
@@ -102,16 +102,6 @@ def make_model(folder: Path, gigabytes: float) -> int:
     return (folder / "model.safetensors").stat().st_size
 
 
-def forget(folder: Path) -> None:
-    """Put a folder's files on disk and drop them from the page cache."""
-    for file in folder.rglob("*"):
-        if file.is_file():
-            descriptor = os.open(file, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(descriptor)
-
-
 def _copy(source: Path, target: Path, start: int, stop: int, reads: bool, writes: bool) -> None:
     buffer = bytearray(PORTION)
     if writes and not reads:
@@ -132,7 +122,7 @@ def _copy(source: Path, target: Path, start: int, stop: int, reads: bool, writes
 
 def disk(source: Path, folder: Path, workers: int, *, reads: bool = True, writes: bool = True) -> float:
     """Seconds to read, write, or copy the bytes of a file, whole again on disk."""
-    forget(source.parent)
+    drop_cached(source.parent)
     folder.mkdir(exist_ok=True)
     target, size = folder / "copy", source.stat().st_size
     cuts = [size * i // workers for i in range(workers + 1)]
@@ -238,7 +228,7 @@ def main() -> None:
                 ("megatune -> hf", "megatune", "hf"),
             ):
                 target = place / (to if to == "megatune" else "back")
-                forget(place / source)
+                drop_cached(place / source)
                 seconds, peak, used = timed(_CONVERT, place / source, target, to, chosen.workers)
                 times.setdefault(name, []).append(seconds)
                 processor.setdefault(name, []).append(used)
@@ -246,7 +236,7 @@ def main() -> None:
             for name in ("megatune", "back"):
                 shutil.rmtree(place / name)
             if chosen.rival:
-                forget(place / "hf")
+                drop_cached(place / "hf")
                 seconds, peak, _ = timed(_RIVAL, place / "hf", place / "rival")
                 times.setdefault("transformers load + save", []).append(seconds)
                 peaks["transformers load + save"] = max(peaks.get("transformers load + save", 0), peak - idle)

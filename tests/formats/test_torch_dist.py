@@ -33,6 +33,7 @@ from tests.formats import mcore
 from tests.formats.test_dcp import write
 from tests.helpers.dist import run_ranks
 from tests.helpers.families import hf_config, hf_model, pair
+from tests.helpers.megatron import Tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 FAMILIES = (
@@ -46,25 +47,6 @@ FAMILIES = (
     "gemma3",
     "qwen3-moe",
 )
-
-
-class Held:
-    """A `TensorSource` of tensors in memory."""
-
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        self.tensors = tensors
-
-    def names(self) -> set[str]:
-        return set(self.tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.tensors[name].shape)
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self.tensors[name].dtype
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        return self.tensors[name][start:stop]
 
 
 def equal(source: Any, wanted: dict[str, Tensor]) -> None:
@@ -92,7 +74,7 @@ def with_optimizer(name: str) -> Opened:
     }
     generator = torch.Generator().manual_seed(1)
     slots = {
-        slot: Held(
+        slot: Tensors(
             {
                 key: torch.randn(tensor.shape, generator=generator)
                 for key, tensor in state.items()
@@ -101,7 +83,7 @@ def with_optimizer(name: str) -> Opened:
         )
         for slot in ("master", "exp_avg", "exp_avg_sq")
     }
-    return Opened("test", Path("x"), pair(name).hf.config.to_dict(), Held(state), slots, step=12)
+    return Opened("test", Path("x"), pair(name).hf.config.to_dict(), Tensors(state), slots, step=12)
 
 
 # ---- round trips
@@ -186,7 +168,7 @@ def megatron_state(name: str, form: str) -> dict[str, Tensor]:
     table = MegatronTable(spec)
     from megatune.checkpoint.convert.megatron_names import ToMegatron
 
-    source = ToMegatron(table, Held(pair(name).hf_state()))
+    source = ToMegatron(table, Tensors(pair(name).hf_state()))
     state: dict[str, Tensor] = {}
     for key, tensor in table.tensors.items():
         rows = source.rows(key, 0, tensor.shape[0])

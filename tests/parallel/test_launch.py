@@ -19,6 +19,7 @@ import pytest
 from megatune.errors import ConfigError, ParallelError
 from megatune.launch import report
 from megatune.launch.local import run_local
+from tests.helpers.processes import is_alive, wait_until
 
 REPOSITORY = Path(__file__).parents[2]
 START = """
@@ -45,20 +46,6 @@ def worker(tmp_path: Path) -> Callable[[str], list[str]]:
         return [sys.executable, str(script), str(tmp_path)]
 
     return make
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.01)
 
 
 def test_every_rank_gets_its_variables(

@@ -18,6 +18,7 @@ from megatune.config.loader import dump_config
 from megatune.config.schema import Config
 from megatune.launch import mpi
 from megatune.training import train
+from tests.helpers.processes import is_alive, wait_until
 from tests.helpers.runs import losses, tiny_config
 
 ROOT = Path(__file__).parents[2]
@@ -82,20 +83,6 @@ def start(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
         )
 
     return make
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 40.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.01)
 
 
 def pids(folder: Path, name: str, ranks: int) -> list[int]:
