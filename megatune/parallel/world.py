@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from megatune.config.layout import Layout, layout_of
 from megatune.config.schema import ParallelConfig
 from megatune.errors import ParallelError
+from megatune.parallel.rendezvous import fresh_store, store_outlives_restarts
 from megatune.parallel.shard import Cut
 
 
@@ -237,7 +238,8 @@ def _start_process_group(kind: str, where: torch.device, rank: int, world_size: 
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
         return
     # Both backends: tensors on the host (flags, losses) go over gloo and never wait for the device.
-    if kind == "cuda":
-        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=limit, device_id=where)
-    else:
-        dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=limit)
+    backend, device = ("cpu:gloo,cuda:nccl", where) if kind == "cuda" else ("gloo", None)
+    common = {"rank": rank, "world_size": world_size, "timeout": limit, "device_id": device}
+    if store_outlives_restarts():
+        common["store"] = fresh_store(rank, world_size, timeout)
+    dist.init_process_group(backend, **common)
