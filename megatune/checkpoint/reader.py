@@ -6,7 +6,6 @@ import math
 import os
 import stat
 import threading
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,18 +25,42 @@ from megatune.parallel.shard import Box, Parts
 
 # Host memory that one thread reads into at a time.
 _SLAB_BYTES = 16 * BLOCK_BYTES
+# More than there are cores: some wait for the disk while others check and copy.
 _THREADS = 4
 # A header says for each tensor no more than this beside its name.
 _HEADER_BYTES = 1024
 
 
+class _Descriptor:
+    """A file that is open for reading, until this object goes."""
+
+    def __init__(self, path: Path) -> None:
+        self.number = -1
+        self.number, _ = open_regular(path)
+
+    def __del__(self) -> None:
+        if self.number >= 0:
+            os.close(self.number)
+
+
 class _Slab(threading.local):
-    """What this thread has read last: blocks of one file, in memory that it uses again."""
+    """What this thread has read last: blocks of one file, in memory that it uses again. `opened`, `descriptor`: the
+    file that it reads at present; Linux reads ahead, in large pages, of what is read on through one descriptor."""
 
     def __init__(self) -> None:
         self.memory = torch.empty(0, dtype=torch.uint8)
         self.of: CheckpointFile | None = None
         self.first = self.last = 0
+        self.opened: CheckpointFile | None = None
+        self.descriptor: _Descriptor | None = None
+
+    def close(self) -> None:
+        """The file alone."""
+        self.opened = self.descriptor = None
+
+    def clear(self) -> None:
+        self.close()
+        self.of, self.memory = None, torch.empty(0, dtype=torch.uint8)
 
 
 _slab = _Slab()
@@ -46,9 +69,9 @@ _slab = _Slab()
 class CheckpointFile:
     """One file of a checkpoint, read by byte ranges. Used by several threads at once.
 
-    It is opened for each read: a checkpoint may have more files than a process may have open. `verify`: check the
-    CRC-32 of each block that is touched. Raises DamagedError where the file is missing, has another size, or a block
-    is not what was written.
+    Each thread has one file open at a time: a checkpoint may have more files than a process may have open. `verify`:
+    check each block that is touched against its checksum. Raises DamagedError where the file is missing, has another
+    size, or a block is not what was written.
     """
 
     def __init__(self, path: Path, entry: FileEntry, *, verify: bool = True) -> None:
@@ -98,7 +121,10 @@ class CheckpointFile:
 
     def _read_verified(self, blocks: memoryview, first: int) -> None:
         try:
-            _read_into(self.path, blocks, first)
+            if _slab.opened is not self:
+                _slab.close()
+                _slab.descriptor, _slab.opened = _Descriptor(self.path), self
+            _read_into(_slab.descriptor.number, blocks, first)
         except OSError as error:
             raise DamagedError(f"{self.path} cannot be read: {error.strerror or error}") from error
         if self._verify:
@@ -119,11 +145,12 @@ class CheckpointFile:
                 self.read(first, min(first + BLOCK_BYTES, size))
 
         in_threads(read, range(0, size, _SLAB_BYTES))
+        _slab.clear()
 
     def _check(self, data: memoryview, first: int) -> None:
         for offset in range(0, len(data), BLOCK_BYTES):
             block = (first + offset) // BLOCK_BYTES
-            if zlib.crc32(data[offset : offset + BLOCK_BYTES]) != self._entry.checksums[block]:
+            if not self._entry.is_right(block, data[offset : offset + BLOCK_BYTES]):
                 where = block * BLOCK_BYTES
                 raise DamagedError(f"{self.path} is damaged between bytes {where} and {where + BLOCK_BYTES}")
 
@@ -233,7 +260,7 @@ def fill(folder: Path, manifest: Manifest, state: Mapping[str, Parts], *, verify
         for item in _items(shards[chunk.file], chunk, box, tensor, common)
     ]
     in_threads(_fill_stretch, _stretches(items))
-    _slab.of, _slab.memory = None, torch.empty(0, dtype=torch.uint8)
+    _slab.clear()
 
 
 def _items(shard: ShardFile, chunk: Chunk, box: Box, tensor: Tensor, common: Box) -> Iterator[_Item]:
@@ -272,17 +299,13 @@ def in_threads(work: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
     items = list(items)
     if len(items) < 2:
         return [work(item) for item in items]
-    with ThreadPoolExecutor(min(_THREADS, len(items), max(2, os.cpu_count() or 1))) as pool:
+    with ThreadPoolExecutor(min(_THREADS, len(items))) as pool:
         return list(pool.map(work, items))
 
 
-def _read_into(path: Path, data: memoryview, position: int) -> None:
-    descriptor, _ = open_regular(path)
-    try:
-        while data:
-            count = os.preadv(descriptor, [data], position)
-            if count == 0:
-                raise OSError("it became shorter")
-            data, position = data[count:], position + count
-    finally:
-        os.close(descriptor)
+def _read_into(descriptor: int, data: memoryview, position: int) -> None:
+    while data:
+        count = os.preadv(descriptor, [data], position)
+        if count == 0:
+            raise OSError("it became shorter")
+        data, position = data[count:], position + count

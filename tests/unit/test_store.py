@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import random
 import shutil
+import zlib
 from pathlib import Path
 
 import pytest
@@ -118,6 +120,32 @@ def test_tensors_larger_than_a_block_and_a_read(tmp_path: Path, monkeypatch: pyt
         manifest.DamagedError, match="rank-00000.safetensors is damaged between bytes 12582912"
     ):
         store.load(tmp_path / "step-000001", target)
+
+
+def test_checkpoints_of_format_1_still_load(tmp_path: Path) -> None:
+    """Their blocks have CRC-32 checksums, which are still looked at."""
+    state = {"big": torch.randn(1100, 1100), "other": torch.arange(5)}
+    folder = store.save(tmp_path, 1, state, {"a": 1}, Alone(), background=False).folder
+    data = json.loads((folder / "manifest.json").read_text())["manifest"]
+    data["format"] = 1
+    for name, entry in data["files"].items():
+        text, block = (folder / name).read_bytes(), manifest.BLOCK_BYTES
+        assert set(entry) == {"size", "xxh3_64"}
+        assert len(entry.pop("xxh3_64")) == 16 * -(-len(text) // block)
+        checksums = (zlib.crc32(text[start : start + block]) for start in range(0, len(text), block))
+        entry["crc32"] = "".join(f"{value:08x}" for value in checksums)
+    body = json.dumps(data).encode()
+    digest = hashlib.sha256(body).hexdigest().encode()
+    (folder / "manifest.json").write_bytes(b'{"sha256": "' + digest + b'",\n"manifest": ' + body + b"}\n")
+    target = zeros(state)
+    assert store.load(folder, target) == {"a": 1}
+    assert same(state, target)
+    store.verify(folder)
+    for file, place in (("rank-00000.safetensors", 4_500_000), ("run.json", 3)):
+        flip(folder / file, place, 5)
+        with pytest.raises(manifest.DamagedError, match=f"{file} is damaged between bytes"):
+            store.load(folder, target)
+        flip(folder / file, place, 5)
 
 
 def test_state_may_change_as_soon_as_save_returns(tmp_path: Path) -> None:

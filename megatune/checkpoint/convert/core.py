@@ -13,13 +13,23 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatune import __version__
 from megatune.checkpoint.convert import formats
 from megatune.checkpoint.convert.base import Format, Job, Line, Opened, Options, Target
-from megatune.checkpoint.convert.digest import Blocks, Digested, complete, describe, differences, size_of
+from megatune.checkpoint.convert.digest import (
+    DIGEST,
+    Blocks,
+    Digested,
+    complete,
+    describe,
+    differences,
+    size_of,
+)
+from megatune.checkpoint.convert.disk import Syncing
 from megatune.checkpoint.convert.journal import Journal, identity
 from megatune.checkpoint.convert.names import cast, check_tied, whole_model
 from megatune.checkpoint.convert.pool import Task, run
@@ -28,11 +38,11 @@ from megatune.checkpoint.sources import TensorSource, read_json
 from megatune.errors import CheckpointError, ConfigError
 
 DIGESTS = "megatune-digests.json"
-_FORMAT = 1
+_FORMAT = 2
 _SPARE_BYTES = 64 << 20
 _BYTES_PER_WORKER = 512 << 20
 
-Digests = dict[str, dict[str, Any]]  # "weights" or a slot -> name -> shape, dtype, sha256
+Digests = dict[str, dict[str, Any]]  # "weights" or a slot -> name -> shape, dtype, digest
 
 
 @dataclass(frozen=True)
@@ -96,10 +106,7 @@ class _Work:
         try:
             return getattr(self, f"_{kind}")(*rest, passed)
         except OSError as error:
-            raise CheckpointError(
-                f"{error.filename or self.folder}: {error.strerror or error}; run the same command again to go on once "
-                "that is mended"
-            ) from error
+            raise _not_written(error, self.folder) from error
 
     def _make(self, job: Job, passed: Callable[[int], None]) -> Any:
         target, hashed = self.target()
@@ -205,8 +212,7 @@ def _convert(
     total = sum(size_of(part, name) for part in sections(opened).values() for name in part.names())
     progress.start(f"{opened.kind} -> {work.to}", sum(job.size for job in jobs.values()))
     progress.add(sum(job.size for key, job in jobs.items() if key in journal.finished))
-    for (_, job), result in run(work, [("make", job) for job in left], workers, progress.add):
-        journal.add(f"{job.file}#{job.part}", result)
+    _make(journal, work, left, workers, progress)
     digests = _digests(work, [journal.finished[key] for key in jobs], workers, progress)
     target.finish(journal.folder)
     lines = _report(opened, target, [journal.finished[key] for key in jobs])
@@ -218,6 +224,24 @@ def _convert(
     count = sum(len(part) for part in digests.values())
     return Result(
         work.source, opened.kind, journal.folder, work.to, opened.step, count, total, lines, resumed, verify
+    )
+
+
+def _make(journal: Journal, work: _Work, jobs: list[Job], workers: int, progress: Progress) -> None:
+    """Do jobs; the journal says so once what they wrote is on disk, for which no worker waits."""
+    try:
+        with Syncing() as syncing:
+            for (_, job), result in run(work, [("make", job) for job in jobs], workers, progress.add):
+                key = f"{job.file}#{job.part}"
+                syncing.add(journal.folder / job.file, partial(journal.add, key, result))
+    except OSError as error:
+        raise _not_written(error, journal.folder) from error
+
+
+def _not_written(error: OSError, folder: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{error.filename or folder}: {error.strerror or error}; run the same command again to go on once that is "
+        "mended"
     )
 
 
@@ -273,7 +297,7 @@ def _verify(work: _Work, expected: Mapping[str, Any], workers: int, progress: Pr
 
 
 def _facts(facts: Mapping[str, Any] | None) -> str:
-    return "nothing" if facts is None else f"{facts['dtype']} {facts['shape']} {facts['sha256'][:12]}"
+    return "nothing" if facts is None else f"{facts['dtype']} {facts['shape']} {facts[DIGEST][:12]}"
 
 
 def _reopened(folder: Path, to: str, options: Options) -> Opened:
@@ -325,7 +349,7 @@ def _write(folder: Path, work: _Work, opened: Opened, mark: str, digests: Digest
         "source": {"path": str(work.source.absolute()), "format": opened.kind, "step": opened.step},
         "to": work.to,
         "jobs": jobs,
-        "digest": "SHA-256 of the SHA-256s of each 4 MiB block of the row-major little-endian values",
+        "digest": "XXH3-128 of the XXH3-128s of each 4 MiB block of the row-major little-endian values",
         "tensors": digests,
         "report": [asdict(line) for line in lines],
     }

@@ -12,8 +12,8 @@ import torch
 from megatune.checkpoint.convert.base import Format, Job, Line, Opened, Options, copy_extras, kin
 from megatune.checkpoint.convert.bin_files import BinFolder
 from megatune.checkpoint.convert.digest import PORTION_BYTES, bytes_of
+from megatune.checkpoint.convert.disk import ahead, write_at
 from megatune.checkpoint.convert.disk import opened as opened_file
-from megatune.checkpoint.convert.disk import write_at
 from megatune.checkpoint.convert.names import main_dtype, model_map
 from megatune.checkpoint.hf import MAX_SHARD_BYTES, write_json
 from megatune.checkpoint.quantised import dequantised
@@ -86,11 +86,13 @@ class HfTarget:
         with opened_file(folder / job.file, self._sizes[job.file]) as descriptor:
             if job.part == 0:
                 write_at(descriptor, memoryview(self._headers[job.file]), 0)
-            for group in self._parts[job.file, job.part]:
-                self._copy(descriptor, group)
+            groups = self._parts[job.file, job.part]
+            pieces = (piece for group in groups for piece in self._pieces(group))
+            for data, offset in ahead(pieces, lambda piece: len(piece[0])):
+                write_at(descriptor, data, offset)
 
-    def _copy(self, descriptor: int, group: list[_Place]) -> None:
-        """Tensors that are kin, side by side, in portions."""
+    def _pieces(self, group: list[_Place]) -> Iterator[tuple[memoryview, int]]:
+        """(bytes, their place in the file) of tensors that are kin, side by side, in portions."""
         sizes = {place.name: self._bytes(place.name) for place in group}
         steps = max(1, -(-sum(sizes.values()) // PORTION_BYTES))
         for step in range(steps):
@@ -99,7 +101,7 @@ class HfTarget:
                 start, stop = rows * step // steps, rows * (step + 1) // steps
                 if start < stop:
                     data = bytes_of(self._source.rows(place.name, start, stop))
-                    write_at(descriptor, data, place.offset + start * (sizes[place.name] // rows))
+                    yield data, place.offset + start * (sizes[place.name] // rows)
 
     def finish(self, folder: Path) -> None:
         if len(self._shards) > 1:

@@ -26,12 +26,13 @@ from megatune.checkpoint import files, store
 from megatune.checkpoint.boxes import whole_box
 from megatune.checkpoint.convert.base import SLOTS, Format, Job, Line, Opened, Options, copy_extras
 from megatune.checkpoint.convert.digest import PORTION_BYTES, bytes_of
+from megatune.checkpoint.convert.disk import ahead, write_at
 from megatune.checkpoint.convert.disk import opened as opened_file
-from megatune.checkpoint.convert.disk import write_at
 from megatune.checkpoint.convert.names import Cast, main_dtype, model_map
 from megatune.checkpoint.convert.run_source import Fallback, HfView, StepTensors
 from megatune.checkpoint.hf import FP32, write_json
 from megatune.checkpoint.manifest import (
+    BLOCK_BYTES,
     DTYPE_NAMES,
     MANIFEST,
     RUN,
@@ -179,9 +180,11 @@ def _step_folder(path: Path, step: int | None) -> Path:
 def _extra(step: Path, manifest: Manifest) -> dict[str, Any]:
     """What run.json says beyond versions, once its checksum is right."""
     text = (step / RUN).read_bytes()
-    checksums = BlockChecksums()
-    checksums.add(text)
-    if checksums.entry() != manifest.files[RUN]:
+    entry = manifest.files[RUN]
+    if len(text) != entry.size or not all(
+        entry.is_right(block, text[block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES])
+        for block in range(len(entry.checksums))
+    ):
         raise CheckpointError(f"{step / RUN}: is damaged; use another checkpoint")
     return json.loads(text)["extra"]
 
@@ -266,7 +269,7 @@ class MegatuneTarget:
         checksums = BlockChecksums()
         with opened_file(path) as descriptor:
             end = 0
-            for data in self._bytes(header_of(named)[0], entries):
+            for data in ahead(self._bytes(header_of(named)[0], entries), len):
                 checksums.add(data)
                 end = write_at(descriptor, data, end)
         note = json.dumps(file_to_json(checksums.entry())).encode()

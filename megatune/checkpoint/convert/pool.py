@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
 import os
 import threading
@@ -117,6 +118,7 @@ def _serve(connection: Connection, work: Work) -> None:
     """A worker: tasks from the pipe until it is closed."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
+    work = copy.copy(work)  # not the parent's open files: readers of one share what Linux reads ahead for it
     meter = _Meter(connection)
     while True:
         try:
