@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -255,14 +255,14 @@ def _agent(request: Request, node: int, port: int) -> None:
         grace=request.grace,
     )
 
-    def spawn(command: Sequence[str], variables: Mapping[str, str], stdout: int, stderr: int) -> _Forked:
+    def spawn(command: Sequence[str], variables: Mapping[str, str], stdout: int, stderr: int) -> Forked:
         return _spawn(request, command, variables, stdout, stderr)
 
     code = agent.run_job(job, spawn)
     (folder / f"agent-{node}.code").write_text(str(code))
 
 
-class _Forked:
+class Forked:
     def __init__(self, pid: int) -> None:
         self.pid = pid
 
@@ -272,14 +272,19 @@ class _Forked:
 
 def _spawn(
     request: Request, command: Sequence[str], variables: Mapping[str, str], stdout: int, stderr: int
-) -> _Forked:
+) -> Forked:
+    parent = os.getpid()
+    return forked(lambda: _rank(request, parent, command), variables, stdout, stderr)
+
+
+def forked(program: Callable[[], None], variables: Mapping[str, str], stdout: int, stderr: int) -> Forked:
+    """A rank that runs `program` in a fork of this process, its agent's: as if it had been started, but imported."""
     from megatune.launch.ranks import in_child
 
-    parent = os.getpid()
-    prepare = in_child(parent)
+    prepare = in_child(os.getpid())
     pid = os.fork()
     if pid:
-        return _Forked(pid)
+        return Forked(pid)
     code = 70
     try:
         os.setpgid(0, 0)
@@ -290,7 +295,7 @@ def _spawn(
         os.closerange(3, 256)
         os.environ.clear()
         os.environ.update(variables)
-        _rank(request, parent, command)
+        program()
         code = 0
     except SystemExit as end:
         code = int(end.code or 0)

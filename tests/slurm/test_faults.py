@@ -2,7 +2,8 @@
 job that nobody disturbed.
 
 MEGATUNE_INJECTIONS: how many deaths (default 8), MEGATUNE_SEED: which. A rank's heartbeat says where it is; another
-process reads it and kills the rank there.
+process reads it and kills the rank there. All deaths are in one job, whose agents fork the ranks (warm_agent.py):
+imports would take nearly all of a restart's time.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import mmap
 import os
 import random
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -17,15 +19,16 @@ from pathlib import Path
 
 import pytest
 
-from megatune.training.heartbeat import HEARTBEAT_FILE, PHASES
-from tests.slurm.test_training import START, Run, make, parts  # noqa: F401  (fixtures)
+from megatune.training.heartbeat import PHASES
+from tests.helpers.runs import losses
+from tests.slurm.test_training import START, WARM, Run, make, parts  # noqa: F401  (fixtures)
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(3600)]
 INJECTIONS = int(os.environ.get("MEGATUNE_INJECTIONS", "8"))
 SEED = int(os.environ.get("MEGATUNE_SEED", "5"))
 KILLED_IN = ("fetch", "forward", "backward", "reduce", "optimizer", "save", "evaluate")
 SAVE_EVERY, EVAL_EVERY = 5, 4
-APART = 10  # steps between two deaths: the next start gets further before it dies, too
+APART = 8  # steps between two deaths: the next start gets further before it dies, too
 
 
 def ranks(config: Path) -> dict[int, tuple[int, memoryview]]:
@@ -35,13 +38,17 @@ def ranks(config: Path) -> dict[int, tuple[int, memoryview]]:
         try:
             if str(config).encode() not in Path(f"/proc/{pid}/cmdline").read_bytes():
                 continue
-            pairs = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
-            env = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+            # A rank writes to the heartbeat that it has mapped, its agent only reads.
+            mapped = re.search(
+                r" rw-s .* (/\S*/rank-(\d+)\.beat)$", Path(f"/proc/{pid}/maps").read_text(), re.M
+            )
+            if mapped is None:
+                continue
             # Each node has a /dev/shm of its own.
-            with open(f"/proc/{pid}/root{env[HEARTBEAT_FILE]}", "rb") as file:
+            with open(f"/proc/{pid}/root{mapped[1]}", "rb") as file:
                 memory = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)).cast("Q")
-            found[int(env["RANK"])] = pid, memory
-        except (OSError, KeyError):  # no rank, or gone meanwhile
+            found[int(mapped[2])] = pid, memory
+        except OSError:  # gone meanwhile
             continue
     return found
 
@@ -64,6 +71,13 @@ def kill(run: Run, job: str, rank: int, step: int, phase: str) -> int:
             time.sleep(0.0001)  # a phase that was missed comes again in the next step
 
 
+def resumed(run: Run, job: str) -> list[int]:
+    """From which step each start went on."""
+    logs = [run.folder / f"logs/slurm-{job}/gen-{number}/rank-00000.log" for number in range(INJECTIONS + 1)]
+    found = [re.search(r"resuming from \S+ \(step (\d+)\)", log.read_text(errors="replace")) for log in logs]
+    return [int(one[1]) if one else 0 for one in found]
+
+
 @pytest.fixture
 def killed_in() -> Iterator[list[str]]:
     draw = random.Random(SEED)
@@ -75,18 +89,25 @@ def killed_in() -> Iterator[list[str]]:
 def test_deaths_in_every_phase(make, killed_in: list[str]) -> None:  # noqa: F811
     steps = APART * (INJECTIONS + 2)
     given = (f"train.steps={steps}", f"checkpoint.every={SAVE_EVERY}", f"train.eval_every={EVAL_EVERY}")
-    calm, hurt = make("calm"), make("hurt")
-    job = calm.submit(*given).first
-    assert calm.ends(job) == "COMPLETED", calm.output(job)
+    calm, hurt = make("calm", time=300, **WARM), make("hurt", time=300, **WARM)
+    undisturbed = calm.submit(*given).first  # beside the other
     draw = random.Random(SEED)
-    job, step, newest = hurt.submit(*given).first, 2, 0
-    for phase in killed_in:
-        at = kill(hurt, job, draw.randrange(4), step, phase)
+    job, step, began, saves = hurt.submit(*given).first, 2, time.monotonic(), [0]
+    for number, phase in enumerate(killed_in, 1):
+        rank = draw.randrange(4)
+        at = kill(hurt, job, rank, step, phase)
+        print(
+            f"{number:3} {time.monotonic() - began:6.1f} s: rank {rank} killed in step {at}, {phase}",
+            flush=True,
+        )
         step = max(step, at) + APART // 2
-        saved = [int(path.parent.name[5:]) for path in hurt.folder.glob("checkpoints/step-*/manifest.json")]
-        assert max(saved, default=0) >= newest, "a finished save is lost"
-        newest = max(saved, default=0)
-    assert hurt.ends(job) == "COMPLETED", hurt.output(job)
+        found = [int(path.parent.name[5:]) for path in hurt.folder.glob("checkpoints/step-*/manifest.json")]
+        saves.append(max(found, default=0))
+    assert hurt.ends(job, 4 * START) == "COMPLETED", hurt.output(job)
+    assert calm.ends(undisturbed, 4 * START) == "COMPLETED", calm.output(undisturbed)
     assert hurt.comparable() == calm.comparable()
-    starts = list(hurt.folder.glob("logs/slurm-*/gen-*"))
-    assert len(starts) == INJECTIONS + 1
+    assert len(losses(hurt.folder)) == steps
+    went_on = resumed(hurt, job)
+    assert len(went_on) == INJECTIONS + 1
+    assert all(step >= save for step, save in zip(went_on, saves, strict=True)), "a finished save is lost"
+    assert hurt.cluster.restarts(job) == 0

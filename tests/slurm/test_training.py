@@ -21,10 +21,16 @@ from megatune.launch.slurm import Submission, submit
 from tests.helpers.runs import losses, metrics, tiny_config
 from tests.helpers.tiny import make_data, make_llama
 from tests.slurm.cluster import Cluster, until
+from tests.slurm.warm_agent import PACE
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 STEPS = 60
 START = 240.0  # seconds that a start may take where other tests run beside it
+# For `make`: ranks are forked from agents that have imported everything (warm_agent.py).
+WARM = {
+    "python": str(Path(__file__).with_name("warm_python.sh")),
+    "env": {"OMP_NUM_THREADS": 1, "WARM_PYTHON": sys.executable},
+}
 
 
 @dataclass
@@ -50,8 +56,8 @@ class Run:
     def reaches(self, step: int, job: str) -> None:
         until(lambda: self.steps() >= step, START, lambda: f"step {step} not reached\n{self.output(job)}")
 
-    def ends(self, job: str) -> str:
-        return self.cluster.wait(job, seconds=START)
+    def ends(self, job: str, seconds: float = START) -> str:
+        return self.cluster.wait(job, seconds=seconds)
 
     def comparable(self) -> list[tuple[Any, ...]]:
         return [
@@ -195,6 +201,37 @@ def test_a_chain_of_three_jobs_equals_one(oracle, make) -> None:
     assert run.ends(jobs[2]) == "COMPLETED", run.output(jobs[2])
     assert [run.cluster.restarts(job) for job in jobs] == [0, 0, 0]
     assert run.comparable() == oracle
+
+
+@pytest.mark.slow
+def test_a_chain_of_three_that_the_time_limit_moves_on_equals_one_long_job(make, tmp_path: Path) -> None:
+    """Three minutes each: Slurm's own notice before the limit ends the first two, which nobody else signals. A step of
+    theirs takes two seconds at least, so that they cannot be done by then, however fast the machine is."""
+    steps, pace = 200, tmp_path / "pace"
+    pace.write_text("2")
+    environment = {**WARM["env"], PACE: str(pace)}
+    run, whole = (
+        make("chain", chain=3, time=3, grace=20, **{**WARM, "env": environment}),
+        make("whole", **WARM),
+    )
+    jobs = run.submit(f"train.steps={steps}").jobs
+    alone = whole.submit(f"train.steps={steps}").first  # beside the chain
+    run.cluster.call("scontrol", "update", f"JobId={jobs[2]}", "TimeLimit=30")  # it ends by itself
+    done = [0]
+    for job in jobs[:2]:
+        assert run.ends(job, 2 * START) == "COMPLETED", run.output(job)
+        assert " TimeLimit=00:03:00 " in run.cluster.call("scontrol", "show", "job", "-o", job)
+        done.append(len(losses(run.folder)))
+        assert done[-2] < done[-1] < steps, run.output(job)
+    pace.unlink()
+    assert run.ends(jobs[2], 2 * START) == "COMPLETED", run.output(jobs[2])
+    for job, step in zip(jobs[1:], done[1:], strict=True):  # all that was finished was saved
+        assert f"(step {step})" in (run.folder / f"logs/slurm-{job}/gen-0/rank-00000.log").read_text()
+    assert [run.cluster.restarts(job) for job in jobs] == [0, 0, 0]
+    assert [len(list(run.folder.glob(f"logs/slurm-{job}/gen-*"))) for job in jobs] == [1, 1, 1]
+    assert whole.ends(alone, 2 * START) == "COMPLETED", whole.output(alone)
+    assert run.comparable() == whole.comparable()
+    assert len(losses(run.folder)) == steps
 
 
 @pytest.mark.slow
