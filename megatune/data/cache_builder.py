@@ -27,7 +27,7 @@ from megatune.data.encode import (
     template_for,
 )
 from megatune.data.formats import RowError, detect
-from megatune.data.packing import best_fit
+from megatune.data.packing import best_fit, sequence_index
 from megatune.data.sources import RawRow, parse_json_row, read_rows
 from megatune.data.tokenizer import Tokenizer
 from megatune.data.worker import Pool
@@ -223,13 +223,14 @@ class _Writer:
         packing = config.data.packing
         bins = best_fit(lengths, config.data.seq_length) if packing else np.arange(len(lengths))
         count = int(bins.max()) + 1
+        starts, samples, tokens, learnt = sequence_index(bins, lengths, targets, count)
         arrays = {
             "sample_starts": np.concatenate([[0], np.cumsum(lengths)]),
             "sample_rows": np.frombuffer(self.rows, dtype=np.int64),
-            "sequence_starts": np.concatenate([[0], np.cumsum(np.bincount(bins, minlength=count))]),
-            "sequence_samples": np.argsort(bins, kind="stable"),
-            "sequence_tokens": _sums(bins, lengths, count),
-            "sequence_targets": _sums(bins, targets, count),
+            "sequence_starts": starts,
+            "sequence_samples": samples,
+            "sequence_tokens": tokens,
+            "sequence_targets": learnt,
         }
         for name, values in arrays.items():
             values.astype("<i8").tofile(self.folder / f"{name}.bin")
@@ -249,13 +250,6 @@ class _Writer:
             "seconds": round(time.perf_counter() - self.began, 3),
         }
         (self.folder / INDEX).write_text(json.dumps(index, indent=1))
-
-
-def _sums(bins: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
-    """Sum of the values in each bin: int64 [count], exact."""
-    sums = np.zeros(count, dtype=np.int64)
-    np.add.at(sums, bins, values)
-    return sums
 
 
 def _empty(config: Config, wanted: Plan, counts: Counter[str]) -> DataError:
