@@ -1,19 +1,29 @@
-"""Builds the C++ parts that this machine allows; everything in megatune also runs without them.
+"""Builds the C++ and CUDA parts that this machine allows; everything in megatune also runs without them.
 
-`megatune._pack` (packing of samples; needs a compiler and pybind11) and `megatune/ops/_cpu.so` (CPU kernels; needs a
-compiler and torch, so install torch first and use `pip install --no-build-isolation`). What cannot be built is left
-out with one warning. Environment: MEGATUNE_BUILD = auto (default) | none | pack | cpu, MAX_JOBS = compilers at a
-time, CXX = the compiler.
+`megatune._pack` (packing of samples; needs a compiler and pybind11), `megatune/ops/_cpu.so` (CPU kernels; needs a
+compiler and torch, so install torch first and use `pip install --no-build-isolation`) and `megatune/ops/_cuda.so`
+(CUDA kernels; needs nvcc too, but no GPU, and any build of torch will do). What cannot be built is left out with one
+warning. Only files that have changed are compiled again. Environment:
+
+    MEGATUNE_BUILD         auto (default: CUDA only where nvcc is found) | none | pack | cpu | cuda
+    MEGATUNE_CUDA_CHECK=1  compile the CUDA part, fail if something is wrong with it, install nothing
+    TORCH_CUDA_ARCH_LIST   architectures, default "8.0+PTX;9.0a"
+    CUDA_HOME              where bin/nvcc is; else nvcc is looked for on the PATH
+    MAX_JOBS               compilers at a time, default one a core
+    CXX                    the C++ compiler
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -25,13 +35,26 @@ CSRC = Path("csrc")  # setuptools takes relative paths only
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-DNDEBUG", "-Wall", "-Wextra", "-Wno-psabi"]
 # No effect on values: only says that nothing reads errno or floating-point traps.
 MATH_FLAGS = ["-fno-math-errno", "-fno-trapping-math"]
+# What ptxas says of each kernel is kept beside the object, for tools/check_sass.py.
+NVCC_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-DNDEBUG",
+    "-Xcompiler",
+    "-fPIC,-fvisibility=hidden,-Wall",
+    "-Xptxas",
+    "-v",
+]
+CUDA_ARCHITECTURES = "8.0+PTX;9.0a"
 TORCH_TARGET = "0x020b000000000000"  # the stable ABI of torch 2.11: the binary serves every later torch
+CUDA_CHECK = os.environ.get("MEGATUNE_CUDA_CHECK") == "1"
 
 
-def cpu_abi() -> str:
-    """The version of the contract between _cpu.so and megatune/ops, written in megatune/ops/_load.py."""
-    found = re.search(r'^CPU_ABI = "(\S+)"$', (ROOT / "megatune/ops/_load.py").read_text(), re.MULTILINE)
-    assert found is not None, "megatune/ops/_load.py has no CPU_ABI"
+def abi(kind: str) -> str:
+    """The version of the contract between _cpu.so or _cuda.so and megatune/ops, from megatune/ops/_load.py."""
+    text = (ROOT / "megatune/ops/_load.py").read_text()
+    found = re.search(rf'^{kind}_ABI = "(\S+)"$', text, re.MULTILINE)
+    assert found is not None, f"megatune/ops/_load.py has no {kind}_ABI"
     return found[1]
 
 
@@ -40,82 +63,140 @@ def pack_extension() -> Extension | str:
         return "megatune._pack needs pybind11"
     import pybind11
 
+    sources = sorted(str(path) for path in CSRC.glob("pack/*.cpp"))
+    return Extension("megatune._pack", sources, include_dirs=[pybind11.get_include()], optional=True)
+
+
+def torch_extension(kind: str, sources: list[Path]) -> Extension | str:
+    """megatune/ops/_{kind}.so over torch's stable ABI."""
+    name = f"megatune/ops/_{kind}.so"
+    if find_spec("torch") is None:
+        return f"{name} needs torch (install it first, then use pip install --no-build-isolation)"
+    import torch
+
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 11):
+        return f"{name} needs torch 2.11 or later, found {torch.__version__}"
+    root = Path(torch.__file__).parent
+    macros = [("TORCH_TARGET_VERSION", TORCH_TARGET), ("TORCH_STABLE_ONLY", None)]
     return Extension(
-        "megatune._pack",
-        [str(CSRC / "pack/packing.cpp")],
-        include_dirs=[pybind11.get_include()],
+        f"megatune.ops._{kind}",
+        sorted(map(str, sources)),
+        include_dirs=[str(CSRC / "include"), str(root / "include")],
+        library_dirs=[str(root / "lib")],
+        libraries=["torch_cpu", "c10"],
+        define_macros=[*macros, (f"MEGATUNE_{kind.upper()}_ABI", f'"{abi(kind.upper())}"')],
         optional=True,
     )
 
 
 def cpu_extension() -> Extension | str:
-    if find_spec("torch") is None:
-        return (
-            "megatune/ops/_cpu.so needs torch (install it first, then use pip install --no-build-isolation)"
-        )
-    import torch
+    return torch_extension("cpu", [*CSRC.glob("cpu/*.cpp"), *CSRC.glob("bind/cpu*.cpp")])
 
-    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 11):
-        return f"megatune/ops/_cpu.so needs torch 2.11 or later, found {torch.__version__}"
-    root = Path(torch.__file__).parent
-    return Extension(
-        "megatune.ops._cpu",
-        sorted(str(path) for path in [*CSRC.glob("cpu/*.cpp"), CSRC / "bind/cpu.cpp"]),
-        include_dirs=[str(CSRC / "include"), str(root / "include")],
-        library_dirs=[str(root / "lib")],
-        libraries=["torch_cpu", "c10"],
-        define_macros=[
-            ("TORCH_TARGET_VERSION", TORCH_TARGET),
-            ("TORCH_STABLE_ONLY", None),
-            ("MEGATUNE_CPU_ABI", f'"{cpu_abi()}"'),
-        ],
-        depends=[str(path) for path in [*CSRC.glob("cpu/*.[hi]*"), *CSRC.glob("include/megatune/*.h")]],
-        optional=True,
-    )
+
+def cuda_extension() -> Extension | str:
+    if nvcc() is None:
+        return "megatune/ops/_cuda.so needs nvcc (set CUDA_HOME, or put nvcc on the PATH)"
+    architectures()  # a wrong list is an error now
+    # torch's libraries for CUDA are not linked: bind/cuda.h finds what it needs of them at run time.
+    return torch_extension("cuda", [*CSRC.glob("cuda/**/*.cu"), *CSRC.glob("bind/cuda*.cpp")])
 
 
 class BuildWhatWorks(build_ext):
     """Compiles with one plain compiler call per file, several at a time; a failure is a warning, not the end."""
 
+    def finalize_options(self) -> None:
+        # One place for the objects, also under pip, whose own folder is thrown away after an editable install.
+        if self.build_temp is None:
+            self.build_temp = str(ROOT / "build" / "objects")
+        super().finalize_options()
+
     def get_ext_filename(self, fullname: str) -> str:
-        # _cpu.so holds no Python symbols: one file for every Python version.
-        if fullname.split(".")[-1] == "_cpu":
+        # These hold no Python symbols: one file for every Python version.
+        if fullname.split(".")[-1] in ("_cpu", "_cuda"):
             return os.path.join(*fullname.split(".")) + ".so"
         return super().get_ext_filename(fullname)
 
     def build_extension(self, extension: Extension) -> None:
+        objects = Path(self.build_temp) / extension.name
         target = Path(self.get_ext_fullpath(extension.name))
-        inputs = [Path(path) for path in [*extension.sources, *extension.depends, __file__]]
-        if target.exists() and all(path.stat().st_mtime < target.stat().st_mtime for path in inputs):
-            return
+        if CUDA_CHECK:
+            target = objects / target.name
         try:
-            self._compile(extension, target)
+            self._build(extension, objects, target)
         except subprocess.CalledProcessError as error:
+            if CUDA_CHECK:
+                raise SystemExit(f"{extension.name} cannot be built:\n{error.stderr}") from None
             target.unlink(missing_ok=True)
             warn(f"{extension.name} could not be built and is left out:\n{error.stderr[-2000:]}")
 
-    def _compile(self, extension: Extension, target: Path) -> None:
-        objects_dir = Path(self.build_temp) / extension.name
-        objects_dir.mkdir(parents=True, exist_ok=True)
+    def _build(self, extension: Extension, folder: Path, target: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         includes = [f"-I{path}" for path in [*extension.include_dirs, *self.include_dirs]]
         macros = [
             f"-D{name}" if value is None else f"-D{name}={value}" for name, value in extension.define_macros
         ]
 
-        def compile_one(source: str) -> str:
-            output = objects_dir / f"{Path(source).parent.name}_{Path(source).stem}.o"
-            run([compiler(), *FLAGS, *MATH_FLAGS, *includes, *macros, "-c", source, "-o", str(output)])
-            return str(output)
+        def compile_one(source: str) -> Path:
+            output = folder / ("_".join(Path(source).parts[1:]) + ".o")
+            if source.endswith(".cu"):
+                command = [nvcc(), *host_compiler(), *NVCC_FLAGS, *architectures(), f"-I{CSRC / 'include'}"]
+            else:
+                command = [compiler(), *FLAGS, *MATH_FLAGS, *includes, *macros]
+            make_object(command, Path(source), output)
+            return output
 
+        sources = sorted(extension.sources, key=lambda name: not name.endswith(".cu"))  # the longest first
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-            objects = list(pool.map(compile_one, extension.sources))
-        libraries = [f"-L{path}" for path in extension.library_dirs] + [
-            f"-l{name}" for name in extension.libraries
-        ]
+            objects = list(pool.map(compile_one, sources))
+        libraries = [f"-L{path}" for path in extension.library_dirs]
+        libraries += [f"-l{name}" for name in extension.libraries]
+        if any(source.endswith(".cu") for source in sources):
+            # cudart comes in statically, so that the machine needs a driver and no toolkit.
+            link = [nvcc(), *host_compiler(), "-shared", "-cudart", "static", "-Xlinker", "--no-undefined"]
+        else:
+            link = [compiler(), "-shared"]
+        command = [*link, *map(str, objects), *libraries]
+        if target.exists() and up_to_date(target, command, objects, folder / "link.cmd"):
+            return
         unfinished = target.with_suffix(f".{os.getpid()}.tmp")
-        run([compiler(), "-shared", *objects, "-o", str(unfinished), *libraries])
+        run([*command, "-o", str(unfinished)])
         os.replace(unfinished, target)  # a process that has the old file mapped keeps it
+        (folder / "link.cmd").write_text(shlex.join(command))
+
+
+def make_object(command: list[str], source: Path, output: Path) -> None:
+    """Compiles source unless output is newer than all that it was made of, and was made by the same command.
+
+    Beside NAME.o stand NAME.d (what it was made of), NAME.log (what the compiler said) and NAME.cmd.
+    """
+    said, made_of, by = (output.with_suffix(suffix) for suffix in (".log", ".d", ".cmd"))
+    if output.exists() and said.exists() and made_of.exists():
+        inputs = [Path(name) for name in dependencies(made_of.read_text())]
+        if up_to_date(output, command, inputs, by):
+            return
+    began = time.time()
+    unfinished = output.with_suffix(f".{os.getpid()}.tmp.o")
+    dependency_file = unfinished.with_suffix(".d")
+    outputs = ["-MMD", "-MF", str(dependency_file), "-MT", "object", "-o", str(unfinished)]
+    done = run([*command, *outputs, "-c", str(source)])
+    said.write_text(done.stdout + done.stderr)
+    os.replace(dependency_file, made_of)
+    os.utime(unfinished, (began, began))  # what was edited meanwhile is newer
+    os.replace(unfinished, output)
+    by.write_text(shlex.join(command))
+
+
+def up_to_date(output: Path, command: list[str], inputs: list[Path], command_file: Path) -> bool:
+    if not command_file.exists() or command_file.read_text() != shlex.join(command):
+        return False
+    made = output.stat().st_mtime
+    return all(path.exists() and path.stat().st_mtime <= made for path in inputs)
+
+
+def dependencies(text: str) -> list[str]:
+    """The names in a dependency file "object: a b \\ c"."""
+    return shlex.split(text.replace("\\\n", " ").partition(":")[2])
 
 
 def compiler() -> str | None:
@@ -127,8 +208,37 @@ def compiler() -> str | None:
     )
 
 
-def run(command: list[str]) -> None:
-    subprocess.run(command, check=True, capture_output=True, text=True)
+def host_compiler() -> list[str]:
+    return ["-ccbin", str(compiler())] if os.environ.get("CXX") else []
+
+
+def nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which(os.path.join(home, "bin", "nvcc")) if home else shutil.which("nvcc")
+
+
+@cache
+def architectures() -> list[str]:
+    """nvcc's flags for TORCH_CUDA_ARCH_LIST: "8.0;9.0a", also with blanks; "+PTX": for later ones too."""
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES
+    flags = []
+    for name in wanted.replace(";", " ").split():
+        found = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", name)
+        if found is None:
+            raise SystemExit(
+                f"TORCH_CUDA_ARCH_LIST has {name!r}, must be of numbers such as 8.0, 9.0a, 8.0+PTX"
+            )
+        number, suffix = found[1] + found[2], found[3]
+        if number == "90":
+            suffix = "a"  # the tensor cores of Hopper are reached by this one only
+        flags.append(f"-gencode=arch=compute_{number}{suffix},code=sm_{number}{suffix}")
+        if found[4]:
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, check=True, capture_output=True, text=True)
 
 
 def warn(message: str) -> None:
@@ -136,9 +246,9 @@ def warn(message: str) -> None:
 
 
 def extensions() -> list[Extension]:
-    wanted = os.environ.get("MEGATUNE_BUILD", "auto")
-    if wanted not in ("auto", "none", "pack", "cpu"):
-        raise SystemExit(f"MEGATUNE_BUILD is {wanted!r}, must be auto, none, pack or cpu")
+    wanted = "cuda" if CUDA_CHECK else os.environ.get("MEGATUNE_BUILD", "auto")
+    if wanted not in ("auto", "none", "pack", "cpu", "cuda"):
+        raise SystemExit(f"MEGATUNE_BUILD is {wanted!r}, must be auto, none, pack, cpu or cuda")
     if wanted == "none":
         return []
     if compiler() is None:
@@ -146,13 +256,14 @@ def extensions() -> list[Extension]:
             "no C++ compiler found (g++, clang++ or $CXX): installing without binaries, the slower references run"
         )
         return []
-    built = [
-        make()
-        for name, make in (("pack", pack_extension), ("cpu", cpu_extension))
-        if wanted in ("auto", name)
-    ]
+    makers = {"pack": pack_extension, "cpu": cpu_extension, "cuda": cuda_extension}
+    if wanted == "auto" and nvcc() is None:
+        del makers["cuda"]  # a machine without CUDA misses nothing
+    built = [make() for name, make in makers.items() if wanted in ("auto", name)]
     for reason in built:
         if isinstance(reason, str):
+            if CUDA_CHECK:
+                raise SystemExit(reason)
             warn(f"{reason}: left out")
     return [extension for extension in built if isinstance(extension, Extension)]
 

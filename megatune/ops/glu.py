@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatune.ops.checks import accumulate_dtype, floating
-from megatune.ops.registry import Body, add_op, compiled_body, cpu_body, define, fuse
+from megatune.ops.registry import Body, add_op, compiled_body, cpu_body, cuda_body, define, fuse
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh")  # the operator takes the index
@@ -111,6 +111,7 @@ _OP = add_op(
     [
         cpu_body(_FORWARD, _BACKWARD),
         compiled_body(_compiled, _compiled_backward),
+        cuda_body(_FORWARD, _BACKWARD),
         Body("reference", (_reference, _reference_backward)),
     ],
 )

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatune.ops.checks import accumulate_dtype, floating, same_device
-from megatune.ops.registry import Body, add_op, compiled_body, cpu_body, define, fuse
+from megatune.ops.registry import Body, add_op, compiled_body, cpu_body, cuda_body, define, fuse
 
 
 def _reference(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
@@ -67,6 +67,7 @@ _OP = add_op(
     [
         cpu_body(_FORWARD, _BACKWARD),
         compiled_body(fuse(_reference), fuse(_reference_backward)),
+        cuda_body(_FORWARD, _BACKWARD),
         Body("reference", (_reference, _reference_backward)),
     ],
 )

@@ -1,10 +1,10 @@
 """Which body computes an op: chosen by device and dtype, overridable, printed once at the start of a run.
 
 An op has one name and several bodies: "reference" (plain PyTorch, the truth, runs everywhere), "cpu" (compiled,
-csrc/cpu), "compiled" (the reference through torch.compile, on CUDA), and for attention PyTorch's own kernels. The
-kernels with a compiled body are operators of the torch library `megatune`, defined here in Python with the reference
-as their implementation on every device; `_cpu.so` adds its own for the CPU. So FakeTensor, meta tensors and
-torch.compile see one operator, whatever is built.
+csrc/cpu), "compiled" (the reference through torch.compile, on CUDA), "cuda" (csrc/cuda), and for attention PyTorch's
+own kernels. The kernels with a compiled body are operators of the torch library `megatune`, defined here in Python
+with the reference as their implementation on every device; `_cpu.so` and `_cuda.so` add their own. So FakeTensor, meta
+tensors and torch.compile see one operator, whatever is built.
 
 Autograd is one `torch.autograd.Function` per op, in eager mode and under torch.compile alike: measured on a CPU, an
 operator called inside a Function costs 13 us, with `torch.library.register_autograd` 25 us.
@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 
 from megatune.errors import ConfigError
-from megatune.ops._load import cpu_isa, cpu_problem
+from megatune.ops._load import cpu_isa, cpu_problem, cuda_problem
 
 LIBRARY = torch.library.Library("megatune", "DEF")
 LOW_AND_SINGLE = (torch.float32, torch.bfloat16)
+CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Body:
     """One way to compute an op.
 
     `run`: the functions that do it (an op's own convention). `devices`, `dtypes`: what it takes (None: any).
-    `features`: what it can do of what a call may ask for (None: all; only attention has features). `problem`: says
+    `features`: what it can do of what a call may ask for (None: all; only attention has features), or a function that
+    finds out, which is called for devices that the body runs on alone. `problem`: says
     why it cannot run on this machine, None if it can.
     """
 
@@ -42,7 +44,7 @@ class Body:
     run: Any
     devices: tuple[str, ...] | None = None
     dtypes: tuple[torch.dtype, ...] | None = None
-    features: tuple[str, ...] | None = None
+    features: tuple[str, ...] | Callable[[], tuple[str, ...]] | None = None
     problem: Callable[[], str | None] = lambda: None
 
     def unfit(
@@ -53,8 +55,9 @@ class Body:
             return f"it runs on {' and '.join(self.devices)}, not on {device_type}"
         if dtype is not None and self.dtypes is not None and dtype not in self.dtypes:
             return f"it takes {' and '.join(str(known)[6:] for known in self.dtypes)}, not {str(dtype)[6:]}"
-        if self.features is not None and any(feature not in self.features for feature in features):
-            return f"it cannot do {' and '.join(sorted(set(features) - set(self.features)))}"
+        known = self.features() if callable(self.features) else self.features
+        if known is not None and any(feature not in known for feature in features):
+            return f"it cannot do {' and '.join(sorted(set(features) - set(known)))}"
         return self.problem()
 
 
@@ -116,6 +119,15 @@ def cpu_body(*run: Any) -> Body:
 def compiled_body(*run: Callable) -> Body:
     """Functions made with `fuse` as a body: one Triton kernel or two instead of many, on CUDA."""
     return Body("compiled", run, ("cuda",), problem=inductor_problem)
+
+
+def cuda_body(*run: Any) -> Body:
+    """The compiled CUDA kernels as a body: `run` are operators made with `define`.
+
+    It stands behind "compiled", so that it runs only where `ops.backend` asks for it, until a committed result of
+    benchmarks/ops_gpu.py shows for its op that it is the faster one; then that op lists it first.
+    """
+    return Body("cuda", run, ("cuda",), CUDA_DTYPES, problem=cuda_problem)
 
 
 def fuse(function: Callable) -> Callable:

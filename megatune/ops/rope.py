@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatune.ops.checks import accumulate_dtype, floating, same_device
-from megatune.ops.registry import Body, add_op, compiled_body, cpu_body, define, fuse
+from megatune.ops.registry import Body, add_op, compiled_body, cpu_body, cuda_body, define, fuse
 
 
 def _reference(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
@@ -42,7 +42,10 @@ def _fake(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
 
 
 _ROPE = define("rope(Tensor x, Tensor cos, Tensor sin, bool inverse) -> Tensor", _reference, _fake)
-_OP = add_op("rope", [cpu_body(_ROPE), compiled_body(fuse(_flipped)), Body("reference", (_reference,))])
+_OP = add_op(
+    "rope",
+    [cpu_body(_ROPE), compiled_body(fuse(_flipped)), cuda_body(_ROPE), Body("reference", (_reference,))],
+)
 
 
 class _Rope(torch.autograd.Function):
