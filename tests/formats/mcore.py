@@ -74,15 +74,29 @@ def without_cuda() -> None:
     OnTheCpu().__enter__()
 
 
-def gpt(spec: DecoderSpec, vocab: int, seed: int = 0, *, tensor: int = 1, **pieces: bool) -> Any:
+def gpt(
+    spec: DecoderSpec,
+    vocab: int,
+    seed: int = 0,
+    *,
+    tensor: int = 1,
+    pipeline: int = 1,
+    expert: int = 1,
+    **pieces: bool,
+) -> Any:
     """A GPTModel with Megatron's own layers (no Transformer Engine), random in every weight, in evaluation mode.
-    `vocab`: rows of the embedding. `tensor`: as `prepare` was told. `pieces`: pre_process, post_process of a pipeline's
-    stage."""
+    `vocab`: rows of the embedding. `tensor`, `pipeline`, `expert`: as `prepare` was told. `pieces`: pre_process,
+    post_process of a pipeline's stage."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-    values = _values(spec) | {"tensor_model_parallel_size": tensor}
+    values = _values(spec) | {
+        "tensor_model_parallel_size": tensor,
+        "pipeline_model_parallel_size": pipeline,
+        "expert_model_parallel_size": expert,
+        "pipeline_dtype": torch.float32,
+    }
     config = (MLATransformerConfig if spec.mla else TransformerConfig)(**values)
     if spec.moe is not None and not all(layer.moe for layer in spec.layers):
         layers = get_gpt_decoder_block_spec(config, use_transformer_engine=False)

@@ -323,15 +323,23 @@ def test_experts_that_are_not_cut_while_the_rest_is(tmp_path: Path) -> None:
         read(tmp_path / "c")
 
 
-def test_optimizer_states_are_left_out_and_said(tmp_path: Path) -> None:
+def test_optimizer_states_that_tell_nothing_are_left_out_and_said(tmp_path: Path) -> None:
     write(model("llama"), tmp_path, tensor=2)
     assert lines(read(tmp_path), "skipped") == []
-    (every_file(tmp_path)[0].parent / "distrib_optim.pt").touch()
-    assert [line.tensor for line in lines(read(tmp_path), "skipped")] == ["optimizer"]
+    for path in every_file(tmp_path):
+        change(
+            path, lambda content: content.update(optimizer={"optimizer": {"state": {}, "param_groups": []}})
+        )
+    (line,) = lines(read(tmp_path), "skipped")
+    assert line.tensor == "optimizer" and "its 0 states are not those of its 27 weights" in line.detail
     assert lines(read(tmp_path, optimizer=False), "skipped") == []
-    (every_file(tmp_path)[0].parent / "distrib_optim.pt").unlink()
-    change(every_file(tmp_path)[0], lambda content: content.update(optimizer={"optimizer": {"state": {}}}))
-    assert [line.tensor for line in lines(read(tmp_path), "skipped")] == ["optimizer"]
+    flat = every_file(tmp_path)[0].parent / "distrib_optim.pt"
+    flat.touch()
+    with pytest.raises(CheckpointError, match=r"mp_rank_00/distrib_optim.pt: is no file of torch.save"):
+        read(tmp_path)
+    torch.save({"buckets_coalesced": True}, flat)
+    (line,) = lines(read(tmp_path), "skipped")
+    assert "its 0 buffers are not those of its weights" in line.detail and "torch_dist" in line.detail
 
 
 # ---- steps

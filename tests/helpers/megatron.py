@@ -1,7 +1,9 @@
-"""Small models for Megatron's formats: random tensors under Hugging Face names, without transformers."""
+"""Small models for Megatron's formats: random tensors under Hugging Face names, without transformers; and optimizer
+states in the order in which megatron-core 0.16.1 saves them."""
 
 from __future__ import annotations
 
+import argparse
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatune.checkpoint.convert.base import Opened
+from megatune.checkpoint.convert.base import SLOTS, Opened
 from megatune.checkpoint.convert.megatron_names import MegatronTable
 from megatune.checkpoint.sources import TensorSource
 from megatune.models.registry import family_for
@@ -116,3 +118,88 @@ def same_tensors(found: TensorSource, wanted: TensorSource) -> list[str]:
         if not same or not torch.equal(found.rows(name, 0, rows), wanted.rows(name, 0, rows)):
             wrong.append(name)
     return wrong
+
+
+def load_rank(path: Path) -> dict[str, Any]:
+    """A legacy rank's file, by torch itself."""
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, weights_only=True)
+
+
+def add_optimizer(folder: Path, flat: bool, truth: Path) -> None:
+    """Random states for a legacy checkpoint of 16 bits, of the plain optimizer or (`flat`) of the distributed one; and
+    `truth / slot`, the same checkpoint with the states in place of the weights."""
+    generator = torch.Generator().manual_seed(0)
+    for path in sorted(folder.rglob("model_optim_rng.pt")):
+        content = load_rank(path)
+        models = {key: content[key] for key in content if key.startswith("model")}
+        states: dict[str, dict[str, dict[str, Tensor]]] = {
+            number: {name: _states(weight, generator) for name, weight in chunk.items()}
+            for number, chunk in models.items()
+        }
+        for slot in SLOTS:
+            other = truth / slot / path.relative_to(folder)
+            other.parent.mkdir(parents=True, exist_ok=True)
+            changed = {k: {name: one[slot] for name, one in chunk.items()} for k, chunk in states.items()}
+            torch.save(content | changed, other)
+        named = [[(k, one) for k, one in chunk.items()] for chunk in states.values()]
+        dense, experts = (
+            [[pair for pair in chunk if (".mlp.experts." in pair[0]) is which] for chunk in named]
+            for which in (False, True)
+        )
+        parts = [dense, experts] if any(experts) else [dense]
+        if flat:
+            made = [_flat(part) for part in parts]
+            torch.save(made[0] if len(made) == 1 else made, path.parent / "distrib_optim.pt")
+            optimizer: Any = {"optimizer": {"param_groups": []}}
+        else:
+            chained = [_plain(part) for part in parts]
+            optimizer = chained[0] if len(chained) == 1 else chained
+        torch.save(content | {"optimizer": optimizer}, path)
+
+
+def _states(weight: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    """A master that rounds to the weight, and moments."""
+    noise = torch.rand(weight.shape, generator=generator) * 2**-11
+    moments = {slot: torch.randn(weight.shape, generator=generator) for slot in SLOTS[1:]}
+    return {"master": weight.float() * (1 + noise), **moments}
+
+
+def _plain(chunks: list[list[tuple[str, dict[str, Tensor]]]]) -> dict[str, Any]:
+    """Float16OptimizerWithFloat16Params.state_dict(): weights with decay, then vectors and biases."""
+    every = [pair for chunk in chunks for pair in chunk]
+    groups = [
+        [one for name, one in every if (one["master"].ndim == 1 or name.endswith(".bias")) is vector]
+        for vector in (False, True)
+    ]
+    groups = [group for group in groups if group]
+    state, numbers = {}, []
+    for group in groups:
+        numbers.append(list(range(len(state), len(state) + len(group))))
+        for number, one in zip(numbers[-1], group, strict=True):
+            state[number] = {"step": torch.tensor(2.0)} | {slot: one[slot] for slot in SLOTS[1:]}
+    return {
+        "optimizer": {"state": state, "param_groups": [{"lr": 0.01, "params": run} for run in numbers]},
+        "fp32_from_fp16_params": [[one["master"] for one in group] for group in groups],
+    }
+
+
+def _flat(chunks: list[list[tuple[str, dict[str, Tensor]]]]) -> dict[Any, Any]:
+    """DistributedOptimizer.get_parameter_state_dp_zero(): a buffer for each chunk, weights from the last to the first,
+    each at a multiple of 64 in its bucket; nothing between buckets, which are full at 700 elements."""
+    found: dict[Any, Any] = {"buckets_coalesced": True}
+    for chunk in filter(None, chunks):
+        runs: dict[str, list[Tensor]] = {slot: [] for slot in SLOTS}
+        length = 0  # of the bucket
+        for _, one in reversed(chunk):
+            gap = torch.zeros(-length % 64)
+            for slot in SLOTS:
+                runs[slot] += [gap, one[slot].reshape(-1)]
+            length += gap.numel() + one["master"].numel()
+            length = 0 if length >= 700 else length
+        buffer: dict[str, Any] = {
+            "param" if slot == "master" else slot: torch.cat(run) for slot, run in runs.items()
+        }
+        key = (torch.bfloat16, torch.float32)
+        found[len(found) - 1] = {key: buffer | {"numel_unpadded": buffer["param"].numel()}}
+    return found

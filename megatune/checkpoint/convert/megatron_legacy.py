@@ -7,13 +7,14 @@ are asked for.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megatune.checkpoint.convert.base import Format, Line, Opened, Options
+from megatune.checkpoint.convert.base import SLOTS, Format, Line, Opened, Options
 from megatune.checkpoint.convert.megatron_config import hf_config, like_config
 from megatune.checkpoint.convert.megatron_legacy_files import (
     OPTIMIZER_FILE,
@@ -23,6 +24,15 @@ from megatune.checkpoint.convert.megatron_legacy_files import (
     Ranks,
     find_step,
     is_legacy,
+)
+from megatune.checkpoint.convert.megatron_legacy_optimizer import States, Unproven, advice, states_of
+from megatune.checkpoint.convert.megatron_legacy_parts import (
+    Parts,
+    Place,
+    StateParts,
+    are_equal,
+    joined,
+    of_group,
 )
 from megatune.checkpoint.convert.megatron_legacy_write import LegacyTarget
 from megatune.checkpoint.convert.megatron_names import (
@@ -40,13 +50,6 @@ from megatune.models.registry import family_for
 _IGNORED = re.compile(r"(.*\.)?rotary_pos_emb\.inv_freq|.*\.mlp\.router\.local_tokens_per_expert")
 _MTP = "mtp."
 _GROUPED = re.compile(r"mlp\.experts\.linear_fc([12])\.weight")
-_COMPARED_ROWS = 64
-# The distributed optimizer's are flat, in the order of the buckets of the run that saved them; the plain one's are
-# numbered by parameter groups. Neither says which parameter a state belongs to.
-_NO_OPTIMIZER = (
-    "its states are numbered by the run that saved them (buckets, parameter groups), not named; to keep them, save as "
-    "torch_dist with --dist-ckpt-optim-fully-reshardable"
-)
 
 
 def open_legacy(path: Path, options: Options) -> Opened:
@@ -64,13 +67,18 @@ def open_legacy(path: Path, options: Options) -> Opened:
         detail = f"the last {rows - table.spec.vocab_size} of {rows} rows pad the vocabulary"
         padded = [tensor for tensor in table.tensors.values() if tensor.vocab]
         report += [Line(tensor.pieces[0].hf_name, "trimmed", detail) for tensor in padded]
+    optimizer = {}
     if options.optimizer and _has_optimizer(ranks):
-        report.append(Line("optimizer", "skipped", _NO_OPTIMIZER))
+        try:
+            optimizer = {slot: FromMegatron(table, states) for slot, states in whole.optimizer().items()}
+        except Unproven as error:
+            report.append(Line("optimizer", "skipped", advice(str(error))))
     return Opened(
         kind="megatron",
         path=folder,
         hf_config=config,
         weights=FromMegatron(table, whole),
+        optimizer=optimizer,
         step=step,
         extras=_extras(folder, options),
         report=report,
@@ -108,37 +116,6 @@ def _check_norms(table: MegatronTable, ranks: Ranks, folder: Path) -> None:
         )
 
 
-@dataclass(frozen=True, eq=False)
-class _Parts:
-    """One tensor's parts in the files, by tensor parallel rank; one part: it is replicated or not cut."""
-
-    tensor: MegatronTensor
-    parts: tuple[LazyTensor, ...]
-    cut: int | None
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        if len(self.parts) == 1:
-            return self.parts[0].rows(start, stop)
-        if self.cut == 1:
-            return torch.cat([part.rows(start, stop) for part in self.parts], 1)
-        found = [self.parts[rank].rows(first, last) for rank, first, last in self._runs(start, stop)]
-        return torch.cat(found) if found else self.parts[0].rows(0, 0)
-
-    def _runs(self, start: int, stop: int) -> list[tuple[int, int, int]]:
-        """(rank, first row, one past the last row) in the ranks' parts."""
-        share = self.parts[0].shape[0] // (2 if self.tensor.halves else 1)
-        side_rows = share * len(self.parts)
-        runs = []
-        while start < stop:
-            side, within = divmod(start, side_rows)
-            rank, at = divmod(within, share)
-            count = min(stop - start, share - at)
-            first = side * share + at
-            runs.append((rank, first, first + count))
-            start += count
-        return runs
-
-
 class _Whole:
     """The whole Megatron model, out of the ranks' files: a `TensorSource` with the names of `MegatronTensor.name`."""
 
@@ -147,6 +124,7 @@ class _Whole:
         self._table, self._ranks = table, ranks
         self._chunks = self._layers()
         self._used: dict[int, set[tuple[int, str]]] = {}  # by stage: (chunk, name)
+        self._places: dict[str, list[Place]] = {}
         self._parts = {name: self._find(tensor) for name, tensor in table.tensors.items()}
         self._rest()
 
@@ -185,13 +163,13 @@ class _Whole:
             )
         return places
 
-    def _find(self, tensor: MegatronTensor) -> _Parts:
+    def _find(self, tensor: MegatronTensor) -> Parts:
         stage, chunk, layer = self._place(tensor)
         found = []
         if tensor.expert is None:
             for rank in range(self._ranks.sizes.tensor):
                 file = self._ranks.at(rank, stage)
-                found.append((file, self._take(file, chunk, tensor, layer, None)))
+                found.append(self._take(file, chunk, tensor, layer, None))
         else:
             per_rank, left = divmod(self._table.spec.moe.num_experts, self._ranks.sizes.expert)
             if left:
@@ -202,10 +180,13 @@ class _Whole:
             owner, local = divmod(tensor.expert, per_rank)
             for rank in range(self._ranks.sizes.expert_tensor):
                 file = self._ranks.of_experts(owner, rank, stage)
-                found.append((file, self._take(file, chunk, tensor, layer, local)))
-        parts = _joined(tensor, found)
-        if len(parts.parts) < len(found) and not _are_equal([part for _, part in found]):
-            detail = f"{found[0][0].path.parent.name}'s, though other tensor parallel ranks have other values"
+                found.append(self._take(file, chunk, tensor, layer, local))
+        parts = joined(tensor, [(place.file, place.tensor()) for place in found])
+        self._places[tensor.name] = found[: len(parts.parts)]
+        if len(parts.parts) < len(found) and not are_equal([place.tensor() for place in found]):
+            detail = (
+                f"{found[0].file.path.parent.name}'s, though other tensor parallel ranks have other values"
+            )
             self.report.append(Line(tensor.name, "mapped", detail))
         return parts
 
@@ -218,25 +199,56 @@ class _Whole:
 
     def _take(
         self, file: RankFile, chunk: int, tensor: MegatronTensor, layer: int | None, expert: int | None
-    ) -> LazyTensor:
-        """The tensor in one file, by any of the names that Megatron has had for it."""
+    ) -> Place:
+        """The tensor's part in one file, by any of the names that Megatron has had for it."""
         tensors = file.chunks[chunk].tensors
         for key in (tensor.key(layer, expert, "te"), tensor.key(layer, expert, "local")):
             if key in tensors:
                 self._used.setdefault(file.stage, set()).add((chunk, key))
-                return tensors[key]
+                return Place(file, chunk, key)
         grouped = _GROUPED.fullmatch(tensor.within) if expert is not None else None
         if grouped:
             key = f"decoder.layers.{layer}.mlp.experts.weight{grouped[1]}"
             if key in tensors:
                 self._used.setdefault(file.stage, set()).add((chunk, key))
-                return _of_group(
-                    tensors[key], tensor, expert, int(grouped[1]), file, self._ranks.sizes.expert_tensor
+                ranks = self._ranks.sizes.expert_tensor
+                view = partial(
+                    of_group, tensor=tensor, expert=expert, number=int(grouped[1]), file=file, ranks=ranks
                 )
+                return Place(file, chunk, key, view)
         raise CheckpointError(
             f"{file.path}: has no {tensor.key(layer, expert)} ({tensor.name} of the whole model); is the file whole, "
             "and does the config belong to it?"
         )
+
+    def optimizer(self) -> dict[str, StateParts]:
+        """Slot -> states of what is trained; `Unproven` where they do not tell which weight they belong to."""
+        files = self._ranks.opened()
+        states: dict[Path, States] = {}
+        for file in files:
+            siblings = [one for one in files if (one.tensor, one.stage) == (file.tensor, file.stage)]
+            try:
+                states[file.path] = states_of(file, siblings)
+            except Unproven as error:
+                raise Unproven(f"{file.path.parent.name}: {error}") from error
+        trained = {
+            name: places for name, places in self._places.items() if not self._table.tensors[name].fp32
+        }
+        return {
+            slot: StateParts(
+                {
+                    name: replace(
+                        self._parts[name],
+                        parts=tuple(
+                            one.view(states[one.file.path][one.chunk, one.key][slot]) for one in places
+                        ),
+                    )
+                    for name, places in trained.items()
+                },
+                self,
+            )
+            for slot in SLOTS
+        }
 
     def _rest(self) -> None:
         """Nothing of the files may be left over unnamed."""
@@ -274,68 +286,11 @@ class _Whole:
     def _check_copy(self, file: RankFile, head: LazyTensor) -> None:
         """The last stage's copy of a tied embedding must be one; compared by samples of its rows."""
         embedding = self._parts[EMBEDDING].parts[file.tensor]
-        if head.shape != embedding.shape or not _are_equal([embedding, head]):
+        if head.shape != embedding.shape or not are_equal([embedding, head]):
             raise CheckpointError(
                 f"{file.path}: {HEAD} is not the embedding, though the model's are tied; if they are not, say so with "
                 "the right model's folder (--like)"
             )
-
-
-def _joined(tensor: MegatronTensor, found: list[tuple[RankFile, LazyTensor]]) -> _Parts:
-    """Parts by rank, their shapes checked against the model's."""
-    count = len(found)
-    parts = tuple(part for _, part in found)
-    for file, part in found:
-        if part.shape == tensor.shape and tensor.cut is None:
-            continue
-        # Latents' projections are replicated, or (without Transformer Engine) cut.
-        cut = 0 if tensor.cut is None else tensor.cut
-        wanted = list(tensor.shape)
-        wanted[cut] = part.shape[0] if tensor.vocab and part.shape else wanted[cut] // count
-        divides = tensor.vocab or tensor.shape[cut] % (count * (2 if tensor.halves else 1)) == 0
-        if list(part.shape) != wanted or not divides or part.shape != parts[0].shape:
-            raise CheckpointError(
-                f"{file.path}: {tensor.name} has shape {list(part.shape)} on one of {count} ranks, which does not make "
-                f"{list(tensor.shape)}; config and checkpoint do not belong together"
-            )
-    whole = tensor.cut is None and parts[0].shape == tensor.shape
-    if tensor.vocab and parts[0].shape[0] * count < tensor.shape[0]:
-        raise CheckpointError(
-            f"{found[0][0].path}: {tensor.name} has {parts[0].shape[0] * count} rows for a vocabulary of "
-            f"{tensor.shape[0]}; config and checkpoint do not belong together"
-        )
-    return _Parts(tensor, parts[:1] if whole else parts, 0 if tensor.cut is None else tensor.cut)
-
-
-def _are_equal(parts: list[LazyTensor]) -> bool:
-    """Whether replicas are; of large ones by samples of their rows."""
-    count = parts[0].shape[0]
-    samples = range(count) if parts[0].numel <= 1 << 16 else range(0, count, -(-count // _COMPARED_ROWS))
-    runs = [(0, count)] if len(samples) == count else [(row, row + 1) for row in samples]
-    return all(
-        torch.equal(parts[0].rows(first, last), other.rows(first, last))
-        for other in parts[1:]
-        for first, last in runs
-    )
-
-
-def _of_group(
-    group: LazyTensor, tensor: MegatronTensor, expert: int, number: int, file: RankFile, ranks: int
-) -> LazyTensor:
-    """One expert of an old grouped weight: its memory is [experts, in, out], whatever its shape says."""
-    outputs, inputs = tensor.shape
-    outputs, inputs = (outputs // ranks, inputs) if number == 1 else (outputs, inputs // ranks)
-    if group.numel % (outputs * inputs) or (expert + 1) * outputs * inputs > group.numel:
-        raise CheckpointError(
-            f"{file.path}: mlp.experts.weight{number} has shape {list(group.shape)}, which holds no expert {expert} of "
-            f"{outputs} by {inputs}; config and checkpoint do not belong together"
-        )
-    return replace(
-        group,
-        shape=(outputs, inputs),
-        stride=(1, outputs),
-        offset=group.offset + expert * outputs * inputs,
-    )
 
 
 def _target(opened: Opened, options: Options) -> LegacyTarget:
