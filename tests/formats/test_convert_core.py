@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatune.checkpoint.convert import core, formats, journal
+from megatune.checkpoint.convert import core, disk, formats, journal
 from megatune.checkpoint.convert import hf as hf_format
 from megatune.checkpoint.convert.core import DIGESTS, convert
 from megatune.checkpoint.convert.digest import BLOCK_BYTES, BlockHashes, missing_blocks, whole_digest
@@ -326,6 +329,61 @@ def test_a_digest_does_not_depend_on_who_saw_which_part(size: int) -> None:
         other = BlockHashes(size)
         other.add(0, memoryview(changed))
         assert whole_digest(size, other.found) != expected
+
+
+def test_the_next_portion_is_made_while_one_is_used_unless_it_is_large() -> None:
+    made: list[int] = []
+    second = threading.Event()
+
+    def portions(size: int) -> Iterator[bytes]:
+        for number in range(3):
+            made.append(number)
+            if number == 1:
+                second.set()
+            yield bytes(size)
+
+    for number, _ in enumerate(disk.ahead(portions(1), len)):
+        if number == 0:
+            assert second.wait(30)  # the second is made though nobody asked for it yet
+    assert made == [0, 1, 2]
+    made.clear()
+    for number, _ in enumerate(disk.ahead(portions(40 << 20), len)):
+        time.sleep(0.02)
+        assert made == list(range(number + 1))
+
+    def broken() -> Iterator[bytes]:
+        yield b"x"
+        raise CheckpointError("is damaged")
+
+    with pytest.raises(CheckpointError, match="is damaged"):
+        list(disk.ahead(broken(), len))
+
+
+def test_a_part_counts_once_it_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out = make_llama(tmp_path / "source"), tmp_path / "out"
+    monkeypatch.setattr(hf_format, "PART_BYTES", 1 << 14)
+    real, journalled = disk.sync_file, []
+
+    def count_lines() -> int:
+        return len((tmp_path / ".out.converting/.megatune-journal.jsonl").read_text().splitlines()) - 1
+
+    def fail(path: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    def sync(path: Path) -> None:
+        assert path.name == "model.safetensors"
+        journalled.append(count_lines())
+        time.sleep(0.1)  # other parts are written meanwhile, and synced all together
+        real(path)
+
+    monkeypatch.setattr(disk, "sync_file", fail)
+    with pytest.raises(CheckpointError, match="model.safetensors: Input/output error; run the same command"):
+        convert(source, out, "hf", workers=1)
+    assert not out.exists() and count_lines() == 0
+    monkeypatch.setattr(disk, "sync_file", sync)
+    result = convert(source, out, "hf", workers=1, verify=True)
+    assert result.verified and result.resumed == 0
+    assert journalled[0] == 0 and journalled == sorted(journalled)
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
