@@ -16,6 +16,7 @@ from megatune.checkpoint.sources import TensorSource
 from megatune.errors import CheckpointError
 from megatune.models.families.base import Family, Piece
 from megatune.models.layout import shard_specs
+from megatune.models.quantise import FrozenParts
 from megatune.models.registry import family_named
 from megatune.models.spec import DecoderSpec
 from megatune.parallel.shard import Box, Parts
@@ -34,14 +35,20 @@ def base_map(spec: DecoderSpec) -> dict[str, Mapped]:
 
 
 def load_pretrained(
-    weights: Mapping[str, Parts], spec: DecoderSpec, folder: ModelFolder, *, seed: int = 0
+    weights: Mapping[str, Parts],
+    spec: DecoderSpec,
+    folder: ModelFolder,
+    *,
+    seed: int = 0,
+    quantised: FrozenParts | None = None,
 ) -> None:
     """Fill what this process holds of a model, in place.
 
     Values are cast to the dtypes that the parts have. Every process calls it, without communication, and reads the rows
     that it keeps, in portions: beside the model, host memory holds tens of megabytes. Adapters start as in PEFT (A
-    Kaiming uniform, B zero) from `seed` and the parameter's name alone, so they are the same under every layout. Raises
-    CheckpointError before anything is filled where the weights are incomplete or do not fit the model.
+    Kaiming uniform, B zero) from `seed` and the parameter's name alone, so they are the same under every layout.
+    `quantised`: weights that are kept in few bits; one at a time is read as it was. Raises CheckpointError before
+    anything is filled where the weights are incomplete or do not fit the model.
     """
     source = folder.tensors()
     mapped = _resolve(weights, spec, source, folder.family)
@@ -50,6 +57,8 @@ def load_pretrained(
             init_adapter(name, parts, seed)
         else:
             fill(name, parts, mapped[name], source)
+    if quantised is not None:
+        quantised.fill(lambda name, parts: fill(name, parts, mapped[name], source))
 
 
 @torch.no_grad()

@@ -20,6 +20,11 @@ class ModelConfig(Section):
         description="Compute dtype. auto: bf16 on GPUs and on CPUs with AMX tiles, else fp32. Trainable weights and "
         "optimizer states are kept in fp32 in any case.",
     )
+    quantise: Literal["nf4", "int8"] | None = Field(
+        None,
+        description="Keep the frozen weights of the decoder layers' linear layers in few bits, for method lora "
+        "(QLoRA): nf4 (4 bits, scales in 8) or int8. Each process has all of its share under every ZeRO stage.",
+    )
     cache: str | None = Field(
         None, description="Folder for converted models. Default: $MEGATUNE_CACHE or ~/.cache/megatune."
     )
@@ -366,6 +371,14 @@ class Config(Section):
                 "train.eval_every, so that each checkpoint is evaluated"
             )
         is_lora = self.method.type == "lora"
+        if self.model.quantise and not is_lora:
+            raise ValueError(
+                f"model.quantise: {self.model.quantise} is for frozen weights; set method.type to lora, or leave it out"
+            )
+        if self.model.quantise and self.train.compile:
+            raise ValueError(
+                "train.compile: true does not go with model.quantise; set train.compile to false, or leave quantise out"
+            )
         if self.checkpoint.export is None:
             self.checkpoint.export = ["adapter", "merged"] if is_lora else ["model"]
         for what in self.checkpoint.export:

@@ -6,6 +6,7 @@ from megatune.models.convert import from_hf_state, fuse_parts, split_parts, to_h
 from megatune.models.decoder import Decoder
 from megatune.models.families.base import Family, Piece
 from megatune.models.layout import count_parameters, flops_per_token, shard_specs
+from megatune.models.quantise import FrozenParts, quantise
 from megatune.models.registry import family_for, family_named, supported_model_types
 from megatune.models.spec import DecoderSpec, LayerSpec, RopeSpec
 
@@ -14,6 +15,7 @@ __all__ = [
     "Decoder",
     "DecoderSpec",
     "Family",
+    "FrozenParts",
     "LayerSpec",
     "Piece",
     "RopeSpec",
@@ -26,6 +28,7 @@ __all__ = [
     "from_hf_state",
     "fuse_parts",
     "materialise_random",
+    "quantise",
     "set_dtypes",
     "shard_specs",
     "split_parts",

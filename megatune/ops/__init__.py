@@ -7,6 +7,7 @@ from megatune.ops.glu import glu
 from megatune.ops.lora import LoraLayout, lora_linear
 from megatune.ops.moe import clamped_glu
 from megatune.ops.norm import layer_norm, rms_norm
+from megatune.ops.quant import FrozenWeight, dense, quantised_linear, saved
 from megatune.ops.registry import OPS, chosen, configure, table
 from megatune.ops.rope import rope
 from megatune.ops.segments import Segments, Targets
@@ -15,6 +16,7 @@ BODIES = {name: tuple(op.bodies) for name, op in OPS.items()}  # the bodies of e
 
 __all__ = [
     "BODIES",
+    "FrozenWeight",
     "LoraLayout",
     "Segments",
     "Targets",
@@ -23,12 +25,15 @@ __all__ = [
     "chosen",
     "clamped_glu",
     "configure",
+    "dense",
     "glu",
     "keyed_dropout",
     "layer_norm",
     "linear_cross_entropy",
     "lora_linear",
+    "quantised_linear",
     "rms_norm",
     "rope",
+    "saved",
     "table",
 ]

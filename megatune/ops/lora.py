@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatune.ops.checks import floating, same_device
+from megatune.ops.quant import FrozenWeight, dense, saved
 
 # Given a parameter and what computes its gradient: the gradient, or None where it comes later.
 Defer = Callable[[Tensor, Callable[[], Tensor]], Tensor | None]
@@ -109,7 +110,7 @@ class _LoraLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        weight: Tensor | FrozenWeight,
         bias: Tensor | None,
         a: Tensor,
         b: Tensor,
@@ -120,7 +121,7 @@ class _LoraLinear(torch.autograd.Function):
     ) -> Tensor:
         dropped = x if x_dropped is None else x_dropped
         low = F.linear(dropped, a.to(x.dtype))
-        out = F.linear(x, weight, bias)
+        out = F.linear(x, dense(weight, x.dtype), bias)
         block = layout.scatter(b.to(x.dtype) * scale)
         if torch.compiler.is_compiling():
             # torch 2.11 traces an output changed in place as one without a gradient: all gradients came out zero.
@@ -128,7 +129,8 @@ class _LoraLinear(torch.autograd.Function):
         else:
             out.addmm_(low, block.t())
         # x itself is needed only for the gradient of a weight that is trained beside its adapter.
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, dropped, low, weight, a, b)
+        ctx.frozen, weight_or_none = saved(weight)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, dropped, low, weight_or_none, a, b)
         ctx.layout, ctx.scale, ctx.has_dropped, ctx.defer = layout, scale, x_dropped is not None, defer
         if defer is not None:
             ctx.parameters = weight, a, b
@@ -142,7 +144,7 @@ class _LoraLinear(torch.autograd.Function):
         layout, scale = ctx.layout, ctx.scale
         grad_x = grad_low = grad_dropped = grad_a = grad_b = grad_weight = None
         if need_x:
-            grad_x = grad @ weight
+            grad_x = grad @ dense(ctx.frozen or weight, grad.dtype)
         if need_a or need_dropped or (need_x and not ctx.has_dropped):
             grad_low = grad @ layout.scatter(b.to(grad.dtype) * scale)
             if need_dropped:
@@ -165,7 +167,7 @@ def _now_or_later(ctx: Any, which: int, compute: Callable[[], Tensor]) -> Tensor
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | FrozenWeight,
     bias: Tensor | None,
     a: Tensor,
     b: Tensor,
@@ -176,14 +178,16 @@ def lora_linear(
 ) -> Tensor:
     """x @ weight^T + bias + scale * x_dropped @ a^T @ scatter(b)^T.
 
-    x [T, in], weight [out, in], bias [out] or None, a [adapters * r, in], b [adapted_rows, r] -> [T, out] of x's
-    dtype. `x_dropped` [T, in]: x after the adapter's dropout, where there is one (None: x itself). a and b may be
-    fp32 beside a bf16 x; products are in x's dtype, the gradients of a and b are rounded to it before the cast back.
+    x [T, in], weight [out, in] (in few bits it has no gradient), bias [out] or None, a [adapters * r, in],
+    b [adapted_rows, r] -> [T, out] of x's dtype. `x_dropped` [T, in]: x after the adapter's dropout, where there is one
+    (None: x itself). a and b may be fp32 beside a bf16 x; products are in x's dtype, the gradients of a and b are
+    rounded to it before the cast back.
     `defer`: given weight, a or b and a function that computes its gradient, it returns the gradient, or None and calls
     the function later. ValueError where shapes, dtypes or devices do not fit.
     """
     op = "lora_linear"
-    if x.dim() != 2 or weight.shape != (layout.rows, x.shape[1]) or weight.dtype != x.dtype:
+    frozen = isinstance(weight, FrozenWeight)
+    if x.dim() != 2 or weight.shape != (layout.rows, x.shape[1]) or not (frozen or weight.dtype == x.dtype):
         raise ValueError(
             f"{op}: x {x.dtype} {tuple(x.shape)} must be [T, in] and weight {weight.dtype} {tuple(weight.shape)} "
             f"[{layout.rows}, in] of the same dtype"

@@ -32,6 +32,8 @@ from megatune.parallel import deferred
 from megatune.parallel.collectives import arriving, gather_rows, scatter_sum, scatter_sum_rows, summed
 from megatune.parallel.world import Axis
 
+# What a layer multiplies with: a weight, or a frozen one in few bits.
+Weight = Tensor | ops.FrozenWeight
 # Rows of a process from which communication goes in pieces.
 PIECE_ROWS = 512
 
@@ -51,18 +53,20 @@ class LowRank:
     dropped: Tensor | None = None
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None, change: LowRank | None, splits: bool) -> Tensor:
+def product(x: Tensor, weight: Weight, bias: Tensor | None, change: LowRank | None, splits: bool) -> Tensor:
     """x [T, in] @ (weight [out, in] + change)^T + bias -> [T, out], nothing sent. `splits`: weight gradients may be
     put off."""
     defer = deferred.defer if splits else None
     if change is not None:
         c = change
         return ops.lora_linear(x, weight, bias, c.a, c.b, c.layout, c.scale, c.dropped, defer)
+    if isinstance(weight, ops.FrozenWeight):
+        return ops.quantised_linear(x, weight, bias)
     return _Split.apply(x, weight, bias) if splits else F.linear(x, weight, bias)
 
 
 def column(
-    x: Tensor, weight: Tensor, bias: Tensor | None, change: LowRank | None, axis: Axis, overlap: bool
+    x: Tensor, weight: Weight, bias: Tensor | None, change: LowRank | None, axis: Axis, overlap: bool
 ) -> Tensor:
     """x [T / n, in], weight [out / n, in] -> [T, out / n]. The change's low-rank activations are computed where the
     tokens are, so that they are sent in place of dropped inputs: both its gradients are sums over the tokens here.
@@ -75,7 +79,7 @@ def column(
 
 def row(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None,
     change: LowRank | None,
     axis: Axis,
@@ -132,7 +136,7 @@ class _Column(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        weight: Weight,
         bias: Tensor | None,
         a: Tensor | None,
         b: Tensor | None,
@@ -143,6 +147,8 @@ class _Column(torch.autograd.Function):
         overlap: bool,
     ) -> Tensor:
         dropped = x if x_dropped is None else x_dropped
+        ctx.frozen, kept = ops.saved(weight)
+        weight = ops.dense(weight, x.dtype)
         low = low_arrived = None
         if overlap and x.shape[0] >= PIECE_ROWS:
             tokens = axis.size * x.shape[0]
@@ -161,8 +167,8 @@ class _Column(torch.autograd.Function):
         if a is not None:
             out.addmm_(low, layout.scatter(b.to(x.dtype) * scale).t())
         need_weight, need_a = ctx.needs_input_grad[1], ctx.needs_input_grad[3]
-        ctx.save_for_backward(x if need_weight else None, dropped if need_a else None, low, weight, a, b)
-        ctx.parameters = weight, a, b
+        ctx.save_for_backward(x if need_weight else None, dropped if need_a else None, low, kept, a, b)
+        ctx.parameters = kept, a, b
         ctx.layout, ctx.scale, ctx.axis, ctx.overlap = layout, scale, axis, overlap
         ctx.has_dropped = x_dropped is not None
         return out
@@ -180,7 +186,9 @@ class _Column(torch.autograd.Function):
             block = ctx.layout.scatter(b.to(grad.dtype) * ctx.scale)
             grad_low, low_summed = scatter_sum_rows(grad @ block, axis, async_op=overlap)
         if need_x:
-            grad_x, summed = scatter_sum_rows(grad @ weight, axis, async_op=overlap)
+            grad_x, summed = scatter_sum_rows(
+                grad @ ops.dense(ctx.frozen or weight, grad.dtype), axis, async_op=overlap
+            )
         grad_b = grad_weight = grad_a = grad_dropped = None
         if need_b:
             grad_b = _grad_b(ctx, grad, low, b.dtype)
@@ -234,7 +242,7 @@ class _Row(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        weight: Weight,
         a: Tensor | None,
         b: Tensor | None,
         x_dropped: Tensor | None,
@@ -243,6 +251,8 @@ class _Row(torch.autograd.Function):
         axis: Axis,
     ) -> Tensor:
         dropped = x if x_dropped is None else x_dropped
+        ctx.frozen, kept = ops.saved(weight)
+        weight = ops.dense(weight, x.dtype)
         low = block = None
         if a is not None:
             low, block = F.linear(dropped, a.to(x.dtype)), layout.scatter(b.to(x.dtype) * scale)
@@ -253,8 +263,8 @@ class _Row(torch.autograd.Function):
                 out.addmm_(_rows_of(low, process, axis), block.t())
 
         need_weight, need_a = ctx.needs_input_grad[1:3]
-        ctx.save_for_backward(x if need_weight else None, dropped if need_a else None, low, weight, a, b)
-        ctx.parameters = weight, a, b
+        ctx.save_for_backward(x if need_weight else None, dropped if need_a else None, low, kept, a, b)
+        ctx.parameters = kept, a, b
         ctx.layout, ctx.scale, ctx.axis = layout, scale, axis
         ctx.has_dropped = x_dropped is not None
         return summed(produce, x.new_empty(x.shape[0] // axis.size, weight.shape[0]), axis)
@@ -263,7 +273,7 @@ class _Row(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, dropped, low, weight, a, b = ctx.saved_tensors
-        axis = ctx.axis
+        axis, weight = ctx.axis, ops.dense(ctx.frozen or weight, grad.dtype)
         need_x, need_weight, need_a, need_b, need_dropped = ctx.needs_input_grad[:5]
         tokens = axis.size * grad.shape[0]
         whole = grad.new_empty(tokens, grad.shape[1])

@@ -116,7 +116,7 @@ class Linear(nn.Module):
         return self.product(x)
 
     def product(self, x: Tensor, change: LowRank | None = None) -> Tensor:
-        """x (W + change)^T + b."""
+        """x (W + change)^T + b. `self.weight` may also be an `ops.FrozenWeight` of its shape (`models.quantise`)."""
         if self.axis.size == 1 or self.shard == "replicated":
             return linear.product(x, self.weight, self.bias, change, self.splits)
         if _whole_tokens:

@@ -159,7 +159,7 @@ class _Process:
         gradients that are made anew in each."""
         masters = [master.tensor for master in self.zero.masters().values()]
         grads = [master.grad for master in self.zero.masters().values() if master.grad is not None]
-        weights = [_local(p) for p in self.model.parameters()]
+        weights = [_local(p) for p in (*self.model.parameters(), *self.model.buffers())]
         moments = [part for parts in self.optimizer.state().values() for _, part in parts.parts]
         of_weights, of_moments = bytes_of(weights), bytes_of(moments)
         of_masters = bytes_of(weights + masters) - of_weights

@@ -15,6 +15,7 @@ from megatune.models import Decoder
 from megatune.models.layout import stage_costs
 from megatune.models.spec import DecoderSpec
 from megatune.ops.cross_entropy import CHUNK_LOGITS_ELSEWHERE
+from megatune.ops.quant import BLOCK, NESTED
 from megatune.parallel import Cut, ShardSpec, Stage
 from megatune.parallel.buckets import BUCKET_ELEMENTS, is_matrix
 from megatune.parallel.pipeline import held, stages_of
@@ -24,6 +25,8 @@ from megatune.parallel.shard import local_shape
 from megatune.plan.activations import Kept, layer_activations, layer_input
 
 GIB = 2**30
+# Bytes an element of a quantised weight: numbers and scales.
+_QUANTISED = {"nf4": 0.5 + 1 / BLOCK + 4 / (BLOCK * NESTED), "int8": 1.0}
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,7 @@ class _Rank:
         """Bytes of (frozen weights, trained weights with their masters, gradients, moments)."""
         layout, zero = self.layout, self.config.parallel.zero
         cut = Cut((0, layout.tp), (0, layout.ep), (0, layout.etp))
+        quantised = self.config.model.quantise
         frozen = weights = gradients = moments = 0
         gathered: list[int] = []
         whole_gradients = 0
@@ -141,10 +145,14 @@ class _Rank:
             is_adapter = ".adapter." in name
             shards = (layout.efsdp if one.expert else layout.fsdp) if zero else 1
             by_layer = zero == 3 and shards > 1 and is_matrix(one) and not is_adapter
+            by_layer = by_layer and not (quantised and name.startswith("layers."))
             if by_layer:
                 gathered.append(size)
             if name not in trained:
-                frozen += size * self.width // (shards if by_layer else 1)
+                if quantised and name.startswith("layers.") and is_matrix(one):
+                    frozen += int(size * _QUANTISED[quantised])
+                else:
+                    frozen += size * self.width // (shards if by_layer else 1)
                 continue
             width = 4 if is_adapter else self.width
             weights += 4 * size // shards

@@ -39,6 +39,8 @@ def outline(spec: DecoderSpec, config: Config, world: parallel.World, dtype: tor
     model = models.build(spec, world, [stages[number] for number in mine])
     adapters.attach(model, config.method)
     models.set_dtypes(model, dtype)
+    if config.model.quantise:
+        models.quantise(model, config.model.quantise)
     model.recompute, model.offload = config.parallel.recompute, config.parallel.offload
     if config.train.compile:
         compile_layers(model)

@@ -62,6 +62,11 @@ def check_options(config: Config, layout: Layout) -> None:
 
 
 def _check_experts(config: Config, spec: DecoderSpec, layout: Layout) -> None:
+    if spec.moe is not None and config.model.quantise:
+        raise ConfigError(
+            f"model.quantise: {config.model.quantise} is for models without experts, and this one has "
+            f"{spec.moe.num_experts}; leave it out"
+        )
     if spec.moe is None:
         if layout.ep > 1 or config.parallel.expert_tensor is not None:
             raise ConfigError(

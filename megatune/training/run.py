@@ -6,6 +6,8 @@ import json
 import math
 import os
 import shutil
+from collections import ChainMap
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,7 +103,10 @@ class _Run:
         check_layout(config, source.spec, world.world_size)
         built = assemble(source.spec, config, world, self.dtype)
         zero = built.zero
-        checkpoint.load_pretrained(zero.weights(), source.spec, source, seed=config.train.seed)
+        frozen = models.FrozenParts(built.model)
+        checkpoint.load_pretrained(
+            zero.weights(), source.spec, source, seed=config.train.seed, quantised=frozen
+        )
         optimizer, pipeline, state = training_parts(built, config, world, self.dtype)
         facts = {"base": source.digest, "data": module.digest, "seed": config.train.seed}
         progress = self._restore(state, optimizer, facts, trackers)
@@ -117,7 +122,7 @@ class _Run:
         after: list[dict[str, str]] = []
         if not stopped:
             after = self._samples("after", pipeline, tokenizer, trackers, True)
-            exports = self._export(zero, source, trackers)
+            exports = self._export(ChainMap(zero.weights(), frozen), source, trackers)
         result = TrainResult(
             self.folder.path,
             loop.progress.step,
@@ -294,9 +299,8 @@ class _Run:
             )
         return found
 
-    def _export(self, zero: parallel.Zero, source, trackers: track.Trackers) -> dict[str, Path]:
+    def _export(self, weights: Mapping[str, Parts], source, trackers: track.Trackers) -> dict[str, Path]:
         config = self.config
-        weights = zero.weights()
         whole = self._whole(source)
         exports: dict[str, Path] = {}
         for what in config.checkpoint.export:
