@@ -82,7 +82,15 @@ class SlurmConfig(Section):
         description="Let the job go back to the queue when it is preempted, at its time limit, or after a fault.",
     )
     retries: int = Field(
-        3, ge=0, description="Give up after this many starts in a row that ended without a new checkpoint."
+        3,
+        ge=0,
+        description="Give up after more than this many starts in a row that ended without a new checkpoint.",
+    )
+    exclude_after: int = Field(
+        2,
+        ge=0,
+        description="Keep a requeued job away from a node that was lost in this many of its starts in a row, where the "
+        "partition has enough others; 0: never.",
     )
     chain: int = Field(
         1,

@@ -5,11 +5,12 @@
 # $STUB_PLAN says for this start (words, one a start; the last one again for all that follow):
 #   done      a checkpoint, and the end          code N    ends with exit code N
 #   wait      until it is asked to stop: a checkpoint, exit code 75        deaf   until it is killed
-#   sleep     a moment, then as done
+#   sleep     a moment, then as done         lose   node2 is lost with its agent, the others' agents say so
 set -u
 args=("$@")
 while [[ $# -gt 0 ]]; do
     case $1 in
+        --nodes) nodes=$2 ;;
         --node-rank) node=$2 ;;
         --logs) logs=$2 ;;
         --generation) generation=$2 ;;
@@ -39,6 +40,13 @@ read -ra plan <<<"$STUB_PLAN"
 case ${plan[starts - 1]} in
     done) saved ;;
     sleep) sleep 1; saved ;;
+    lose)
+        # The shell that would write down its exit code, too.
+        [[ $SLURMD_NODENAME != node2 ]] || { kill -9 "$PPID" $$; sleep 60; }
+        sleep 1
+        [[ $nodes -eq 1 ]] || exit 76
+        saved
+        ;;
     code*) exit "${plan[starts - 1]#code}" ;;
     deaf) while :; do sleep 0.2; done ;;
     wait)

@@ -3,7 +3,7 @@ job that nobody disturbed.
 
 MEGATUNE_INJECTIONS: how many deaths (default 8), MEGATUNE_SEED: which. A rank's heartbeat says where it is; another
 process reads it and kills the rank there. All deaths are in one job, whose agents fork the ranks (warm_agent.py):
-imports would take nearly all of a restart's time.
+imports would take nearly all of a restart's time. 50 deaths take 8 minutes on two busy cores.
 """
 
 from __future__ import annotations

@@ -209,6 +209,28 @@ def test_the_time_limit_itself_moves_a_chain_on(run) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("after", "starts"), [(2, 3), (0, 4)])
+def test_a_node_that_is_lost_again_and_again_is_left(run, after: int, starts: int) -> None:
+    one = run("lose lose lose done", min_nodes=1, exclude_after=after)
+    job = one.submit()
+    assert one.cluster.wait(job, seconds=120) == "COMPLETED", one.output(job)
+    assert one.starts == starts and one.cluster.restarts(job) == starts - 1, one.output(job)
+    said = "node2: lost 2 times in a row, the job stays away from now on (slurm.exclude_after)"
+    assert one.output(job).count(said) == (after > 0), one.output(job)
+    assert one.output(job).count("1 nodes x") == (after > 0)
+    shown = one.cluster.call("scontrol", "show", "job", "-o", job)
+    assert f" ExcNodeList={'node2' if after else '(null)'} " in shown
+
+
+@pytest.mark.slow
+def test_a_node_is_kept_where_the_job_cannot_do_without(run) -> None:
+    one = run("lose lose done")
+    job = one.submit()
+    assert one.cluster.wait(job, seconds=120) == "COMPLETED", one.output(job)
+    assert one.starts == 3 and "the partition has not enough other nodes" in one.output(job)
+
+
+@pytest.mark.slow
 def test_a_preempted_job_of_a_chain_comes_back_itself(run) -> None:
     one = run("wait sleep", chain=2)
     job = one.submit()

@@ -11,6 +11,7 @@ first=${2:-$SLURM_JOB_ID}
 state=$folder/slurm/$first        # jobs/<id>, and marks: stop, done, failed, requeue
 logs=$folder/logs/slurm-$SLURM_JOB_ID
 restarts=${SLURM_RESTART_COUNT:-0}
+left_nodes=$state/left-$SLURM_JOB_ID   # nodes that this job stays away from
 ends=$logs/ends-$restarts        # what each node's agent ended with
 asked=""                         # set once the run has been asked to stop
 
@@ -123,6 +124,7 @@ run_agents() {
     port=$((20000 + (SLURM_JOB_ID * 7 + restarts) % 12000))
     cpus=$(fewest_cpus)
     count=${#nodes[@]}
+    printf '%s\n' "${nodes[@]}" >"$ends/.nodes"
     say "job $SLURM_JOB_ID, start $((restarts + 1)): $count nodes x $per_node processes, meeting at $head:$port"
     # A step does not inherit --cpus-per-task; nor must one agent's end take the others before they have saved.
     watched env PYTHONUNBUFFERED=1 "${environment[@]}" srun --nodes="$count" --ntasks="$count" \
@@ -172,18 +174,85 @@ end_chain() {
     done
 }
 
+# Nodes whose agent was lost in each of the last $exclude_after starts in which they took part: another agent said so
+# (76), theirs was killed or had no word. Where nobody had a word, nobody is blamed.
+lost_nodes() {
+    local start path names rank code node witness
+    local -A times=() held=()
+    for ((start = restarts; start >= 0; start--)); do
+        path=$logs/ends-$start
+        [[ -r $path/.nodes ]] || continue
+        mapfile -t names <"$path/.nodes"
+        witness=""
+        for rank in "${!names[@]}"; do
+            [[ -r $path/$rank && $(<"$path/$rank") == 76 ]] && witness=1
+        done
+        for rank in "${!names[@]}"; do
+            node=${names[rank]} code=255
+            [[ -r $path/$rank ]] && read -r code <"$path/$rank"
+            if [[ -z $witness || $code -lt 128 ]]; then
+                held[$node]=1
+            elif [[ -z ${held[$node]:-} ]]; then
+                times[$node]=$((${times[$node]:-0} + 1))
+            fi
+        done
+    done
+    for node in "${!times[@]}"; do
+        [[ ${times[$node]} -lt $exclude_after ]] || printf '%s\n' "$node"
+    done | sort
+}
+
+# Those of `lost_nodes` that this job has not tried to leave yet, where its partition has enough nodes without them.
+# $left_nodes: a file with those that it has.
+nodes_to_leave() {
+    local node left bad=()
+    [[ $exclude_after -gt 0 && $requeue == true ]] || return 0
+    touch -- "$left_nodes"
+    mapfile -t bad < <(lost_nodes | grep -vxF -f "$left_nodes")
+    [[ ${#bad[@]} -gt 0 ]] || return 0
+    left=$(sinfo -h -N -p "$SLURM_JOB_PARTITION" -o %N | sort -u |
+        grep -vxF -f "$left_nodes" | grep -vcxF -f <(printf '%s\n' "${bad[@]}"))
+    if [[ $left -lt $fewest_nodes ]]; then
+        say "${bad[*]}: lost $exclude_after times in a row, but the partition has not enough other nodes" >&2
+        return 0
+    fi
+    printf '%s\n' "${bad[@]}"
+}
+
+# Keep this job, which is back in the queue, away from nodes. Slurm changes the list of waiting jobs only.
+leave() {
+    local list try
+    printf '%s\n' "$@" >>"$left_nodes"
+    list=$(scontrol show job -o "$SLURM_JOB_ID" | grep -o ' ExcNodeList=[^ ]*' | cut -d= -f2-)
+    [[ $list != "(null)" ]] || list=""
+    list=$(IFS=,; printf '%s' "${list:+$list,}$*")
+    for try in 1 2 3 4 5 6; do
+        scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$list" && {
+            say "$*: lost $exclude_after times in a row, the job stays away from now on (slurm.exclude_after)"
+            return
+        }
+        sleep 0.5
+    done
+    say "$*: lost $exclude_after times in a row, but Slurm did not let the job stay away"
+}
+
 preempted() { scontrol show job -o "$SLURM_JOB_ID" | grep -q ' PreemptTime=[0-9]'; }
 
 # Put this job back into the queue; Slurm ends this script meanwhile. Returns only where that cannot be.
 requeue_job() {
-    local now try
+    local now try bad
+    mapfile -t bad < <(nodes_to_leave)
     now=$(squeue -h -j "$SLURM_JOB_ID" -o %T 2>/dev/null)
     if [[ $now != RUNNING ]]; then
         say "the job is ${now:-unknown} to Slurm, which decides how it goes on"
         return 1
     fi
     for try in 1 2 3; do
-        scontrol requeue "$SLURM_JOB_ID" && { say "requeued"; exit 75; }
+        scontrol requeue "$SLURM_JOB_ID" && {
+            say "requeued"
+            [[ ${#bad[@]} -eq 0 ]] || leave "${bad[@]}"
+            exit 75
+        }
         sleep $((try * 2))
     done
     say "the job could not be requeued: submit it again to go on"
@@ -252,6 +321,12 @@ main() {
     [[ ! -e $state/done ]] || { say "the run is done"; exit 0; }
     [[ ! -e $state/stop ]] || { say "stopped as asked; submit again to go on"; exit 75; }
     [[ ! -e $state/failed ]] || { say "an earlier job of this chain gave up; see its output"; exit 1; }
+    # Slurm itself puts a job back whose node it finds dead, and may give it the same nodes again.
+    if [[ $restarts -gt 0 ]] && comm -12 <(nodes_to_leave 2>/dev/null) <(scontrol show hostnames "$SLURM_JOB_NODELIST" | sort) | grep -q .; then
+        trap '' USR1 TERM
+        requeue_job
+        trap 'asked=1' USR1 TERM
+    fi
     cd -- "$workdir" || exit 1
     before=$(checkpoints)
     if [[ -n $setup ]]; then
