@@ -72,6 +72,10 @@ class LoraAdapter(nn.Module):
         self.a_shape = (len(modules) * rank, linear.in_features)
         self.b_shape = (self.layout.adapted_rows, rank)
         self._uid = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
+        if dropout:
+            # Not for the compiler of layers: to it every key is another program. (As a decorator of the class it
+            # would load the compiler, which takes 2 s, for everyone.)
+            self._dropped = torch.compiler.disable(self._dropped)
         options = {"dtype": torch.float32, "device": linear.weight.device}
         a, b = (local_shape(spec, linear.cut) for spec in self.shard_specs(""))
         self.lora_a = nn.Parameter(torch.empty(a, **options))
@@ -88,8 +92,6 @@ class LoraAdapter(nn.Module):
         change = LowRank(self.lora_a, self.lora_b, self.local_layout, self.scale, dropped)
         return linear.product(x, change)
 
-    # Not for the compiler of layers: to it every key is another program.
-    @torch.compiler.disable
     def _dropped(self, x: Tensor, linear: Linear, segments: Segments | None) -> Tensor:
         rows, first_column = linear.place(segments)
         return ops.keyed_dropout(x, self.dropout, self.key(segments), rows, first_column)

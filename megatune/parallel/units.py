@@ -8,15 +8,19 @@ what they adapt.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
 
 from megatune.parallel.buckets import is_matrix
 from megatune.parallel.shard import Box, ShardSpec
 from megatune.parallel.world import Axis, World
+
+# Both take a second to import: at run time, only where something is sharded.
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
 
 
 def is_adapter(name: str) -> bool:
@@ -50,6 +54,10 @@ class Units:
             if is_matrix(specs[name]) and not is_adapter(name) and sizes[specs[name].expert] > 1
         )
         self._specs = {name: specs[name] for name in self.names}
+        if not self.names:
+            return
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
         # Masters are fp32, and cast when gathered.
         cast = None if compute_dtype == torch.float32 else compute_dtype
         self._options = {
@@ -59,8 +67,6 @@ class Units:
             ),
             "ignored_params": {p for name, p in parameters.items() if name not in self.names},
         }
-        if not self.names:
-            return
         for number, layer in getattr(model, "layers", nn.ModuleDict()).items():
             stages = stages_of(f"layers.{number}.")
             for path, module in self._experts(layer, f"layers.{number}."):
@@ -116,6 +122,9 @@ class Units:
         prefix = f"{path.removesuffix('.')}."
         if not any(n.startswith(prefix) and spec.expert == expert for n, spec in self._specs.items()):
             return
+        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.tensor import Shard
+
         size = (self._world.efsdp if expert else self._world.fsdp).size
         fully_shard(
             module,

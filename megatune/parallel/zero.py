@@ -140,7 +140,7 @@ class Zero:
         """Give the model and the masters memory on `device`; the values are undefined until they are filled."""
         device = torch.device(device)
         if self._units is not None:
-            self._model.to_empty(device=device)
+            self._model._apply(lambda tensor: _empty(tensor, device))  # to_empty, with an _empty that is quick
         else:
             self._allocate_frozen(device)
         pool = Pool(device)
@@ -156,11 +156,11 @@ class Zero:
         trained = set(self._trained)
         for name, p in list(self._model.named_parameters()):
             if name not in trained:
-                self._replace(name, torch.empty_like(p, device=device), False)
+                self._replace(name, _empty(p, device), False)
         for module in self._model.modules():
             for key, value in module._buffers.items():
                 if value is not None and value.is_meta:
-                    module._buffers[key] = torch.empty_like(value, device=device)
+                    module._buffers[key] = _empty(value, device)
 
     def _replace(self, name: str, value: Tensor, requires_grad: bool) -> nn.Parameter:
         path, _, key = name.rpartition(".")
@@ -385,3 +385,11 @@ class Zero:
                 parameter.grad = None
                 if name in self._masters:
                     self._masters[name].grad = None
+
+
+def _empty(tensor: Tensor, device: torch.device) -> Tensor:
+    """Memory for a contiguous meta tensor."""
+    if type(tensor) not in (Tensor, nn.Parameter):  # a DTensor
+        return torch.empty_like(tensor, device=device)
+    # Not empty_like: of a meta tensor it loads torch's symbolic shapes, which takes half a second.
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
