@@ -20,7 +20,7 @@ _OP = add_op(
             bodies.varlen,
             ("cuda",),
             HALF,
-            bodies.varlen_features(),
+            bodies.varlen_features,  # not called here: asking torch takes 2 s
             problem=bodies.varlen_problem,
         ),
         Body("flex", bodies.flex, ("cuda",), HALF, ("window", "softcap"), problem=bodies.flex_problem),
