@@ -85,7 +85,8 @@ def check_layout(config: Config, processes: int) -> None:
     layout = layout_of(config.parallel, processes)
     check_batch(config, layout)
     plain = {"zero", "replicate", "recompute", "offload", "overlap"}
-    if not config.parallel.model_fields_set - plain and not config.moe.model_fields_set:
+    asks = config.parallel.model_fields_set - plain or config.moe.model_fields_set or config.model.quantise
+    if not asks:
         return  # nothing there that could be wrong
     # What follows imports torch, which takes seconds.
     from megatune.models import family_for

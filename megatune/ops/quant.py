@@ -16,7 +16,6 @@ inputs in 8 bits, which are for inference.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -42,26 +41,38 @@ NF4 = (
 _INT8_STEP = 7.874015718698502e-3  # 1 / 127
 
 
-@cache
+def _borders(code: Tensor) -> Tensor:
+    """Where one number of an ascending code ends and the next begins."""
+    return (code[:-1] + code[1:]) / 2
+
+
 def dynamic_code() -> Tensor:
     """The 256 numbers that scales are rounded to, ascending, fp32 (signed dynamic tree quantisation,
     arXiv:1511.04561): seven decades, with 1, 2, .. 64 numbers each, of both signs, and 0 and 1."""
     values = [0.0, 1.0]
     for decade in range(7):
-        borders = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
+        borders = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32, device="cpu")
         means = (borders[:-1] + borders[1:]) / 2.0
         values += (10 ** (decade - 6) * means).tolist() + (-(10 ** (decade - 6)) * means).tolist()
-    return torch.tensor(sorted(values), dtype=torch.float32)
+    return torch.tensor(sorted(values), dtype=torch.float32, device="cpu")
 
 
-@cache
+_DYNAMIC = dynamic_code()
+_ON_CPU = (_borders(torch.tensor(NF4, dtype=torch.float32, device="cpu")), _borders(_DYNAMIC), _DYNAMIC)
+_ELSEWHERE: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
+
+
 def _tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """(borders of the NF4 code [15], of the dynamic code [255], that code [256]) on a device."""
-    # A table made inside a FakeTensorMode would have no values outside it.
-    nf4 = torch.tensor(NF4, dtype=torch.float32)
-    dynamic = dynamic_code()
-    tables = ((nf4[:-1] + nf4[1:]) / 2, (dynamic[:-1] + dynamic[1:]) / 2, dynamic)
-    return tuple(table.to(device) for table in tables)  # type: ignore[return-value]
+    if device.type == "cpu":
+        return _ON_CPU
+    found = _ELSEWHERE.get(device)
+    if found is None:
+        nf4, borders, code = (table.to(device) for table in _ON_CPU)
+        found = (nf4, borders, code)
+        if type(code) is Tensor:  # inside a FakeTensorMode it has no values: not for later
+            _ELSEWHERE[device] = found
+    return found
 
 
 def quantise_nf4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
