@@ -252,7 +252,7 @@ def _optimizer(gpt: Any, kind: str) -> Any:
     if half:
         gpt.bfloat16().config.bf16 = True
     ddp = DistributedDataParallelConfig(
-        use_distributed_optimizer=flat, overlap_grad_reduce=flat, bucket_size=3000 if flat else None
+        use_distributed_optimizer=flat, overlap_grad_reduce=flat, bucket_size=40 if flat else None
     )
     whole = DistributedDataParallel(gpt.config, ddp, gpt)
     settings = OptimizerConfig(

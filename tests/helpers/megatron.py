@@ -186,17 +186,17 @@ def _plain(chunks: list[list[tuple[str, dict[str, Tensor]]]]) -> dict[str, Any]:
 
 def _flat(chunks: list[list[tuple[str, dict[str, Tensor]]]]) -> dict[Any, Any]:
     """DistributedOptimizer.get_parameter_state_dp_zero(): a buffer for each chunk, weights from the last to the first,
-    each at a multiple of 64 in its bucket; nothing between buckets, which are full at 700 elements."""
+    each at a multiple of 64 in its bucket; nothing between buckets, which have three weights each."""
     found: dict[Any, Any] = {"buckets_coalesced": True}
     for chunk in filter(None, chunks):
         runs: dict[str, list[Tensor]] = {slot: [] for slot in SLOTS}
         length = 0  # of the bucket
-        for _, one in reversed(chunk):
+        for number, (_, one) in enumerate(reversed(chunk), 1):
             gap = torch.zeros(-length % 64)
             for slot in SLOTS:
                 runs[slot] += [gap, one[slot].reshape(-1)]
             length += gap.numel() + one["master"].numel()
-            length = 0 if length >= 700 else length
+            length = length if number % 3 else 0
         buffer: dict[str, Any] = {
             "param" if slot == "master" else slot: torch.cat(run) for slot, run in runs.items()
         }
