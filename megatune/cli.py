@@ -272,8 +272,8 @@ def doctor(config: str | None, overrides: tuple[str, ...], nproc: int | None, as
 @commands.command()
 @_verb
 def env() -> None:
-    """Print versions, devices, and which body serves each op."""
-    from megatune.launch.preflight import show_environment
+    """Print versions, devices, compiled parts, and which body serves each op."""
+    from megatune.launch.show_environment import show_environment
 
     show_environment()
 

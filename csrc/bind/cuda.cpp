@@ -17,8 +17,9 @@ void check_weight(const Tensor& weight, int64_t width, const char* op) {
         "weight must be a contiguous vector that fits the last dimension of x");
 }
 
-std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, double eps, double offset) {
-  const char* op = "rms_norm";
+// residual and sum: null, or both given; then the norm is of x + residual, which is written to sum.
+std::tuple<Tensor, Tensor> norm(const Tensor& x, const Tensor* residual, Tensor* sum, const Tensor& weight, double eps,
+                                double offset, const char* op) {
   const cuda::Rows rows = rows_of(x, op);
   const int64_t width = x.size(x.dim() - 1);
   check_weight(weight, width, op);
@@ -33,9 +34,9 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, doubl
                            data(x),
                            rows,
                            width,
-                           nullptr,
-                           {{1, 1, 1}, {0, 0, 0}},
-                           nullptr,
+                           residual == nullptr ? nullptr : data(*residual),
+                           residual == nullptr ? rows : rows_of(*residual, op),
+                           residual == nullptr ? nullptr : mutable_data(*sum),
                            data(weight),
                            static_cast<float>(offset),
                            static_cast<float>(eps),
@@ -44,6 +45,20 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, doubl
                            static_cast<float*>(mutable_data(rstd))};
   check_launch(cuda::rms_norm(args, device.stream()), op);
   return {y, rstd};
+}
+
+std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, double eps, double offset) {
+  return norm(x, nullptr, nullptr, weight, eps, offset, "rms_norm");
+}
+
+std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight,
+                                                double eps, double offset) {
+  const char* op = "add_rms_norm";
+  check(residual.scalar_type() == x.scalar_type() && sizes(residual) == sizes(x), op, "residual must be like x");
+  check_devices(x, {&residual}, op);
+  Tensor sum = empty(x, sizes(x));
+  auto [y, rstd] = norm(x, &residual, &sum, weight, eps, offset, op);
+  return {sum, y, rstd};
 }
 
 // grad_sum: added to the gradient of x; null: none.
@@ -159,6 +174,15 @@ Tensor glu_backward(const Tensor& grad, const Tensor& gate_up, int64_t activatio
   return grad_gate_up;
 }
 
+std::tuple<Tensor, Tensor> add_rms_norm_backward(const Tensor& grad, const Tensor& grad_sum, const Tensor& total,
+                                                 const Tensor& weight, const Tensor& rstd, double offset,
+                                                 bool weight_grad) {
+  const char* op = "add_rms_norm_backward";
+  check_like(grad_sum, total, op, "grad_sum must be contiguous and like the sum");
+  check_devices(total, {&grad_sum}, op);
+  return norm_gradients(grad, &grad_sum, total, weight, rstd, offset, weight_grad, op);
+}
+
 int64_t cuda_error() { return cuda::device_error(); }
 
 }  // namespace
@@ -166,6 +190,8 @@ int64_t cuda_error() { return cuda::device_error(); }
 STABLE_TORCH_LIBRARY_IMPL(megatune, CUDA, m) {
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
   m.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward));
+  m.impl("add_rms_norm", TORCH_BOX(&add_rms_norm));
+  m.impl("add_rms_norm_backward", TORCH_BOX(&add_rms_norm_backward));
   m.impl("rope", TORCH_BOX(&rope));
   m.impl("glu", TORCH_BOX(&glu));
   m.impl("glu_backward", TORCH_BOX(&glu_backward));

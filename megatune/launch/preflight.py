@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -165,26 +163,3 @@ def show_data(config: Config, count: int) -> None:
     console = Console()
     for text in data.show(config, load_tokenizer(source.path), count):
         console.print(text)
-
-
-def show_environment() -> None:
-    """Print versions, devices and the body of each op."""
-    import torch
-
-    from megatune import __version__, ops
-
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    ops.configure({}, device)
-    table = Table("what", "value", title="megatune environment")
-    table.add_row("megatune", __version__)
-    table.add_row("python", f"{platform.python_version()} ({sys.executable})")
-    table.add_row("torch", f"{torch.__version__} (CUDA {torch.version.cuda or 'none'})")
-    for index in range(torch.cuda.device_count()):
-        table.add_row(f"GPU {index}", torch.cuda.get_device_name(index))
-    if device.type == "cpu":
-        table.add_row(
-            "CPU", f"{os.cpu_count()} cores, AMX {'yes' if torch.cpu._is_amx_tile_supported() else 'no'}"
-        )
-    for op, body, others in ops.table(device):
-        table.add_row(f"op {op}", f"{body} (also there: {others})" if others else body)
-    Console().print(table)

@@ -1,0 +1,29 @@
+"""Which bodies of an op the tests of this folder run, and where."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatune import ops
+
+# Relative error (of norms) against fp64, on the same rounded inputs.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 7e-4}
+DTYPES = list(TOLERANCE)
+
+
+def bodies(op: str) -> list:
+    """(body, device) of all bodies of an op; those on a GPU are chosen by `-m gpu`."""
+    here = [pytest.param(name, "cpu", id=f"{name}-cpu") for name in ("reference", "cpu")]
+    there = [
+        name for name, body in ops.OPS[op].bodies.items() if body.devices is None or "cuda" in body.devices
+    ]
+    return here + [pytest.param(name, "cuda", id=f"{name}-cuda", marks=pytest.mark.gpu) for name in there]
+
+
+def repeats_bitwise(run, times: int = 100) -> None:
+    """run() gives tensors; the same bits each time."""
+    first = [x.clone() for x in run()]
+    for _ in range(times - 1):
+        for one, two in zip(first, run(), strict=True):
+            assert torch.equal(one, two)
