@@ -231,7 +231,11 @@ class TrainConfig(Section):
 
 
 class OptimConfig(Section):
-    name: Literal["adamw"] = Field("adamw", description="Optimizer.")
+    name: Literal["adamw", "adamw_8bit", "lion", "muon"] = Field(
+        "adamw",
+        description="Optimizer: AdamW, AdamW with moments in 8 bits, Lion, or Muon on the layers' matrices with AdamW "
+        "on the rest.",
+    )
     lr: float = Field(2.0e-5, gt=0, description="Peak learning rate.")
     schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
         "cosine",
@@ -243,9 +247,10 @@ class OptimConfig(Section):
     decay: float = Field(0.2, gt=0, le=1, description="wsd: share of all steps that the final decay takes.")
     min_lr_ratio: float = Field(0.0, ge=0, le=1, description="The schedule ends at lr times this.")
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay, on matrices only.")
-    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW beta 1.")
-    beta2: float = Field(0.999, ge=0, lt=1, description="AdamW beta 2.")
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's and Lion's beta 1.")
+    beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's and Lion's beta 2 (for Lion 0.99 is usual).")
     eps: float = Field(1e-8, gt=0, description="AdamW epsilon.")
+    momentum: float = Field(0.95, ge=0, lt=1, description="Muon's momentum.")
     clip: float = Field(1.0, ge=0, description="Clip the global gradient norm to this; 0: off.")
 
 

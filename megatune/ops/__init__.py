@@ -7,6 +7,7 @@ from megatune.ops.glu import glu
 from megatune.ops.lora import LoraLayout, lora_linear
 from megatune.ops.moe import clamped_glu
 from megatune.ops.norm import layer_norm, rms_norm
+from megatune.ops.optim import adamw_, adamw_8bit_, lion_, square_sum
 from megatune.ops.quant import FrozenWeight, dense, quantised_linear, saved
 from megatune.ops.registry import OPS, chosen, configure, table
 from megatune.ops.rope import rope
@@ -21,6 +22,8 @@ __all__ = [
     "Segments",
     "Targets",
     "VocabCut",
+    "adamw_",
+    "adamw_8bit_",
     "attention",
     "chosen",
     "clamped_glu",
@@ -30,10 +33,12 @@ __all__ = [
     "keyed_dropout",
     "layer_norm",
     "linear_cross_entropy",
+    "lion_",
     "lora_linear",
     "quantised_linear",
     "rms_norm",
     "rope",
     "saved",
+    "square_sum",
     "table",
 ]

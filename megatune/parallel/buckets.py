@@ -28,8 +28,9 @@ from megatune.ops.comm import all_gather, reduce_scatter
 from megatune.parallel.shard import ShardSpec
 from megatune.parallel.world import Axis
 
-# Chunks are padded to multiples of this many elements, so that each starts at 64 bytes even in bf16.
-_ALIGN = 32
+# Chunks are padded to multiples of this many elements, so that each starts at 64 bytes even in bf16; large ones, so
+# that the blocks of 8-bit states (`ops.optim`) are never cut.
+_ALIGN, _ALIGN_LARGE, _LARGE = 32, 256, 4096
 # fp32 gradients of 128 MiB: a reduction this large reaches the network's full speed, and few are in flight at once.
 BUCKET_ELEMENTS = 2**25
 
@@ -136,7 +137,8 @@ class Bucket:
         self.slots: list[Slot] = []
         self.width = 0
         for one in members:
-            chunk = -(-math.prod(one.shape) // (self.shards * _ALIGN)) * _ALIGN
+            align = _ALIGN_LARGE if math.prod(one.spec.shape) >= _LARGE else _ALIGN
+            chunk = -(-math.prod(one.shape) // (self.shards * align)) * align
             self.slots.append(Slot(one.name, one.spec, one.shape, self.width, chunk))
             self.width += chunk
         # Gradients of whole fp32 parameters are accumulated by autograd itself, in their place in the bucket; but its

@@ -122,7 +122,7 @@ class _Process:
         self.config, self.world, self.tracker = config, world, tracker
         self.model, self.zero = built.model, built.zero
         self.zero.materialise(world.device)
-        self.optimizer = optim.build(self.zero.masters(), config.optim)
+        self.optimizer = optim.build(self.zero.masters(), config.optim, world)
         self.pipeline = Pipeline(self.model, world, dtype=_dtype(config), trains=trains)
         if config.parallel.offload:
             self.model.offloader = Offload(world.device, tracker.leave_out)

@@ -55,7 +55,7 @@ def training_parts(
     """(optimizer, pipeline, what a checkpoint holds: trained weights, the optimizer's states, and routers' biases that
     are balanced) for a model whose weights are filled."""
     zero = assembled.zero
-    optimizer = optim.build(zero.masters(), config.optim)
+    optimizer = optim.build(zero.masters(), config.optim, world)
     weights = zero.weights()
     kept = set(zero.masters())
     if config.moe.bias_rate:

@@ -1,0 +1,129 @@
+// Sum of squares over many tensors, in two stages whose order is fixed, and whether every element is finite.
+
+#include <cuda_bf16.h>
+
+#include "../common/launch.cuh"
+#include "megatune/cuda_optim.h"
+
+namespace megatune::cuda {
+namespace {
+
+constexpr int THREADS = 256;
+constexpr int TENSORS = 1000;
+
+struct Table {
+  NormTensor tensors[TENSORS];
+  int first[TENSORS + 1];  // each tensor's first chunk; then the number of chunks
+  int count;
+  double* partials;  // [chunks, 2]
+};
+static_assert(sizeof(Table) <= 32764, "a kernel's arguments have at most this many bytes");
+
+// (sum, number of those not finite) over the block, the same order each time; valid in thread 0.
+__device__ inline void block_sum(double& sum, double& bad) {
+  __shared__ double sums[THREADS], bads[THREADS];
+  sums[threadIdx.x] = sum;
+  bads[threadIdx.x] = bad;
+  for (int half = THREADS / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (threadIdx.x < half) {
+      sums[threadIdx.x] += sums[threadIdx.x + half];
+      bads[threadIdx.x] += bads[threadIdx.x + half];
+    }
+  }
+  sum = sums[0];
+  bad = bads[0];
+}
+
+__device__ inline void add(float x, float& sum, bool& bad) {
+  sum = fmaf(x, x, sum);
+  bad |= !isfinite(x);
+}
+
+__global__ void __launch_bounds__(THREADS) partial_kernel(const __grid_constant__ Table table) {
+  const int chunk = blockIdx.x;
+  int low = 0, high = table.count;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    (table.first[middle] <= chunk ? low : high) = middle;
+  }
+  const NormTensor& t = table.tensors[low];
+  const int64_t begin = static_cast<int64_t>(chunk - table.first[low]) * NORM_CHUNK;
+  const int64_t end = min(begin + NORM_CHUNK, t.n);
+  float sum = 0.0f;
+  bool bad = false;
+  const bool fits = reinterpret_cast<uintptr_t>(t.data) % 16 == 0;
+  const int64_t whole = fits ? begin + (end - begin) / 4 * 4 : begin;
+  for (int64_t i = begin + threadIdx.x * 4; i < whole; i += THREADS * 4) {
+    if (t.low) {
+      const uint2 bits = *reinterpret_cast<const uint2*>(static_cast<const __nv_bfloat16*>(t.data) + i);
+      add(__uint_as_float(bits.x << 16), sum, bad);
+      add(__uint_as_float(bits.x & 0xffff0000u), sum, bad);
+      add(__uint_as_float(bits.y << 16), sum, bad);
+      add(__uint_as_float(bits.y & 0xffff0000u), sum, bad);
+    } else {
+      const float4 x = *reinterpret_cast<const float4*>(static_cast<const float*>(t.data) + i);
+      add(x.x, sum, bad);
+      add(x.y, sum, bad);
+      add(x.z, sum, bad);
+      add(x.w, sum, bad);
+    }
+  }
+  for (int64_t i = whole + threadIdx.x; i < end; i += THREADS) {
+    add(t.low ? __bfloat162float(static_cast<const __nv_bfloat16*>(t.data)[i]) : static_cast<const float*>(t.data)[i],
+        sum, bad);
+  }
+  double total = sum, bads = bad ? 1.0 : 0.0;
+  block_sum(total, bads);
+  if (threadIdx.x == 0) {
+    table.partials[2 * chunk] = total;
+    table.partials[2 * chunk + 1] = bads;
+  }
+}
+
+__global__ void __launch_bounds__(THREADS) total_kernel(const double* partials, int64_t chunks, double* out) {
+  double sum = 0.0, bad = 0.0;
+  for (int64_t i = threadIdx.x; i < chunks; i += THREADS) {
+    sum += partials[2 * i];
+    bad += partials[2 * i + 1];
+  }
+  block_sum(sum, bad);
+  if (threadIdx.x == 0) {
+    out[0] = sum;
+    out[1] = bad > 0.0 ? 1.0 : 0.0;
+  }
+}
+
+}  // namespace
+
+int64_t square_sum_chunks(const NormTensor* tensors, int64_t count) {
+  int64_t chunks = 0;
+  for (int64_t i = 0; i < count; ++i) chunks += (tensors[i].n + NORM_CHUNK - 1) / NORM_CHUNK;
+  return chunks;
+}
+
+int square_sum(const NormTensor* tensors, int64_t count, double* partials, double* out, Stream stream) {
+  Table table;
+  table.partials = partials;
+  for (int64_t at = 0; at < count;) {
+    table.count = 0;
+    table.first[0] = 0;
+    for (; at < count && table.count < TENSORS; ++at) {
+      if (tensors[at].n == 0) continue;
+      table.tensors[table.count] = tensors[at];
+      const int chunks = static_cast<int>((tensors[at].n + NORM_CHUNK - 1) / NORM_CHUNK);
+      table.first[table.count + 1] = table.first[table.count] + chunks;
+      ++table.count;
+    }
+    if (table.count == 0) break;
+    const int chunks = table.first[table.count];
+    partial_kernel<<<chunks, THREADS, 0, stream>>>(table);
+    const int error = launched();
+    if (error != 0) return error;
+    table.partials += 2 * static_cast<int64_t>(chunks);
+  }
+  total_kernel<<<1, THREADS, 0, stream>>>(partials, (table.partials - partials) / 2, out);
+  return launched();
+}
+
+}  // namespace megatune::cuda
