@@ -28,7 +28,7 @@ FILE, FLAT = "model_optim_rng.pt", "distrib_optim.pt"
 LAYOUT = {"tensor": 2, "pipeline": 2, "virtual": 2, "vocab_multiple": 4}
 
 
-def saved(root: Path, family: str, flat: bool, **layout: int) -> Path:
+def saved(root: Path, family: str, flat: bool, **layout: Any) -> Path:
     """A legacy checkpoint of a training run with optimizer states; what they are lies in `root / truth`."""
     target = LegacyTarget(model(family), Options(**LAYOUT | layout), "local")
     for job in target.jobs():
@@ -116,6 +116,24 @@ def test_states_that_prove_nothing_stay_behind(
     spoil(content)
     torch.save(content, path)
     assert re.search(reason, why_not(tmp_path / "saved"))
+
+
+def test_states_of_a_run_in_fp32(tmp_path: Path) -> None:
+    """Adam's state dict alone: its weights are the masters, so that order and shapes say what belongs together."""
+    folder = saved(tmp_path, "qwen3", False, dtype=torch.float32)
+    for path in ranks(folder):
+        content = load_rank(path)
+        torch.save(content | {"optimizer": content["optimizer"]["optimizer"]}, path)
+    opened = FORMAT.open(folder, Options())
+    assert same_tensors(opened.optimizer["master"], opened.weights) == []
+    for slot in SLOTS[1:]:
+        truth = FORMAT.open(tmp_path / "truth" / slot, Options()).weights
+        assert same_tensors(opened.optimizer[slot], truth) == [], slot
+    assert [line.tensor for line in opened.report if "order and shape alone" in line.detail] == ["optimizer"]
+    content = load_rank(path)
+    content["optimizer"]["param_groups"][0]["params"].reverse()
+    torch.save(content, path)
+    assert "mp_rank_01_001: its 18 states are not those of its 18 weights" in why_not(folder)
 
 
 def _buffers(path: Path) -> dict[Any, Any]:

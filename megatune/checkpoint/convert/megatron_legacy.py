@@ -62,17 +62,17 @@ def open_legacy(path: Path, options: Options) -> Opened:
     table = MegatronTable(family.spec(config))
     _check_norms(table, ranks, folder)
     whole = _Whole(table, ranks)
-    report += whole.report
-    if rows > table.spec.vocab_size:
-        detail = f"the last {rows - table.spec.vocab_size} of {rows} rows pad the vocabulary"
-        padded = [tensor for tensor in table.tensors.values() if tensor.vocab]
-        report += [Line(tensor.pieces[0].hf_name, "trimmed", detail) for tensor in padded]
     optimizer = {}
     if options.optimizer and _has_optimizer(ranks):
         try:
             optimizer = {slot: FromMegatron(table, states) for slot, states in whole.optimizer().items()}
         except Unproven as error:
             report.append(Line("optimizer", "skipped", advice(str(error))))
+    report += whole.report
+    if rows > table.spec.vocab_size:
+        detail = f"the last {rows - table.spec.vocab_size} of {rows} rows pad the vocabulary"
+        padded = [tensor for tensor in table.tensors.values() if tensor.vocab]
+        report += [Line(tensor.pieces[0].hf_name, "trimmed", detail) for tensor in padded]
     return Opened(
         kind="megatron",
         path=folder,
@@ -234,6 +234,10 @@ class _Whole:
         trained = {
             name: places for name, places in self._places.items() if not self._table.tensors[name].fp32
         }
+        own = [one for places in trained.values() for one in places]
+        if any(states[one.file.path][one.chunk, one.key]["master"] is one.stored for one in own):
+            detail = "by order and shape alone where weights are in fp32: no masters beside them prove it"
+            self.report.append(Line("optimizer", "mapped", detail))
         return {
             slot: StateParts(
                 {

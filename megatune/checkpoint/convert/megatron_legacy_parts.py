@@ -57,8 +57,12 @@ class Place:
     key: str
     view: Callable[[LazyTensor], LazyTensor] = lambda tensor: tensor
 
+    @property
+    def stored(self) -> LazyTensor:
+        return self.file.chunks[self.chunk].tensors[self.key]
+
     def tensor(self) -> LazyTensor:
-        return self.view(self.file.chunks[self.chunk].tensors[self.key])
+        return self.view(self.stored)
 
 
 class StateParts:
