@@ -6,7 +6,7 @@ from megatune.ops.dropout import keyed_dropout
 from megatune.ops.glu import glu
 from megatune.ops.lora import LoraLayout, lora_linear
 from megatune.ops.moe import clamped_glu
-from megatune.ops.norm import layer_norm, rms_norm
+from megatune.ops.norm import add_rms_norm, layer_norm, rms_norm
 from megatune.ops.optim import adamw_, adamw_8bit_, lion_, square_sum
 from megatune.ops.quant import FrozenWeight, dense, quantised_linear, saved
 from megatune.ops.registry import OPS, chosen, configure, table
@@ -24,6 +24,7 @@ __all__ = [
     "VocabCut",
     "adamw_",
     "adamw_8bit_",
+    "add_rms_norm",
     "attention",
     "chosen",
     "clamped_glu",

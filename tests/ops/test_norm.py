@@ -7,7 +7,6 @@ import torch
 from torch.library import opcheck
 
 from megatune import ops
-from megatune.ops.norm import add_rms_norm
 from tests.helpers.ops import compare, need_body
 from tests.ops.bodies import DTYPES, TOLERANCE, bodies, repeats_bitwise
 
@@ -57,7 +56,7 @@ def test_the_norm_of_a_sum(body: str, device: str, dtype: torch.dtype) -> None:
 
     def both(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """As a decoder uses it: the sum goes on, and so does its norm."""
-        total, y = add_rms_norm(x[:, 1:], residual, weight, 1e-5, 1.0)
+        total, y = ops.add_rms_norm(x[:, 1:], residual, weight, 1e-5, 1.0)
         return torch.cat((total, y), -1)
 
     for width in [7, 64, 1000] + ([4096, 20001] if device == "cuda" else []):
@@ -69,7 +68,7 @@ def test_a_residual_that_does_not_fit_is_refused() -> None:
     x, weight = torch.randn(4, 8), torch.randn(8)
     for residual in (x[:3], x.bfloat16()):
         with pytest.raises(ValueError, match="add_rms_norm: residual .* must be like x"):
-            add_rms_norm(x, residual, weight, 1e-5)
+            ops.add_rms_norm(x, residual, weight, 1e-5)
 
 
 @pytest.mark.parametrize(("body", "device"), bodies("rms_norm"))
