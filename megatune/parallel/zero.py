@@ -140,7 +140,8 @@ class Zero:
         """Give the model and the masters memory on `device`; the values are undefined until they are filled."""
         device = torch.device(device)
         if self._units is not None:
-            self._model._apply(lambda tensor: _empty(tensor, device))  # to_empty, with an _empty that is quick
+            # What to_empty does, by an _empty that is quick.
+            self._model._apply(lambda tensor: _empty(tensor, device))
         else:
             self._allocate_frozen(device)
         pool = Pool(device)

@@ -164,7 +164,10 @@ def test_transformers_is_never_imported_with_a_module() -> None:
         ("import megatune.cli", ["torch", "pydantic", "numpy", "transformers"]),
         ("import megatune; megatune.load_config", ["torch", "transformers", "numpy"]),
         # What every rank loads: torch's compiler and FSDP would double the time.
-        ("import megatune.training.run", ["torch._dynamo", "torch.distributed.fsdp", "transformers", "sympy"]),
+        (
+            "import megatune.training.run",
+            ["torch._dynamo", "torch.distributed.fsdp", "transformers", "sympy"],
+        ),
     ],
 )
 def test_importing_is_light(statement: str, heavy: list[str]) -> None:
