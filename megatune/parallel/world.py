@@ -142,9 +142,17 @@ class World:
         return found or []
 
     def close(self) -> None:
-        """End the process groups, unless a caller had started them before `init`; of no use afterwards."""
-        if self.owns_group and dist.is_initialized():
+        """End the process groups: all of them, or those of the layout alone where a caller had started the default one
+        before `init`; of no use afterwards."""
+        if not dist.is_initialized():
+            return
+        if self.owns_group:
             dist.destroy_process_group()
+            return
+        lines = [mesh.get_all_groups() for mesh in self.meshes.values()]
+        for group in {id(group): group for groups in lines for group in groups}.values():
+            if group is not dist.group.WORLD:
+                dist.destroy_process_group(group)
 
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "fsdp", "efsdp", "ep", "etp")

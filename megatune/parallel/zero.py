@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -99,6 +100,7 @@ class Zero:
         self._waiting: deque[tuple[Bucket, int, bool]] = deque()
         self._flying: list[Bucket] = []
         self._begun: list[Bucket] = []
+        self._hooks: list[Any] = []  # handles of what is called when a gradient is ready
         self._stream: torch.cuda.Stream | None = None
 
     def _plan(self, names: list[str]) -> None:
@@ -153,6 +155,15 @@ class Zero:
             self._stream = torch.cuda.Stream(device)
         self.zero_grad()
 
+    def close(self) -> None:
+        """Let go of the model: its memory is free once nobody else has it. (Hooks of parameters hold this object in a
+        cycle that Python cannot see.)"""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        for parameter in self._model.parameters():
+            vars(parameter).pop("grad_ready", None)
+
     def _allocate_frozen(self, device: torch.device) -> None:
         trained = set(self._trained)
         for name, p in list(self._model.named_parameters()):
@@ -180,7 +191,7 @@ class Zero:
                     self._direct.append((parameter, grad))
                 if bucket.sends or not bucket.is_direct:
                     ready = partial(self._ready, bucket, index)
-                    parameter.register_post_accumulate_grad_hook(ready)
+                    self._hooks.append(parameter.register_post_accumulate_grad_hook(ready))
                     parameter.grad_ready = ready  # for gradients that do not come from autograd (`deferred`)
                 yield Master(
                     slot.name,

@@ -134,6 +134,7 @@ class _Run:
         )
         if world.is_main:
             self._finish(result, total_steps, before, after, trackers)
+        zero.close()
         world.barrier()
         return result
 

@@ -30,12 +30,13 @@ def _run_all(rank: int, world_size: int, cases: dict[str, Case]) -> dict[str, Ou
 
     # TensorFloat-32 is off by default; a library may have switched it on.
     torch.backends.cuda.matmul.allow_tf32 = False
-    worlds, found = {}, {}
+    world, section, found = None, None, {}
     for name, case in cases.items():
-        key = str(sorted(case.parallel.items()))
-        if key not in worlds:
-            worlds[key] = parallel.init(config_of(case).parallel, device="cuda")
-        found[name] = train(case, world=worlds[key])
+        if case.parallel != section:
+            if world is not None:
+                world.close()
+            world, section = parallel.init(config_of(case).parallel, device="cuda"), case.parallel
+        found[name] = train(case, world=world)
     return found
 
 

@@ -239,7 +239,9 @@ def _train(case: Case, device: str | None, world: Any) -> Outcome:
         result = trainer.step(found[world.dp_rank :: world.dp_size], targets)
         losses.append(result.loss)
         norms.append(result.grad_norm)
-    return Outcome(losses, norms, list(_pieces(state)))
+    outcome = Outcome(losses, norms, list(_pieces(state)))
+    built.zero.close()
+    return outcome
 
 
 @torch.no_grad()
