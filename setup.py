@@ -24,6 +24,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -70,13 +71,13 @@ def pack_extension() -> Extension | str:
 def torch_extension(kind: str, sources: list[Path]) -> Extension | str:
     """megatune/ops/_{kind}.so over torch's stable ABI."""
     name = f"megatune/ops/_{kind}.so"
-    if find_spec("torch") is None:
+    torch = find_spec("torch")  # found, not imported: that takes seconds
+    if torch is None or torch.origin is None:
         return f"{name} needs torch (install it first, then use pip install --no-build-isolation)"
-    import torch
-
-    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 11):
-        return f"{name} needs torch 2.11 or later, found {torch.__version__}"
-    root = Path(torch.__file__).parent
+    found = version("torch")
+    if tuple(int(part) for part in found.split(".")[:2]) < (2, 11):
+        return f"{name} needs torch 2.11 or later, found {found}"
+    root = Path(torch.origin).parent
     macros = [("TORCH_TARGET_VERSION", TORCH_TARGET), ("TORCH_STABLE_ONLY", None)]
     return Extension(
         f"megatune.ops._{kind}",

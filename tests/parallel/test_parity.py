@@ -41,6 +41,7 @@ def _run_all(rank: int, world_size: int, cases: dict[str, Case]) -> dict[str, Ou
                 world.close()
                 world = None
                 gc.collect()  # every group has three threads, one of which looks about a hundred times a second
+                gc.freeze()  # what is left are modules: the next look need not go through them again
             world, section = parallel.init(config_of(case).parallel, device="cpu"), case.parallel
         found[name] = train(case, world=world)
     return found
