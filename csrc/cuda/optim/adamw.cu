@@ -1,9 +1,9 @@
-// AdamW (arXiv:1711.05101) over many tensors in one launch. The table of tensors travels as the kernel's argument: no
-// copy to the device, nothing that must outlive the call. Each block does one chunk of one tensor.
+// AdamW (arXiv:1711.05101) over many tensors in one launch (batch.cuh).
 
 #include <cuda_bf16.h>
 
 #include "../common/launch.cuh"
+#include "batch.cuh"
 #include "megatune/cuda_optim.h"
 
 namespace megatune::cuda {
@@ -11,13 +11,8 @@ namespace {
 
 constexpr int THREADS = 256;
 constexpr int CHUNK = 4096;  // elements
-constexpr int TENSORS = 500;
 
-// Arguments may have 32,764 bytes (sm_70 and later, CUDA 12.1 and later).
-struct Table {
-  AdamWTensor tensors[TENSORS];
-  int first[TENSORS + 1];  // each tensor's first chunk; then the number of chunks
-  int count;
+struct Table : Batch<AdamWTensor, 500> {
   AdamWStep step;
 };
 static_assert(sizeof(Table) <= 32764, "a kernel's arguments have at most this many bytes");
@@ -75,11 +70,7 @@ __device__ inline void one_by_one(const AdamWTensor& t, const AdamWStep& step, f
 
 __global__ void __launch_bounds__(THREADS) adamw_kernel(const __grid_constant__ Table table) {
   const int chunk = blockIdx.x;
-  int low = 0, high = table.count;  // the last tensor whose first chunk is not after this one
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    (table.first[middle] <= chunk ? low : high) = middle;
-  }
+  const int low = table.holder(chunk);
   const AdamWTensor& t = table.tensors[low];
   const float scale = *table.step.scale;
   const int64_t begin = static_cast<int64_t>(chunk - table.first[low]) * CHUNK;
@@ -108,16 +99,9 @@ int adamw(const AdamWTensor* tensors, int64_t count, const AdamWStep& step, Stre
   Table table;
   table.step = step;
   for (int64_t at = 0; at < count;) {
-    table.count = 0;
-    table.first[0] = 0;
-    for (; at < count && table.count < TENSORS; ++at) {
-      if (tensors[at].n == 0) continue;
-      table.tensors[table.count] = tensors[at];
-      table.first[table.count + 1] = table.first[table.count] + static_cast<int>((tensors[at].n + CHUNK - 1) / CHUNK);
-      ++table.count;
-    }
+    at = table.fill(tensors, at, count, CHUNK);
     if (table.count == 0) break;
-    adamw_kernel<<<table.first[table.count], THREADS, 0, stream>>>(table);
+    adamw_kernel<<<table.chunks(), THREADS, 0, stream>>>(table);
     const int error = launched();
     if (error != 0) return error;
   }

@@ -3,18 +3,15 @@
 #include <cuda_bf16.h>
 
 #include "../common/launch.cuh"
+#include "batch.cuh"
 #include "megatune/cuda_optim.h"
 
 namespace megatune::cuda {
 namespace {
 
 constexpr int THREADS = 256;
-constexpr int TENSORS = 1000;
 
-struct Table {
-  NormTensor tensors[TENSORS];
-  int first[TENSORS + 1];  // each tensor's first chunk; then the number of chunks
-  int count;
+struct Table : Batch<NormTensor, 1000> {
   double* partials;  // [chunks, 2]
 };
 static_assert(sizeof(Table) <= 32764, "a kernel's arguments have at most this many bytes");
@@ -42,11 +39,7 @@ __device__ inline void add(float x, float& sum, bool& bad) {
 
 __global__ void __launch_bounds__(THREADS) partial_kernel(const __grid_constant__ Table table) {
   const int chunk = blockIdx.x;
-  int low = 0, high = table.count;
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    (table.first[middle] <= chunk ? low : high) = middle;
-  }
+  const int low = table.holder(chunk);
   const NormTensor& t = table.tensors[low];
   const int64_t begin = static_cast<int64_t>(chunk - table.first[low]) * NORM_CHUNK;
   const int64_t end = min(begin + NORM_CHUNK, t.n);
@@ -106,21 +99,12 @@ int square_sum(const NormTensor* tensors, int64_t count, double* partials, doubl
   Table table;
   table.partials = partials;
   for (int64_t at = 0; at < count;) {
-    table.count = 0;
-    table.first[0] = 0;
-    for (; at < count && table.count < TENSORS; ++at) {
-      if (tensors[at].n == 0) continue;
-      table.tensors[table.count] = tensors[at];
-      const int chunks = static_cast<int>((tensors[at].n + NORM_CHUNK - 1) / NORM_CHUNK);
-      table.first[table.count + 1] = table.first[table.count] + chunks;
-      ++table.count;
-    }
+    at = table.fill(tensors, at, count, NORM_CHUNK);
     if (table.count == 0) break;
-    const int chunks = table.first[table.count];
-    partial_kernel<<<chunks, THREADS, 0, stream>>>(table);
+    partial_kernel<<<table.chunks(), THREADS, 0, stream>>>(table);
     const int error = launched();
     if (error != 0) return error;
-    table.partials += 2 * static_cast<int64_t>(chunks);
+    table.partials += 2 * static_cast<int64_t>(table.chunks());
   }
   total_kernel<<<1, THREADS, 0, stream>>>(partials, (table.partials - partials) / 2, out);
   return launched();
