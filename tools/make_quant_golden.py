@@ -6,7 +6,7 @@ For each weight (`tests.helpers.quant.golden_weight`) the SHA-256 of the bytes o
 forms, and of what these stand for. All is what bitsandbytes' public functions give on a CPU, but for two things:
 
 - Scales in 8 bits are from its own PyTorch path, which it takes here for fp64. That rounds to the nearest number of the
-  code, as its CUDA kernel does and as we do; its CPU kernel for fp32 looks numbers up in a table of 65536 and gives the
+  code, as we do; its CPU kernel for fp32 looks numbers up in a table of 65536 and gives the
   second nearest for about two in a thousand (counted below).
 - Dense weights whose rows are no multiple of 64 numbers long are from its PyTorch path too: its kernel for AVX-512 lets
   blocks begin anew with each row, though its quantisation does not.

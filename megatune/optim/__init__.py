@@ -1,6 +1,6 @@
 """Optimizers over sharded states, and learning rate schedules."""
 
 from megatune.optim.schedules import learning_rate, warmup_steps
-from megatune.optim.sharded import ShardedAdamW, ShardedOptimizer, build
+from megatune.optim.sharded import ShardedOptimizer, build, state_width
 
-__all__ = ["ShardedAdamW", "ShardedOptimizer", "build", "learning_rate", "warmup_steps"]
+__all__ = ["ShardedOptimizer", "build", "learning_rate", "state_width", "warmup_steps"]

@@ -17,6 +17,7 @@ from megatune.config.schema import OptimConfig
 from megatune.errors import ConfigError
 from megatune.optim.rules import Elementwise, Run
 from megatune.parallel import Master, World
+from megatune.parallel.buckets import is_matrix
 from megatune.parallel.collectives import gather_rows
 from megatune.parallel.shard import ShardSpec, local_shape
 
@@ -27,9 +28,9 @@ STEPS = 5
 RMS = 0.2
 
 
-def is_orthogonal(master: Master) -> bool:
-    """Whether Muon updates it."""
-    return master.is_matrix and master.name.startswith("layers.") and ".router." not in master.name
+def is_orthogonal(spec: ShardSpec) -> bool:
+    """Whether Muon updates the parameter."""
+    return is_matrix(spec) and spec.name.startswith("layers.") and ".router." not in spec.name
 
 
 def orthogonalise(x: Tensor, steps: int = STEPS) -> Tensor:

@@ -24,6 +24,7 @@ from megatune.config.schema import OptimConfig
 from megatune.errors import ConfigError
 from megatune.ops.optim import BLOCK, adamw_, adamw_8bit_, lion_
 from megatune.parallel import Master, Parts
+from megatune.parallel.buckets import is_matrix
 from megatune.parallel.shard import Cut, ShardSpec, local_shape, parts_of_flat
 
 SMALLEST_8BIT = 4096  # elements: below it 8-bit states save nothing worth their noise
@@ -55,9 +56,12 @@ class Run:
 
 
 class Rule(Protocol):
-    """`slots`: names of the states that it keeps."""
+    """`slots`: names of the states that it keeps, which take `width` bytes an element of the parameter."""
 
     slots: tuple[str, ...]
+
+    @property
+    def width(self) -> float: ...
 
     def states(self, run: Run) -> dict[str, Tensor]:
         """Fresh states of a run."""
@@ -76,6 +80,10 @@ class Elementwise:
     """States shaped as the parameters, in fp32."""
 
     slots: tuple[str, ...]
+
+    @property
+    def width(self) -> float:
+        return 4.0 * len(self.slots)
 
     def __init__(self, config: OptimConfig) -> None:
         self.config = config
@@ -119,6 +127,7 @@ class AdamW8bit:
     the same."""
 
     slots = ("exp_avg_code", "exp_avg_scale", "exp_avg_sq_code", "exp_avg_sq_scale")
+    width = 2 * (1 + 4 / BLOCK)
 
     def __init__(self, config: OptimConfig) -> None:
         self.config = config
@@ -160,8 +169,8 @@ class AdamW8bit:
         )
 
 
-def is_8bit(master: Master) -> bool:
-    return master.is_matrix and math.prod(master.spec.shape) >= SMALLEST_8BIT
+def is_8bit(spec: ShardSpec) -> bool:
+    return is_matrix(spec) and math.prod(spec.shape) >= SMALLEST_8BIT
 
 
 def _lists(runs: Sequence[Run], slots: Sequence[str]) -> list[list[Tensor]]:

@@ -15,7 +15,7 @@ from megatune.config.schema import OptimConfig
 from megatune.ops.optim import square_sum
 from megatune.optim.muon import Muon, is_orthogonal
 from megatune.optim.rules import AdamW, AdamW8bit, Lion, Rule, Run, is_8bit
-from megatune.parallel import Master, Parts, World
+from megatune.parallel import Master, Parts, ShardSpec, World
 
 
 class ShardedOptimizer:
@@ -35,7 +35,7 @@ class ShardedOptimizer:
         rule_of = _rules(config, world or World.alone())
         self._runs: list[Run] = []
         self._of_rule: list[tuple[Rule, list[Run]]] = []
-        self._rule_of = {name: rule_of(master) for name, master in masters.items()}
+        self._rule_of = {name: rule_of(master.spec) for name, master in masters.items()}
         for rule in dict.fromkeys(self._rule_of.values()):
             mine = [master for name, master in masters.items() if self._rule_of[name] is rule]
             runs = _join(mine, config.weight_decay)
@@ -80,24 +80,27 @@ class ShardedOptimizer:
         self.steps = steps
 
 
-ShardedAdamW = ShardedOptimizer  # what it was called while AdamW was the only one
-
-
 def build(masters: Mapping[str, Master], config: OptimConfig, world: World | None = None) -> ShardedOptimizer:
     """The optimizer of `config` over the trainable parameters of a model (`Zero.masters`)."""
     return ShardedOptimizer(masters, config, world)
 
 
-def _rules(config: OptimConfig, world: World) -> Callable[[Master], Rule]:
-    """The rule for each master."""
+def state_width(config: OptimConfig) -> Callable[[ShardSpec], float]:
+    """Bytes that the optimizer keeps for an element of a parameter."""
+    rule_of = _rules(config, World.alone())
+    return lambda spec: rule_of(spec).width
+
+
+def _rules(config: OptimConfig, world: World) -> Callable[[ShardSpec], Rule]:
+    """The rule for each parameter."""
     plain: Rule = Lion(config) if config.name == "lion" else AdamW(config)
     if config.name == "adamw_8bit":
         low = AdamW8bit(config)
-        return lambda master: low if is_8bit(master) else plain
+        return lambda spec: low if is_8bit(spec) else plain
     if config.name == "muon":
         muon = Muon(config, world)
-        return lambda master: muon if is_orthogonal(master) else plain
-    return lambda master: plain
+        return lambda spec: muon if is_orthogonal(spec) else plain
+    return lambda spec: plain
 
 
 def _join(masters: list[Master], weight_decay: float) -> list[Run]:

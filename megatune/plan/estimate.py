@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from megatune import optim
 from megatune.config.layout import Layout, check_batch, layout_of
 from megatune.config.schema import Config, LoraMethod
 from megatune.models import Decoder
@@ -136,6 +137,7 @@ class _Rank:
         cut = Cut((0, layout.tp), (0, layout.ep), (0, layout.etp))
         quantised = self.config.model.quantise
         frozen = weights = gradients = moments = 0
+        state_width = optim.state_width(self.config.optim)
         gathered: list[int] = []
         whole_gradients = 0
         for name, one in specs.items():
@@ -156,7 +158,7 @@ class _Rank:
                 continue
             width = 4 if is_adapter else self.width
             weights += 4 * size // shards
-            moments += 8 * size // shards
+            moments += int(state_width(one) * size) // shards
             if not by_layer and (shards > 1 or width < 4):
                 weights += width * size  # beside the masters
             gradients += 4 * size // shards

@@ -51,7 +51,7 @@ def outline(spec: DecoderSpec, config: Config, world: parallel.World, dtype: tor
 
 def training_parts(
     assembled: Assembled, config: Config, world: parallel.World, dtype: torch.dtype
-) -> tuple[optim.ShardedAdamW, Pipeline, dict[str, Parts]]:
+) -> tuple[optim.ShardedOptimizer, Pipeline, dict[str, Parts]]:
     """(optimizer, pipeline, what a checkpoint holds: trained weights, the optimizer's states, and routers' biases that
     are balanced) for a model whose weights are filled."""
     zero = assembled.zero

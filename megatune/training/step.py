@@ -14,7 +14,7 @@ from megatune.data.batch import Batch
 from megatune.errors import TrainingError
 from megatune.models import Decoder
 from megatune.models.moe import set_balance, take_aux, update_correction
-from megatune.optim import ShardedAdamW, learning_rate
+from megatune.optim import ShardedOptimizer, learning_rate
 from megatune.parallel import World, Zero
 from megatune.parallel.context import MicroBatch, shard_stream
 from megatune.parallel.pipeline import Pipeline
@@ -46,7 +46,7 @@ class Trainer:
         self,
         model: Decoder,
         zero: Zero,
-        optim: ShardedAdamW,
+        optim: ShardedOptimizer,
         pipeline: Pipeline,
         world: World,
         config: Config,

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatune.config.schema import OptimConfig
-from megatune.optim import ShardedAdamW
+from megatune.optim import ShardedOptimizer
 from megatune.parallel import Parts, ShardSpec, Stage, World, Zero, collectives, deferred
 
 WIDTH, INNER, OUT, RANK, EXPERTS = 7, 13, 5, 3, 2
@@ -232,7 +232,7 @@ def reference(
     return Result(gradients, norms, {name: master.cpu() for name, master in masters.items()}, moments)
 
 
-def step(zero: Zero, optim: ShardedAdamW, number: int) -> tuple[dict[str, Tensor], float]:
+def step(zero: Zero, optim: ShardedOptimizer, number: int) -> tuple[dict[str, Tensor], float]:
     """Finish and update as the trainer does, clipping by one half; (global gradients, norm)."""
     zero.finish()
     gradients = whole({name: m.parts(m.grad) for name, m in zero.masters().items()})

@@ -20,7 +20,7 @@ from torch import nn
 
 from megatune import parallel
 from megatune.config.schema import ParallelConfig
-from megatune.optim import ShardedAdamW
+from megatune.optim import ShardedOptimizer
 from megatune.parallel import ShardSpec, Stage, World, Zero, buckets, deferred
 from tests.helpers import toy
 from tests.helpers.dist import run_ranks
@@ -68,7 +68,7 @@ def _train(world: World, dtype: torch.dtype, batches, **what) -> toy.Result:
     with torch.device("meta"):
         model = toy.Toy(world, **what)
     zero = toy.build(model, specs, world, dtype)
-    optim = ShardedAdamW(zero.masters(), toy.OPTIM)
+    optim = ShardedOptimizer(zero.masters(), toy.OPTIM)
     gradients, norms = [], []
     for number, batch in enumerate(batches):
         share = list(enumerate(batch))[world.dp_rank :: world.dp_size]
@@ -184,7 +184,7 @@ def _compare(zero: Zero, expected: dict[str, torch.Tensor], case: str) -> None:
     for name, grad in expected.items():
         torch.testing.assert_close(found[name], grad, rtol=1e-5, atol=1e-4, msg=f"{case} {name}")
     toy.whole(zero.weights())
-    optim = ShardedAdamW(zero.masters(), toy.OPTIM)
+    optim = ShardedOptimizer(zero.masters(), toy.OPTIM)
     square = torch.tensor(optim.grad_square(), dtype=torch.float64)
     dist.all_reduce(square)
     true = sum(float(grad.double().square().sum()) for grad in expected.values())
@@ -371,7 +371,7 @@ def _memory(rank: int, world_size: int) -> None:
         specs = {"weight": ShardSpec("weight", (64, 64))}
         engine = Zero(model, specs, world, torch.bfloat16)
         engine.materialise("cpu")
-        optim = ShardedAdamW(engine.masters(), toy.OPTIM)
+        optim = ShardedOptimizer(engine.masters(), toy.OPTIM)
         (master,) = engine.masters().values()
         assert master.tensor.numel() == master.grad.numel() == 64 * 64 // shards
         assert model.weight.dtype == torch.bfloat16

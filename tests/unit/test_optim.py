@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from megatune.config.schema import OptimConfig
-from megatune.optim import ShardedAdamW, learning_rate, warmup_steps
+from megatune.optim import ShardedOptimizer, learning_rate, warmup_steps
 from megatune.parallel import ShardSpec, World, Zero
 
 
@@ -51,7 +51,7 @@ def test_wsd_is_constant_then_falls_linearly_to_the_floor():
     assert falls == pytest.approx([falls[0]] * len(falls))
 
 
-def sharded(model: nn.Module, specs: dict[str, ShardSpec] | None = None) -> tuple[Zero, ShardedAdamW]:
+def sharded(model: nn.Module, specs: dict[str, ShardSpec] | None = None) -> tuple[Zero, ShardedOptimizer]:
     """One process's masters of `model` (its values) and their optimizer; `model` trains on."""
     given = {name: p.detach().clone() for name, p in model.named_parameters()}
     specs = specs or {name: ShardSpec(name, tuple(p.shape)) for name, p in given.items()}
@@ -61,7 +61,7 @@ def sharded(model: nn.Module, specs: dict[str, ShardSpec] | None = None) -> tupl
         for box, view in parts.parts:
             view.copy_(box.of(given[name]))
     zero.publish()
-    return zero, ShardedAdamW(zero.masters(), OptimConfig(lr=1e-2, weight_decay=0.1))
+    return zero, ShardedOptimizer(zero.masters(), OptimConfig(lr=1e-2, weight_decay=0.1))
 
 
 def backward(zero: Zero, loss: torch.Tensor) -> None:
