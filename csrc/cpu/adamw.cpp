@@ -13,25 +13,10 @@
 #pragma GCC optimize("fp-contract=off")
 #endif
 
+#define MEGATUNE_KERNEL "adamw.inl"
+#include "each_isa.inl"
+
 namespace megatune::cpu {
-
-namespace plain {
-#include "adamw.inl"
-}  // namespace plain
-
-#if defined(MEGATUNE_X86)
-MEGATUNE_TARGET_AVX2
-namespace avx2 {
-#include "adamw.inl"
-}  // namespace avx2
-MEGATUNE_TARGET_END
-
-MEGATUNE_TARGET_AVX512
-namespace avx512 {
-#include "adamw.inl"
-}  // namespace avx512
-MEGATUNE_TARGET_END
-#endif
 
 template <class G, class W>
 void adamw(const AdamW<G, W>& args, int64_t begin, int64_t end) {

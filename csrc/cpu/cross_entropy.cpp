@@ -1,27 +1,9 @@
 #include "isa.h"
 
+#define MEGATUNE_KERNEL "cross_entropy.inl"
+#include "each_isa.inl"
+
 namespace megatune::cpu {
-
-namespace plain {
-#include "simd.inl"
-#include "cross_entropy.inl"
-}  // namespace plain
-
-#if defined(MEGATUNE_X86)
-MEGATUNE_TARGET_AVX2
-namespace avx2 {
-#include "simd.inl"
-#include "cross_entropy.inl"
-}  // namespace avx2
-MEGATUNE_TARGET_END
-
-MEGATUNE_TARGET_AVX512
-namespace avx512 {
-#include "simd.inl"
-#include "cross_entropy.inl"
-}  // namespace avx512
-MEGATUNE_TARGET_END
-#endif
 
 template <class T>
 void cross_entropy(const CrossEntropy<T>& args, int64_t begin, int64_t end) {

@@ -1,27 +1,9 @@
 #include "isa.h"
 
+#define MEGATUNE_KERNEL "glu.inl"
+#include "each_isa.inl"
+
 namespace megatune::cpu {
-
-namespace plain {
-#include "simd.inl"
-#include "glu.inl"
-}  // namespace plain
-
-#if defined(MEGATUNE_X86)
-MEGATUNE_TARGET_AVX2
-namespace avx2 {
-#include "simd.inl"
-#include "glu.inl"
-}  // namespace avx2
-MEGATUNE_TARGET_END
-
-MEGATUNE_TARGET_AVX512
-namespace avx512 {
-#include "simd.inl"
-#include "glu.inl"
-}  // namespace avx512
-MEGATUNE_TARGET_END
-#endif
 
 template <class T>
 void glu(const Glu<T>& args, int64_t begin, int64_t end) {

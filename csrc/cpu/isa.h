@@ -1,9 +1,10 @@
 // One kernel source, compiled for several instruction sets, chosen at run time.
 //
-// A kernel file `x.cpp` includes `x.inl` once for each instruction set, each time in a namespace of its own and with
-// the compiler's target switched (see the kernel files). The .inl files are written with compiler vectors
-// (simd.inl), so there is no intrinsic in them. Every standard header must come before the first switch: code of the
-// standard library compiled for AVX-512 could otherwise be linked into functions that run on any machine.
+// A kernel file `x.cpp` names its `x.inl` and includes each_isa.inl, which includes that once for each instruction set,
+// each time in a namespace of its own and with the compiler's target switched. The .inl files are written with compiler
+// vectors (simd.inl) or plain loops, so there is no intrinsic of one instruction set in them. attention.inl, with AMX
+// tiles, is compiled for these alone. Every standard header must come before the first switch: code of the standard
+// library compiled for AVX-512 could otherwise be linked into functions that run on any machine.
 #pragma once
 
 #include <bit>
@@ -21,11 +22,17 @@
 #define MEGATUNE_TARGET_AVX2 _Pragma("clang attribute push(__attribute__((target(\"avx2,fma\"))), apply_to=function)")
 #define MEGATUNE_TARGET_AVX512 \
   _Pragma("clang attribute push(__attribute__((target(\"avx512f,avx512bw,avx512dq,avx512vl,fma\"))), apply_to=function)")
+#define MEGATUNE_TARGET_AMX                                                                                    \
+  _Pragma("clang attribute push("                                                                              \
+          "__attribute__((target(\"avx512f,avx512bw,avx512dq,avx512vl,fma,amx-tile,amx-bf16\"))), apply_to=function)")
 #define MEGATUNE_TARGET_END _Pragma("clang attribute pop")
 #else
 #define MEGATUNE_TARGET_AVX2 _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma\")")
 #define MEGATUNE_TARGET_AVX512 \
   _Pragma("GCC push_options") _Pragma("GCC target(\"avx512f,avx512bw,avx512dq,avx512vl,fma\")") \
+      _Pragma("GCC target(\"prefer-vector-width=512\")")
+#define MEGATUNE_TARGET_AMX \
+  _Pragma("GCC push_options") _Pragma("GCC target(\"avx512f,avx512bw,avx512dq,avx512vl,fma,amx-tile,amx-bf16\")") \
       _Pragma("GCC target(\"prefer-vector-width=512\")")
 #define MEGATUNE_TARGET_END _Pragma("GCC pop_options")
 #endif

@@ -2,28 +2,10 @@
 
 #include "megatune/cpu_quant.h"
 
+#define MEGATUNE_KERNEL "nf4.inl"
+#include "each_isa.inl"
+
 namespace megatune::cpu {
-
-namespace plain {
-#include "simd.inl"
-#include "nf4.inl"
-}  // namespace plain
-
-#if defined(MEGATUNE_X86)
-MEGATUNE_TARGET_AVX2
-namespace avx2 {
-#include "simd.inl"
-#include "nf4.inl"
-}  // namespace avx2
-MEGATUNE_TARGET_END
-
-MEGATUNE_TARGET_AVX512
-namespace avx512 {
-#include "simd.inl"
-#include "nf4.inl"
-}  // namespace avx512
-MEGATUNE_TARGET_END
-#endif
 
 template <class T>
 void nf4_dense(const Nf4Dense<T>& args, int64_t begin, int64_t end) {
