@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -98,6 +99,38 @@ void adamw(std::vector<Tensor> masters, std::vector<Tensor> exp_avgs, std::vecto
   });
 }
 
+// Pieces of the same size whatever the number of threads, added up in order: the sum does not depend on it.
+constexpr int64_t PIECE = 1 << 16;
+
+Tensor square_sum(std::vector<Tensor> tensors) {
+  std::vector<int64_t> starts(1, 0);  // the first piece of each tensor
+  for (const Tensor& one : tensors) {
+    const ScalarType type = one.scalar_type();
+    STD_TORCH_CHECK(one.is_contiguous() && (type == ScalarType::Float || type == ScalarType::BFloat16),
+                    "megatune::square_sum: tensors must be contiguous float32 or bfloat16");
+    starts.push_back(starts.back() + (one.numel() + PIECE - 1) / PIECE);
+  }
+  std::vector<double> sums(starts.back());
+  torch::stable::parallel_for(0, starts.back(), 1, [&](int64_t first, int64_t last) {
+    for (int64_t piece = first; piece < last; ++piece) {
+      const size_t i = std::upper_bound(starts.begin(), starts.end(), piece) - starts.begin() - 1;
+      const int64_t begin = (piece - starts[i]) * PIECE, length = std::min(PIECE, tensors[i].numel() - begin);
+      const void* data = tensors[i].const_data_ptr();
+      sums[piece] = tensors[i].scalar_type() == ScalarType::Float
+                        ? cpu::square_sum(static_cast<const float*>(data) + begin, length)
+                        : cpu::square_sum(static_cast<const cpu::bf16*>(data) + begin, length);
+    }
+  });
+  Tensor result = torch::stable::new_empty(tensors[0], {2}, ScalarType::Double);
+  double* out = static_cast<double*>(result.mutable_data_ptr());
+  out[0] = std::accumulate(sums.begin(), sums.end(), 0.0);
+  out[1] = std::isfinite(out[0]) ? 0.0 : 1.0;
+  return result;
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(megatune, CPU, m) { m.impl("adamw_", TORCH_BOX(&adamw)); }
+STABLE_TORCH_LIBRARY_IMPL(megatune, CPU, m) {
+  m.impl("adamw_", TORCH_BOX(&adamw));
+  m.impl("square_sum", TORCH_BOX(&square_sum));
+}

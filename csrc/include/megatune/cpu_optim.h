@@ -30,4 +30,8 @@ struct AdamW {
 template <class G, class W>
 void adamw(const AdamW<G, W>& args, int64_t begin, int64_t end);
 
+// Sum of the squares of float or bf16 elements, in double.
+template <class T>
+double square_sum(const T* x, int64_t length);
+
 }  // namespace megatune::cpu
