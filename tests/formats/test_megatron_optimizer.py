@@ -261,8 +261,8 @@ def _save(rank: int, name: str, root: Path) -> None:
             torch.save(content | {"model": saved}, root / slot / "iter_0000002" / place / FILE)
 
 
-def _optimizer(gpt: Any, kind: str) -> Any:
-    """After two steps with random gradients, of several buckets where it is the distributed one."""
+def _optimizer(gpt: Any, kind: str, bucket: int = 40) -> Any:
+    """After two steps with random gradients, with buckets of about this size where it is the distributed one."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
@@ -270,7 +270,7 @@ def _optimizer(gpt: Any, kind: str) -> Any:
     if half:
         gpt.bfloat16().config.bf16 = True
     ddp = DistributedDataParallelConfig(
-        use_distributed_optimizer=flat, overlap_grad_reduce=flat, bucket_size=40 if flat else None
+        use_distributed_optimizer=flat, overlap_grad_reduce=flat, bucket_size=bucket if flat else None
     )
     whole = DistributedDataParallel(gpt.config, ddp, gpt)
     settings = OptimizerConfig(
