@@ -263,6 +263,7 @@ def _save(rank: int, name: str, root: Path) -> None:
 
 def _optimizer(gpt: Any, kind: str, bucket: int = 40) -> Any:
     """After two steps with random gradients, with buckets of about this size where it is the distributed one."""
+    from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
@@ -281,7 +282,9 @@ def _optimizer(gpt: Any, kind: str, bucket: int = 40) -> Any:
         clip_grad=0.0,
     )
     optimizer = get_megatron_optimizer(settings, [whole])
-    generator = torch.Generator().manual_seed(torch.distributed.get_rank())
+    # What tensor parallel processes have in common has the same gradient on each.
+    common = parallel_state.get_tensor_model_parallel_world_size()
+    generator = torch.Generator().manual_seed(torch.distributed.get_rank() // common)
     for _ in range(2):
         for buffer in whole.buffers + whole.expert_parallel_buffers:
             buffer.grad_data.normal_(generator=generator)
