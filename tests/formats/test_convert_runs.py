@@ -91,6 +91,12 @@ def test_an_adapter_is_merged_or_written_as_it_is(
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-7)
     adapter = convert(runs["lora"], tmp_path / "adapter", "peft", verify=True)
+    for result in (merged, adapter):
+        (line,) = (line for line in result.report if line.tensor == "optimizer states")
+        assert (line.what, line.detail) == (
+            "skipped",
+            "are of the adapters, for which no other format has a place",
+        )
     assert adapter.tensors == 28 and equal(tmp_path / "adapter", runs["lora"] / "adapter")
     written, own = (
         json.loads((folder / "adapter_config.json").read_text())
@@ -104,6 +110,22 @@ def test_an_adapter_is_merged_or_written_as_it_is(
     convert(tmp_path / "adapter", tmp_path / "three", "megatune", Options(like=str(tiny_llama)), verify=True)
     convert(tmp_path / "three", tmp_path / "four", "hf")
     assert all(equal(tmp_path / name, tmp_path / "merged") for name in ("one", "two", "four"))
+
+
+@pytest.mark.parametrize("optimizer", ["lion", "adamw_8bit", "muon"])
+def test_states_that_are_not_adamws_stay_behind(
+    optimizer: str, tiny_llama: Path, tiny_data: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """The weights convert; one line says why the states do not."""
+    changes = {"optim__name": optimizer, "train__steps": 1, "parallel": {"zero": 1}}
+    megatune.train(tiny_config(tiny_llama, tiny_data, tmp_path / "run", **changes))
+    for to in ("torch_dist", "megatron", "megatune"):
+        result = convert(tmp_path / "run", tmp_path / to, to, workers=1)
+        assert result.tensors == 21
+        said = [line for line in result.report if line.tensor.startswith("optim")]
+        assert [line.what for line in said] == ["skipped"] and f"are of {optimizer} (" in said[0].detail
+    convert(tmp_path / "torch_dist", tmp_path / "back", "hf", workers=1)
+    assert equal(tmp_path / "back", tmp_path / "run/model")
 
 
 def test_an_adapter_of_another_model_is_refused(

@@ -261,8 +261,9 @@ def _save(rank: int, name: str, root: Path) -> None:
             torch.save(content | {"model": saved}, root / slot / "iter_0000002" / place / FILE)
 
 
-def _optimizer(gpt: Any, kind: str) -> Any:
-    """After two steps with random gradients, of several buckets where it is the distributed one."""
+def _optimizer(gpt: Any, kind: str, bucket: int = 40) -> Any:
+    """After two steps with random gradients, with buckets of about this size where it is the distributed one."""
+    from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
@@ -270,7 +271,7 @@ def _optimizer(gpt: Any, kind: str) -> Any:
     if half:
         gpt.bfloat16().config.bf16 = True
     ddp = DistributedDataParallelConfig(
-        use_distributed_optimizer=flat, overlap_grad_reduce=flat, bucket_size=40 if flat else None
+        use_distributed_optimizer=flat, overlap_grad_reduce=flat, bucket_size=bucket if flat else None
     )
     whole = DistributedDataParallel(gpt.config, ddp, gpt)
     settings = OptimizerConfig(
@@ -281,7 +282,9 @@ def _optimizer(gpt: Any, kind: str) -> Any:
         clip_grad=0.0,
     )
     optimizer = get_megatron_optimizer(settings, [whole])
-    generator = torch.Generator().manual_seed(torch.distributed.get_rank())
+    # What tensor parallel processes have in common has the same gradient on each.
+    common = parallel_state.get_tensor_model_parallel_world_size()
+    generator = torch.Generator().manual_seed(torch.distributed.get_rank() // common)
     for _ in range(2):
         for buffer in whole.buffers + whole.expert_parallel_buffers:
             buffer.grad_data.normal_(generator=generator)

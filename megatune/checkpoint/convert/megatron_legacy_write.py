@@ -22,6 +22,7 @@ from megatune.checkpoint.convert.megatron_names import (
     MegatronTensor,
     ToMegatron,
 )
+from megatune.checkpoint.convert.megatron_order import in_order
 from megatune.checkpoint.convert.torch_zip import Instance, Streamed, torch_file_size, write_torch_file
 from megatune.errors import ParallelError
 from megatune.models.registry import family_for
@@ -50,6 +51,7 @@ class LegacyTarget:
         self._spec = family_for(opened.hf_config).spec(opened.hf_config)
         self._table = MegatronTable(self._spec)
         self._table.check(opened.weights)
+        self._ordered = in_order(self._table.tensors.values(), backend)
         self._source = ToMegatron(self._table, opened.weights)
         self._dtype = options.dtype or self._source.dtype(EMBEDDING)
         _check(self._table, options)
@@ -120,7 +122,7 @@ class LegacyTarget:
         outside = ([EMBEDDING] if is_first else []) + (
             ["decoder.final_layernorm.weight", HEAD] if is_last else []
         )
-        for tensor in self._table.tensors.values():
+        for tensor in self._ordered:
             if tensor.layer is None and tensor.within in outside:
                 yield tensor.within, self._streamed(tensor, rank.tensor, options.tensor)
             elif tensor.layer is not None and first <= tensor.layer < first + share:
@@ -140,7 +142,7 @@ class LegacyTarget:
 
     def _streamed(self, tensor: MegatronTensor, rank: int, ranks: int) -> Streamed:
         dtype = self._source.dtype(tensor.name) if tensor.fp32 else self._dtype
-        cut = _cut(tensor, self._backend)
+        cut = tensor.cut_with(self._backend)
         rows, *rest = (self._rows, *tensor.shape[1:]) if tensor.vocab else tensor.shape
         if cut == 1:
             width = rest[0] // ranks
@@ -175,12 +177,6 @@ class LegacyTarget:
         padding = first + count - max(first, last)
         for start in range(0, padding, step):
             yield torch.zeros((min(step, padding - start), *tensor.shape[1:]), dtype=dtype)
-
-
-def _cut(tensor: MegatronTensor, backend: Backend) -> int | None:
-    """Without Transformer Engine the projections to the latents are cut too."""
-    latent = tensor.within.endswith("_down_proj.weight")
-    return 0 if latent and backend == "local" else tensor.cut
 
 
 def _runs(tensor: MegatronTensor, rows: int, rank: int, ranks: int) -> list[tuple[int, int]]:

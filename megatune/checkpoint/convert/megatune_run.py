@@ -85,17 +85,17 @@ def open_run(path: Path, options: Options) -> Opened:
     mapped = base_map(base.spec)
     weights = StepTensors(step, manifest, "model/")
     trained = {name: item for name, item in mapped.items() if name in weights.names()}
-    optimizer = {"master": HfView(weights, trained)}
-    for slot in SLOTS[1:]:
-        states = StepTensors(step, manifest, f"optim/{slot}/")
-        there = {name: mapped[name] for name in states.names() if name in mapped}
-        optimizer[slot] = HfView(states, there)
+    optimizer = _moments(step, manifest, trained)
     own = base.tensors()
     dtype = wanted or main_dtype(own)
     view = HfView(weights, trained)
     dtypes = {name: torch.float32 if name.endswith(FP32) else dtype for name in view.names()}
     others = {n for item in mapped.values() for n in item.hf_shapes()} - view.names()
     lines = [Line(name, "mapped", f"not trained: from {base.path}") for name in sorted(others)]
+    if not optimizer:
+        name = config.get("optim", {}).get("name", "an optimizer")
+        why = f"are of {name} (optim.name) and not AdamW's two moments in fp32, which alone have a place elsewhere"
+        lines.append(Line("optimizer states", "skipped", why))
     return Opened(
         "megatune",
         step,
@@ -106,6 +106,24 @@ def open_run(path: Path, options: Options) -> Opened:
         base.path,
         lines,
     )
+
+
+def _moments(step: Path, manifest: Manifest, trained: Mapping[str, Mapped]) -> dict[str, TensorSource]:
+    """AdamW's states by slot; none where another optimizer trained any of the weights. Lion's `exp_avg` is no moment of
+    AdamW's, though it is called so."""
+    wanted = {
+        name
+        for name, item in trained.items()
+        if not all(hf_name.endswith(FP32) for hf_name in item.hf_shapes())
+    }
+    found: dict[str, TensorSource] = {"master": HfView(StepTensors(step, manifest, "model/"), trained)}
+    for slot in SLOTS[1:]:
+        states = StepTensors(step, manifest, _prefix(slot))
+        there = {name: trained[name] for name in states.names() if name in trained}
+        if not wanted <= there.keys():
+            return {}
+        found[slot] = HfView(states, there)
+    return found
 
 
 def _found(source: TensorSource, names: set[str], base: ModelFolder) -> TensorSource:
