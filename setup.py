@@ -276,7 +276,9 @@ def warn(reason: str) -> None:
 def first_error(said: str) -> str:
     """The line of a compiler's or linker's output that says what is wrong."""
     lines = [line.strip() for line in said.splitlines()[1:] if line.strip()]
-    telling = [line for line in lines if re.search(r"\berror\b|cannot find|undefined reference|[Uu]nsupported", line)]
+    telling = [
+        line for line in lines if re.search(r"\berror\b|cannot find|undefined reference|[Uu]nsupported", line)
+    ]
     return (telling or lines or ["the compiler failed and said nothing"])[0][:300]
 
 
@@ -305,6 +307,4 @@ def extensions() -> list[Extension]:
     return [extension for extension in built if isinstance(extension, Extension)]
 
 
-setup(
-    ext_modules=extensions(), cmdclass={"build_ext": BuildWhatWorks, "bdist_wheel": WheelForEveryPython}
-)
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildWhatWorks, "bdist_wheel": WheelForEveryPython})

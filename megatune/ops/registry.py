@@ -125,7 +125,7 @@ def cuda_body(*run: Any) -> Body:
     """The compiled CUDA kernels as a body: `run` are operators made with `define`.
 
     It stands behind "compiled", so that it runs only where `ops.backend` asks for it, until a committed result of
-    benchmarks/ops_gpu.py shows for its op that it is the faster one; then that op lists it first.
+    benchmarks/ops.py shows for its op that it is the faster one; then that op lists it first.
     """
     return Body("cuda", run, ("cuda",), CUDA_DTYPES, problem=cuda_problem)
 

@@ -45,7 +45,9 @@ def test_a_compiler_that_fails_leaves_out_the_part(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert built(tmp_path) == []
     *_, last = done.stderr.splitlines()
-    assert last.startswith("warning: megatune: left out: megatune._pack could not be built: out of coffee (more in ")
+    assert last.startswith(
+        "warning: megatune: left out: megatune._pack could not be built: out of coffee (more in "
+    )
     assert "out of coffee" in (tmp_path / "temp/megatune._pack/failed.log").read_text()
 
 
