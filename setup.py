@@ -3,12 +3,16 @@
 `megatune._pack` (packing of samples; needs a compiler and pybind11), `megatune/ops/_cpu.so` (CPU kernels; needs a
 compiler and torch, so install torch first and use `pip install --no-build-isolation`) and `megatune/ops/_cuda.so`
 (CUDA kernels; needs nvcc too, but no GPU, and any build of torch will do). What cannot be built is left out with one
-warning. Only files that have changed are compiled again. Environment:
+warning, the last thing that a build says. Only files that have changed are compiled again.
+
+A wheel is for every Python: the libraries hold no Python symbols and are for torch 2.11 and later. `_pack` alone
+(pybind11 has no stable ABI) is for the Python that built it; another one does not see it and packs in Python.
+Environment:
 
     MEGATUNE_BUILD         auto (default: CUDA only where nvcc is found) | none | pack | cpu | cuda
     MEGATUNE_CUDA_CHECK=1  compile the CUDA part, fail if something is wrong with it, install nothing
     TORCH_CUDA_ARCH_LIST   architectures, default "8.0+PTX;9.0a"
-    CUDA_HOME              where bin/nvcc is; else nvcc is looked for on the PATH
+    CUDA_HOME              where bin/nvcc is; where it is not, nvcc is looked for on the PATH
     MAX_JOBS               compilers at a time, default one a core
     CXX                    the C++ compiler
 """
@@ -29,6 +33,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
@@ -49,6 +54,7 @@ NVCC_FLAGS = [
 CUDA_ARCHITECTURES = "8.0+PTX;9.0a"
 TORCH_TARGET = "0x020b000000000000"  # the stable ABI of torch 2.11: the binary serves every later torch
 CUDA_CHECK = os.environ.get("MEGATUNE_CUDA_CHECK") == "1"
+LEFT_OUT: list[str] = []  # what is not built, and why; said when the build is over, where nobody can miss it
 
 
 def abi(kind: str) -> str:
@@ -117,6 +123,11 @@ class BuildWhatWorks(build_ext):
             return os.path.join(*fullname.split(".")) + ".so"
         return super().get_ext_filename(fullname)
 
+    def run(self) -> None:
+        super().run()
+        for reason in LEFT_OUT:
+            warn(reason)
+
     def build_extension(self, extension: Extension) -> None:
         objects = Path(self.build_temp) / extension.name
         target = Path(self.get_ext_fullpath(extension.name))
@@ -128,7 +139,11 @@ class BuildWhatWorks(build_ext):
             if CUDA_CHECK:
                 raise SystemExit(f"{extension.name} cannot be built:\n{error.stderr}") from None
             target.unlink(missing_ok=True)
-            warn(f"{extension.name} could not be built and is left out:\n{error.stderr[-2000:]}")
+            said = f"{shlex.join(error.cmd)}\n{error.stdout}{error.stderr}"
+            (objects / "failed.log").write_text(said)
+            LEFT_OUT.append(
+                f"{extension.name} could not be built: {first_error(said)} (more in {objects / 'failed.log'})"
+            )
 
     def _build(self, extension: Extension, folder: Path, target: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -164,6 +179,18 @@ class BuildWhatWorks(build_ext):
         run([*command, "-o", str(unfinished)])
         os.replace(unfinished, target)  # a process that has the old file mapped keeps it
         (folder / "link.cmd").write_text(shlex.join(command))
+
+
+class WheelForEveryPython(bdist_wheel):
+    """py3-none-PLATFORM: see the head of this file."""
+
+    def run(self) -> None:
+        # What an older build left there would go into the wheel too. Objects are elsewhere: nothing is compiled again.
+        shutil.rmtree(self.get_finalized_command("build").build_lib, ignore_errors=True)
+        super().run()
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
 
 
 def make_object(command: list[str], source: Path, output: Path) -> None:
@@ -215,7 +242,7 @@ def host_compiler() -> list[str]:
 
 def nvcc() -> str | None:
     home = os.environ.get("CUDA_HOME")
-    return shutil.which(os.path.join(home, "bin", "nvcc")) if home else shutil.which("nvcc")
+    return (shutil.which(os.path.join(home, "bin", "nvcc")) if home else None) or shutil.which("nvcc")
 
 
 @cache
@@ -242,8 +269,21 @@ def run(command: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, check=True, capture_output=True, text=True)
 
 
-def warn(message: str) -> None:
-    print(f"warning: megatune: {message}", file=sys.stderr)
+def warn(reason: str) -> None:
+    print(f"warning: megatune: left out: {reason}", file=sys.stderr)
+
+
+def first_error(said: str) -> str:
+    """The line of a compiler's or linker's output that says what is wrong."""
+    lines = [line.strip() for line in said.splitlines()[1:] if line.strip()]
+    telling = [
+        line for line in lines if re.search(r"\berror\b|cannot find|undefined reference|[Uu]nsupported", line)
+    ]
+    return (telling or lines or ["the compiler failed and said nothing"])[0][:300]
+
+
+def has_gpu() -> bool:
+    return Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi") is not None
 
 
 def extensions() -> list[Extension]:
@@ -253,20 +293,18 @@ def extensions() -> list[Extension]:
     if wanted == "none":
         return []
     if compiler() is None:
-        warn(
-            "no C++ compiler found (g++, clang++ or $CXX): installing without binaries, the slower references run"
-        )
+        warn("all binaries: no C++ compiler found (g++, clang++ or $CXX); the slower references run")
         return []
     makers = {"pack": pack_extension, "cpu": cpu_extension, "cuda": cuda_extension}
-    if wanted == "auto" and nvcc() is None:
+    if wanted == "auto" and nvcc() is None and not has_gpu():
         del makers["cuda"]  # a machine without CUDA misses nothing
     built = [make() for name, make in makers.items() if wanted in ("auto", name)]
     for reason in built:
         if isinstance(reason, str):
             if CUDA_CHECK:
                 raise SystemExit(reason)
-            warn(f"{reason}: left out")
+            LEFT_OUT.append(reason)
     return [extension for extension in built if isinstance(extension, Extension)]
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildWhatWorks})
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildWhatWorks, "bdist_wheel": WheelForEveryPython})

@@ -21,8 +21,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 from benchmarks.common import RESULTS, device_name
-from benchmarks.ops_cases import SMOLLM2_135M, Case, cases
+from benchmarks.ops_cases import SMOLLM2_135M, Case, Other, Tensors, cases
+from benchmarks.ops_timing import tensors_in
 from megatune import ops
+
+TIMED = ("rms_norm", "rope", "swiglu", "attention", "linear_cross_entropy", "lora_linear")
 
 
 def best_ms(function: Callable[[], Any], repeats: int) -> float:
@@ -34,27 +37,28 @@ def best_ms(function: Callable[[], Any], repeats: int) -> float:
     return min(times[2:]) * 1e3
 
 
-def measure(
-    function: Callable[..., torch.Tensor], leaves: tuple[torch.Tensor, ...], repeats: int
-) -> dict[str, float]:
-    output = function(*leaves)
-    grad = torch.randn_like(output)
-    forward = best_ms(lambda: function(*leaves), repeats)
-    backward = best_ms(lambda: torch.autograd.grad(output, leaves, grad, retain_graph=True), repeats)
+def measure(other: Other, inputs: Tensors, repeats: int) -> dict[str, float]:
+    leaves = [x.detach().requires_grad_() for x in other.prepare(inputs)]
+    outputs = tensors_in(other.run(*leaves))
+    grads = [torch.randn_like(output) for output in outputs]
+    forward = best_ms(lambda: other.run(*leaves), repeats)
+    backward = best_ms(lambda: torch.autograd.grad(outputs, leaves, grads, retain_graph=True), repeats)
     return {"forward_ms": round(forward, 3), "backward_ms": round(backward, 3)}
 
 
 def rows_of(case: Case, dtype: torch.dtype, repeats: int) -> list[dict[str, Any]]:
     what = {"op": case.op, "dtype": str(dtype).removeprefix("torch.")}
-    rows = [what | {"body": "plain PyTorch"} | measure(case.plain, case.leaves, repeats)]
-    bodies = ops.OPS[case.op].bodies.values() if case.op in ops.OPS else []
+    torch.manual_seed(0)
+    inputs, ours, registry = case.make(), Other(case.run), case.registry or case.op
+    rows = [what | {"body": "plain PyTorch"} | measure(case.plain, inputs, repeats)]
+    bodies = ops.OPS[registry].bodies.values() if registry in ops.OPS else []
     for body in [body for body in bodies if body.unfit("cpu", dtype) is None]:
-        ops.configure({case.op: body.name}, "cpu", dtype)
-        rows.append(what | {"body": body.name} | measure(case.run, case.leaves, repeats))
+        ops.configure({registry: body.name}, "cpu", dtype)
+        rows.append(what | {"body": body.name} | measure(ours, inputs, repeats))
     ops.configure({}, "cpu")
     if not bodies:
-        rows.append(what | {"body": "megatune"} | measure(case.run, case.leaves, repeats))
-    chosen = ops.chosen("cpu", dtype).get(case.op, "megatune")
+        rows.append(what | {"body": "megatune"} | measure(ours, inputs, repeats))
+    chosen = ops.chosen("cpu", dtype).get(registry, "megatune")
     for row in rows:
         row["chosen"] = row["body"] == chosen
     return rows
@@ -70,7 +74,9 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
-        for case in cases(SMOLLM2_135M, dtype, "cpu"):
+        for case in cases("llama-8b", SMOLLM2_135M, dtype, "cpu"):
+            if case.op not in TIMED:
+                continue
             found = rows_of(case, dtype, options.repeats)
             rows += found
             for row in found:

@@ -42,7 +42,7 @@ class OnDeviceOf {
     }();
     STD_TORCH_CHECK(function != nullptr, "megatune: this torch has no CUDA stream");
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(function(device, &stream));
+    TORCH_ERROR_CODE_CHECK(function(device, &stream));  // its namesake with STABLE_ came with torch 2.13
     return static_cast<cuda::Stream>(stream);
   }
 

@@ -24,7 +24,7 @@ def show_environment() -> None:
     table.add_row("megatune", __version__)
     table.add_row("python", f"{platform.python_version()} ({sys.executable})")
     table.add_row("torch", f"{torch.__version__} (CUDA {torch.version.cuda or 'none'})")
-    for name, version in _nvidia_versions():
+    for name, version in nvidia_versions():
         table.add_row(name, version)
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)
@@ -45,7 +45,8 @@ def show_environment() -> None:
     Console().print(table)
 
 
-def _nvidia_versions() -> list[tuple[str, str]]:
+def nvidia_versions() -> list[tuple[str, str]]:
+    """(what, version) of cuDNN, NCCL and the driver, of those that are here."""
     import torch
 
     versions = []

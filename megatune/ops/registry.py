@@ -124,7 +124,7 @@ def compiled_body(*run: Callable) -> Body:
 def cuda_body(*run: Any) -> Body:
     """The compiled CUDA kernels as a body: `run` are operators made with `define`.
 
-    An op lists it before "compiled" once a committed result (benchmarks/results) shows that it is the faster one; until
+    An op lists it before "compiled" once a committed result of benchmarks/ops.py shows that it is the faster one; until
     then it runs only where `ops.backend` asks for it.
     """
     return Body("cuda", run, ("cuda",), CUDA_DTYPES, problem=cuda_problem)
