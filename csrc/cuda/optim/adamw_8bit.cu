@@ -149,7 +149,7 @@ __device__ inline void block_of(const AdamW8bitTensor& t, const AdamWStep& step,
   }
 }
 
-__global__ void __launch_bounds__(THREADS) adamw_8bit_kernel(const __grid_constant__ Table table) {
+__global__ void __launch_bounds__(THREADS, 3) adamw_8bit_kernel(const __grid_constant__ Table table) {
   __shared__ Lookup lookup;
   static_assert(sizeof(Lookup) % 16 == 0);
   for (int i = threadIdx.x; i < static_cast<int>(sizeof(Lookup) / 16); i += THREADS)
