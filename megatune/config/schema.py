@@ -253,6 +253,16 @@ class OptimConfig(Section):
     momentum: float = Field(0.95, ge=0, lt=1, description="Muon's momentum.")
     clip: float = Field(1.0, ge=0, description="Clip the global gradient norm to this; 0: off.")
 
+    @model_validator(mode="after")
+    def _momentum_is_muons(self) -> OptimConfig:
+        # A configuration that was written out names every key: the default does no harm.
+        if self.name != "muon" and self.momentum != type(self).model_fields["momentum"].default:
+            raise ValueError(
+                f"momentum: {self.momentum} is for name: muon, and {self.name} has none: leave it out (its decay "
+                "rates are beta1 and beta2), or set name to muon"
+            )
+        return self
+
 
 class CheckpointConfig(Section):
     folder: str = Field(description="The run's folder: checkpoints, logs, metrics, exports.")

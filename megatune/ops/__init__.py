@@ -8,6 +8,7 @@ from megatune.ops.lora import LoraLayout, lora_linear
 from megatune.ops.moe import clamped_glu
 from megatune.ops.norm import add_rms_norm, layer_norm, rms_norm
 from megatune.ops.optim import adamw_, adamw_8bit_, lion_, square_sum
+from megatune.ops.optim_bf16 import adamw_bf16_, parameter_key
 from megatune.ops.quant import FrozenWeight, dense, quantised_linear, saved
 from megatune.ops.registry import OPS, chosen, configure, table
 from megatune.ops.rope import rope
@@ -24,6 +25,7 @@ __all__ = [
     "VocabCut",
     "adamw_",
     "adamw_8bit_",
+    "adamw_bf16_",
     "add_rms_norm",
     "attention",
     "chosen",
@@ -36,6 +38,7 @@ __all__ = [
     "linear_cross_entropy",
     "lion_",
     "lora_linear",
+    "parameter_key",
     "quantised_linear",
     "rms_norm",
     "rope",

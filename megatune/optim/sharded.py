@@ -57,10 +57,14 @@ class ShardedOptimizer:
     def step_with(self, lr: float, scale: float = 1.0) -> None:
         """One update with learning rate `lr`, gradients multiplied by `scale` first (clipping)."""
         self.steps += 1
+        for run in self._runs:
+            run.take_weight()
         for rule, runs in self._of_rule:
             if runs:
                 factor = torch.full((), scale, dtype=torch.float32, device=runs[0].tensor.device)
                 rule.update(runs, factor, lr, self.steps)
+        for run in self._runs:
+            run.weight = None
 
     def state(self) -> dict[str, Parts]:
         """States by `optim/<slot>/<name>` (`rules`), each sharded as its master. The tensors are the live ones: filling

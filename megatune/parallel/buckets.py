@@ -155,6 +155,8 @@ class Bucket:
         self._work: dist.Work | None = None
         self._received: Tensor | None = None
         self._gathered: tuple[Tensor, dist.Work | None] | None = None
+        self._rounded: Tensor | None = None
+        self._rounded_elements = 0
 
     @property
     def sends(self) -> bool:
@@ -298,14 +300,31 @@ class Bucket:
 
     # Weights.
 
+    def rounded(self, start: int, numel: int) -> Tensor | None:
+        """Where an update may put masters [start, start + numel) in the compute dtype as it makes them, which spares
+        `gather` a pass over them; it must fill all of it. None where masters are not cast."""
+        if self.dtype == torch.float32 or not numel:
+            return None
+        if self._rounded is None:
+            # A whole bucket's weights lie as its masters do.
+            whole = self.shards == 1
+            self._rounded = self.weight if whole else torch.empty_like(self.master, dtype=self.dtype)
+        self._rounded_elements += numel
+        return self._rounded[start : start + numel]
+
     def gather(self) -> None:
-        """Start bringing the masters to the weights: cast this process's shard, gather the others'."""
+        """Start bringing the masters to the weights: cast this process's shard (unless the update has filled all of
+        `rounded`), gather the others'."""
         if self.is_whole or not self.width:
             return
+        shard = self._rounded if self._rounded_elements == self.width else None
+        self._rounded, self._rounded_elements = None, 0
         if self.shards == 1:
-            self.weight.copy_(self.master)
+            if shard is None:
+                self.weight.copy_(self.master)
             return
-        shard = self.master.to(self.dtype)
+        if shard is None:
+            shard = self.master.to(self.dtype)
         out = torch.empty_like(self.weight)
         work = all_gather(out, shard, group=self.axis.group, async_op=True)
         self._gathered = out, work

@@ -15,7 +15,7 @@ they are never sent.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -40,7 +40,9 @@ class Master:
 
     `tensor`, `grad`: of one shape; flat [n], padded with zeros, or a box of the local tensor. `grad` is valid after
     `Zero.finish`. `counts`: of the processes that hold the same elements, this one counts them (in the gradient's norm)
-    and writes them. `run`: (flat masters, flat gradients, first element) where it stands in line with others.
+    and writes them. `run`: (flat masters, flat gradients, first element) where it stands in line with others;
+    `rounded(first element, elements)` then gives what an update may fill with the new masters in the compute dtype
+    (`Bucket.rounded`).
     """
 
     name: str
@@ -52,6 +54,7 @@ class Master:
     start: int = 0
     at: Box | None = None
     run: tuple[Tensor, Tensor, int] | None = None
+    rounded: Callable[[int, int], Tensor | None] | None = None
 
     @property
     def is_matrix(self) -> bool:
@@ -202,6 +205,7 @@ class Zero:
                     self._world.cut,
                     start=index_of_shard * slot.chunk,
                     run=(bucket.master, bucket.grad, slot.start),
+                    rounded=bucket.rounded,
                 )
 
     def _of_units(self) -> Iterator[Master]:

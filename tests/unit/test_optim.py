@@ -51,17 +51,22 @@ def test_wsd_is_constant_then_falls_linearly_to_the_floor():
     assert falls == pytest.approx([falls[0]] * len(falls))
 
 
-def sharded(model: nn.Module, specs: dict[str, ShardSpec] | None = None) -> tuple[Zero, ShardedOptimizer]:
-    """One process's masters of `model` (its values) and their optimizer; `model` trains on."""
+def sharded(
+    model: nn.Module,
+    specs: dict[str, ShardSpec] | None = None,
+    dtype: torch.dtype = torch.float32,
+    **settings: object,
+) -> tuple[Zero, ShardedOptimizer]:
+    """One process's masters of `model` (its values) and their optimizer; `model` trains on, in `dtype`."""
     given = {name: p.detach().clone() for name, p in model.named_parameters()}
     specs = specs or {name: ShardSpec(name, tuple(p.shape)) for name, p in given.items()}
-    zero = Zero(model.to("meta"), specs, World.alone(), torch.float32)
+    zero = Zero(model.to("meta"), specs, World.alone(), dtype)
     zero.materialise("cpu")
     for name, parts in zero.weights().items():
         for box, view in parts.parts:
             view.copy_(box.of(given[name]))
     zero.publish()
-    return zero, ShardedOptimizer(zero.masters(), OptimConfig(lr=1e-2, weight_decay=0.1))
+    return zero, ShardedOptimizer(zero.masters(), OptimConfig(lr=1e-2, weight_decay=0.1, **settings))
 
 
 def backward(zero: Zero, loss: torch.Tensor) -> None:
@@ -118,6 +123,32 @@ def test_masters_in_line_are_updated_as_one_tensor():
     optim = sharded(model)[1]
     assert len(optim._runs) == 2  # with and without decay
     assert sum(len(run.members) for run in optim._runs) == 20
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "lion", "muon"])
+def test_the_update_makes_the_weights_too(name, monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 3))
+    specs = {f"layers.{n}": ShardSpec(f"layers.{n}", tuple(p.shape)) for n, p in model.named_parameters()}
+    model = nn.ModuleDict({"layers": model})
+    zero, optim = sharded(model, specs, torch.bfloat16, name=name)
+    for _ in range(2):
+        x = torch.randn(4, 64).bfloat16()
+        backward(zero, model["layers"](x).square().mean())
+        optim.step_with(1e-2)
+        zero.zero_grad()
+        made = {n: p.detach().clone() for n, p in model.named_parameters()}
+        # Only what no update has made is cast when it is published.
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "copy_", None)
+            zero.publish()
+        for n, p in model.named_parameters():
+            master = zero.masters()[n].tensor[: p.numel()].view(p.shape)
+            assert torch.equal(made[n], master.bfloat16()) and torch.equal(p, made[n]), n
+    for master in zero.masters().values():
+        master.tensor.fill_(2.0)
+    zero.publish()
+    assert all((p == 2).all() for p in model.parameters())
 
 
 def test_adamw_state_restores_in_place():
