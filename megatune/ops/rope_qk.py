@@ -180,7 +180,8 @@ class _RopeQk(torch.autograd.Function):
         cos, sin, qkv, q_weight, k_weight, q_rstd, k_rstd = ctx.saved_tensors
         need_q, need_k = ctx.needs_input_grad[3:5]
         grads = grad_q.flatten(1, 2), grad_k, grad_v
-        grads = (grad if grad.stride(-1) == 1 else grad.contiguous() for grad in grads)
+        # A copy: `contiguous` leaves an expanded gradient without elements as it is.
+        grads = (g if g.stride(-1) == 1 else g.clone(memory_format=torch.contiguous_format) for g in grads)
         body = _OP.pick(grad_v.device.type, grad_v.dtype)
         grad_qkv, of_weights = body.run[1](
             *grads, cos, sin, qkv, q_weight, k_weight, q_rstd, k_rstd, ctx.offset, need_q or need_k
@@ -227,7 +228,7 @@ def rope_qk(
         raise ValueError(f"{op}: q_weight {q_weight.dtype} and k_weight {k_weight.dtype} must have one dtype")
     floating(op, qkv=qkv, q_weight=q_weight, k_weight=k_weight)
     same_device(op, qkv, cos=cos, sin=sin, q_weight=q_weight, k_weight=k_weight)
-    if torch.compiler.is_compiling() or _too_wide(qkv, cos, q_weight):
+    if _too_wide(qkv, cos, q_weight):
         return _by_parts(qkv, cos, sin, q_weight, k_weight, eps, offset)
     if qkv.dtype != torch.float64:
         cos, sin = cos.float(), sin.float()
@@ -249,8 +250,7 @@ def _by_parts(
     eps: float,
     offset: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One op after the other: for torch.compile, which joins them itself, and for heads that the kernel has no room
-    for."""
+    """One op after the other: for heads that the kernel has no room for."""
     # One split: its backward is one concatenation, that of slices fills the whole with zeros three times.
     q, k, v = qkv.split((qkv.shape[2] - 2, 1, 1), dim=2)
     k = k.squeeze(2)
