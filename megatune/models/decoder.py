@@ -52,8 +52,11 @@ class Layer(nn.Module):
     ) -> Tensor:
         y = self.attn_norm(x) if self.attn_norm is not None else x
         y = self.attn(y, segments, rotary, cache)
-        x = x + (self.attn_post_norm(y) if self.attn_post_norm is not None else y)
-        y = self.mlp_norm(x) if self.mlp_norm is not None else x
+        y = self.attn_post_norm(y) if self.attn_post_norm is not None else y
+        if self.mlp_norm is not None:
+            x, y = self.mlp_norm.of_sum(x, y)
+        else:
+            x = y = x + y
         y = self.mlp(y, segments)
         return x + (self.mlp_post_norm(y) if self.mlp_post_norm is not None else y)
 

@@ -3,6 +3,7 @@
 from megatune.ops.attention import attention
 from megatune.ops.cross_entropy import VocabCut, linear_cross_entropy
 from megatune.ops.dropout import keyed_dropout
+from megatune.ops.embedding import embedding
 from megatune.ops.glu import glu
 from megatune.ops.lora import LoraLayout, lora_linear
 from megatune.ops.moe import clamped_glu
@@ -12,6 +13,8 @@ from megatune.ops.optim_bf16 import adamw_bf16_, parameter_key
 from megatune.ops.quant import FrozenWeight, dense, quantised_linear, saved
 from megatune.ops.registry import OPS, chosen, configure, table
 from megatune.ops.rope import rope
+from megatune.ops.rope_qk import rope_qk
+from megatune.ops.router import route
 from megatune.ops.segments import Segments, Targets
 
 BODIES = {name: tuple(op.bodies) for name, op in OPS.items()}  # the bodies of each op, the best first
@@ -32,6 +35,7 @@ __all__ = [
     "clamped_glu",
     "configure",
     "dense",
+    "embedding",
     "glu",
     "keyed_dropout",
     "layer_norm",
@@ -42,6 +46,8 @@ __all__ = [
     "quantised_linear",
     "rms_norm",
     "rope",
+    "rope_qk",
+    "route",
     "saved",
     "square_sum",
     "table",
