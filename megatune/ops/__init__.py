@@ -9,7 +9,7 @@ from megatune.ops.moe import clamped_glu
 from megatune.ops.norm import add_rms_norm, layer_norm, rms_norm
 from megatune.ops.optim import adamw_, adamw_8bit_, lion_, square_sum
 from megatune.ops.quant import FrozenWeight, dense, quantised_linear, saved
-from megatune.ops.registry import OPS, chosen, configure, table
+from megatune.ops.registry import OPS, chosen, configure, table, why
 from megatune.ops.rope import rope
 from megatune.ops.segments import Segments, Targets
 
@@ -42,4 +42,5 @@ __all__ = [
     "saved",
     "square_sum",
     "table",
+    "why",
 ]
