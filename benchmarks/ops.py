@@ -169,12 +169,16 @@ def _row(
         row["difference"] = difference(case, other, truth)
         row |= measure(case, other, device, dtype)
     except Exception as error:  # a rival's own failure must not end the run
-        lines = str(error).strip().splitlines() or [""]
-        row["failed"] = f"{type(error).__name__}: {lines[0][:200]}"
+        row["failed"] = _said(error)
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
     return {key: _short(value) for key, value in row.items()}
+
+
+def _said(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}"
 
 
 def _short(value: Any) -> Any:
@@ -224,9 +228,13 @@ def run(options: argparse.Namespace, write: Callable[[dict[str, Any]], None]) ->
             print(f"{model}  {case.op}  {case.shape}", flush=True)
             compiled = case.op not in seen
             seen.add(case.op)
-            for row in rows_of(case, device, dtype, options.all, compiled):
-                content["rows"].append({"model": model, "op": case.op, "shape": case.shape} | row)
-                print(line_of(row), flush=True)
+            what = {"model": model, "op": case.op, "shape": case.shape}
+            try:
+                for row in rows_of(case, device, dtype, options.all, compiled):
+                    content["rows"].append(what | row)
+                    print(line_of(row), flush=True)
+            except Exception as error:  # the other ops still have their turn
+                content["left_out"].append(f"{model} {case.op}: {_said(error)}")
             products = {name: _short(ms) for name, ms in device.products.items()}
             content |= {"products_ms": products, "seconds": round(time.monotonic() - began, 1)}
             write(content)

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -31,9 +32,7 @@ def show_environment() -> None:
         table.add_row(f"GPU {index}", f"{torch.cuda.get_device_name(index)} (sm_{major}{minor})")
     amx = "yes" if torch.cpu._is_amx_tile_supported() else "no"
     table.add_row("CPU", f"{os.cpu_count()} cores, AMX {amx}")
-    table.add_row(
-        "_pack", "there" if find_spec("megatune._pack") else "not built: Python packs samples, slower"
-    )
+    table.add_row("_pack", _pack())
     for name, problem in (("_cpu.so", _load.cpu_problem()), ("_cuda.so", _load.cuda_problem())):
         table.add_row(name, "loaded" if problem is None else f"not used: {problem}")
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
@@ -41,8 +40,17 @@ def show_environment() -> None:
         ops.configure({}, device)
         for op, body, others in ops.table(device):
             label = f"{op} on {device}" if len(devices) > 1 else f"op {op}"
-            table.add_row(label, f"{body} (also there: {others})" if others else body)
+            more = f"; also there: {others}" if others else ""
+            table.add_row(label, f"{body}: {ops.why(op, device)}{more}")
     Console().print(table)
+
+
+def _pack() -> str:
+    if find_spec("megatune._pack"):
+        return "there"
+    others = sorted(path.name for path in Path(__file__).parents[1].glob("_pack.*.so"))
+    reason = f"built for another Python ({others[0]})" if others else "not built"
+    return f"{reason}: Python packs samples, slower"
 
 
 def nvidia_versions() -> list[tuple[str, str]]:

@@ -11,7 +11,7 @@ from megatune.ops.norm import add_rms_norm, layer_norm, rms_norm
 from megatune.ops.optim import adamw_, adamw_8bit_, lion_, square_sum
 from megatune.ops.optim_bf16 import adamw_bf16_, parameter_key
 from megatune.ops.quant import FrozenWeight, dense, quantised_linear, saved
-from megatune.ops.registry import OPS, chosen, configure, table
+from megatune.ops.registry import OPS, chosen, configure, table, why
 from megatune.ops.rope import rope
 from megatune.ops.rope_qk import rope_qk
 from megatune.ops.router import route
@@ -51,4 +51,5 @@ __all__ = [
     "saved",
     "square_sum",
     "table",
+    "why",
 ]

@@ -229,6 +229,22 @@ def chosen(device: torch.device | str, dtype: torch.dtype | None = None) -> dict
     return {name: op.choices(device_type, dtype)[0].name for name, op in sorted(OPS.items())}
 
 
+def why(name: str, device: torch.device | str, dtype: torch.dtype | None = None) -> str:
+    """Why `chosen` names that body of an op."""
+    device_type = torch.device(device).type
+    op = OPS[name]
+    if device_type in op.wanted:
+        return "asked for by ops.backend"
+    passed = []
+    for body in op.bodies.values():
+        reason = body.unfit(device_type, dtype)
+        if reason is None:
+            break
+        if body.devices is None or device_type in body.devices:
+            passed.append(f"{body.name} ({reason})")
+    return f"the next after {', '.join(passed)}" if passed else "the first choice"
+
+
 def table(device: torch.device | str, dtype: torch.dtype | None = None) -> list[tuple[str, str, str]]:
     """(op, chosen body, the device's other bodies, with the reason where one cannot be used) for printing."""
     device_type = torch.device(device).type

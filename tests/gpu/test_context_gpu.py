@@ -24,14 +24,6 @@ DOCUMENTS = [[768], [30, 96, 5, 253, 64, 320], [96, 96, 192, 384]]
 TOLERANCE = 8e-3  # one or two roundings to bf16
 
 
-@pytest.fixture(autouse=True)
-def _same_numbers_and_automatic_bodies():
-    torch.manual_seed(0)
-    yield
-    ops.configure({}, "cpu")
-    ops.configure({}, "cuda")
-
-
 def all_blocks() -> list[Block]:
     """Every block of every process of four, with and without windows, and the smallest ones."""
     found = []

@@ -7,13 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
 
 from megatune.ops import _load
-from tools import check_sass
+from tools import check_sass, cuda_once, sanitize
 
 ROOT = Path(__file__).parents[2]
 NVCC = shutil.which("nvcc") or shutil.which(os.path.join(os.environ.get("CUDA_HOME", ""), "bin", "nvcc"))
@@ -136,6 +137,37 @@ assert isinstance(torch.ops.megatune.cuda_error(), int)
     assert _load.cuda_problem.__wrapped__() == "there is no CUDA device"
 
 
+def test_the_sanitizer_calls_every_operator_as_it_is_defined() -> None:
+    """With CPU tensors in place of the GPU's: arguments fit, views stay views, what is changed is compared."""
+    called = set()
+    for name, arguments, dtype in cuda_once.examples():
+        called.add(name)
+        if dtype != torch.float16:  # which the CPU's own kernels do not take
+            assert cuda_once.difference(name, arguments, "cpu") == 0.0, name
+    assert {"rms_norm", "add_rms_norm_backward", "rope", "glu_backward", "adamw_", "square_sum"} <= called
+    view = torch.randn(4, 6)[:, 1:4]
+    moved = cuda_once.to([view], "cpu")[0]
+    assert (
+        moved.stride() == view.stride() and torch.equal(moved, view) and moved.data_ptr() != view.data_ptr()
+    )
+
+
+def test_the_sanitizer_keeps_what_was_said(tmp_path: Path) -> None:
+    """With a program that says what it was called for in place of compute-sanitizer."""
+    program = tmp_path / "compute-sanitizer"
+    program.write_text('#!/bin/sh\necho "called: $*"\nexit ${CODE:-0}\n')
+    program.chmod(0o755)
+    command = [sys.executable, "tools/sanitize.py", "--tools", "racecheck", "--out", str(tmp_path / "logs")]
+    for code in (0, sanitize.FOUND):
+        environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CODE": str(code)}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == (1 if code else 0), done.stderr
+        assert ("ERRORS FOUND" in done.stdout) == bool(code)
+        log = (tmp_path / "logs/racecheck.log").read_text()
+        assert "called: --tool racecheck" in log and "kernel_substring=megatune" in log
+        assert f"torch {version('torch')}" in log
+
+
 def test_env_says_what_is_there(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from megatune.launch.show_environment import show_environment
 
@@ -146,3 +178,4 @@ def test_env_says_what_is_there(capsys: pytest.CaptureFixture[str], monkeypatch:
         assert name in shown
     if not torch.cuda.is_available():
         assert "not used: there is no CUDA device" in shown
+        assert "reference: the first choice" in shown  # square_sum has no CPU body

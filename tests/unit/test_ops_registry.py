@@ -65,6 +65,13 @@ def test_table_names_the_choice_the_others_and_why_not() -> None:
     assert "varlen" not in lines["attention"][1]
 
 
+def test_the_reason_of_a_choice_is_said() -> None:
+    assert ops.why("attention", "cpu", torch.float64) == "the next after cpu (it takes bfloat16, not float64)"
+    ops.configure({"glu": "reference"}, "cpu")
+    assert ops.why("glu", "cpu") == "asked for by ops.backend"
+    assert ops.why("lion", "cpu") == "the first choice"
+
+
 def operator_calls():
     """Calls of every operator, of the compiled kernels where they are built."""
     _load.cpu_problem()
