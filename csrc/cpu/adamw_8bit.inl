@@ -46,17 +46,11 @@ template <bool is_signed>
     most = bits > most ? bits : most;
   }
   const float scale = __builtin_bit_cast(float, most);
-  // A multiplication, but a division where 1 / scale would be infinite.
-  alignas(64) float share[codes::BLOCK];
-  if (scale < 1e-37f) {
-    const float divisor = scale > 0.0f ? scale : 1.0f;
-    for (int64_t i = 0; i < count; ++i) share[i] = x[i] / divisor;
-  } else {
-    const float inverse = 1.0f / scale;
-    for (int64_t i = 0; i < count; ++i) share[i] = x[i] * inverse;
-  }
+  // x / scale by multiplications, which is the same but for the rounding. 1 / scale must not be infinite.
+  const float up = scale < 1e-30f ? 0x1p64f : 1.0f;
+  const float inverse = scale > 0.0f ? 1.0f / (scale * up) : 1.0f;
   for (int64_t i = 0; i < count; ++i) {
-    const float y = share[i];
+    const float y = x[i] * up * inverse;
     const float size = __builtin_fabsf(y);
     int32_t cell = static_cast<int32_t>(__builtin_bit_cast(uint32_t, size) >> (23 - Map::BITS)) - Map::FIRST_CELL + 1;
     cell = cell < 0 ? 0 : cell;

@@ -112,6 +112,9 @@ class DataConfig(Section):
         return [value] if isinstance(value, str) else value
 
 
+_SWITCHES = ("overlap", "offload", "offload_optimizer")
+
+
 class ParallelConfig(Section):
     tensor: int = Field(
         1, ge=1, description="Tensor parallel size; the norm regions are then sequence parallel."
@@ -162,11 +165,16 @@ class ParallelConfig(Section):
         "layer), or every n-th layer.",
     )
     offload: bool = Field(False, description="Keep activations that wait for backward in pinned host memory.")
+    offload_optimizer: bool = Field(
+        False,
+        description="Keep fp32 masters and optimizer states in host memory; the CPU updates them, in chunks behind the "
+        "copies of gradients and weights (zero 0, 1 or 2; not for muon).",
+    )
 
     @field_validator("*", mode="before")
     @classmethod
     def _no_booleans_for_numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and info.field_name not in ("overlap", "offload"):
+        if isinstance(value, bool) and info.field_name not in _SWITCHES:
             raise ValueError("must be a number or a name, not true or false")
         return value
 

@@ -93,9 +93,7 @@ _ADAMW_BF16 = define(
     _reference,
     lambda *_: None,
 )
-_OP = add_op(
-    "adamw_bf16", [cpu_body(_ADAMW_BF16), cuda_body(_ADAMW_BF16), Body("reference", (_reference,))]
-)
+_OP = add_op("adamw_bf16", [cpu_body(_ADAMW_BF16), cuda_body(_ADAMW_BF16), Body("reference", (_reference,))])
 
 
 def adamw_bf16_(
@@ -117,16 +115,14 @@ def adamw_bf16_(
 
     `keys`: of each tensor's parameter (`parameter_key`). `firsts`: which element of it is the tensor's first, in
     row-major order (None: 0); a tensor holds a contiguous run of its parameter. All bodies draw the same bits; the fp32
-    results that they round differ between the reference and the compiled ones by fp32 rounding, as those of `adamw_` do.
-    ValueError where lengths, dtypes, sizes, devices or strides do not fit.
+    results that they round differ between the reference and the compiled ones by fp32 rounding, as those of `adamw_`
+    do. ValueError where lengths, dtypes, sizes, devices or strides do not fit.
     """
     firsts = [0] * len(masters) if firsts is None else firsts
     lists = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "grads": grads}
     check_lists("adamw_bf16", masters, lists, decays, scale, _BF16)
     if len(keys) != len(masters) or len(firsts) != len(masters):
-        raise ValueError(
-            f"adamw_bf16: {len(masters)} masters, but {len(keys)} keys and {len(firsts)} firsts"
-        )
+        raise ValueError(f"adamw_bf16: {len(masters)} masters, but {len(keys)} keys and {len(firsts)} firsts")
     if any(first < 0 for first in firsts):
         raise ValueError(f"adamw_bf16: firsts must not be negative, but one is {min(firsts)}")
     if masters:

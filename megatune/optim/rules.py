@@ -79,6 +79,10 @@ class Rule(Protocol):
         """A master's part of a state, which begins at element `start` of `run`; no run: its shard is empty."""
         ...
 
+    def part(self, run: Run, start: int, stop: int) -> dict[str, Tensor]:
+        """The states of elements [start, stop) of a run; `start` is a multiple of `BLOCK`."""
+        ...
+
     def update(self, runs: Sequence[Run], scale: Tensor, lr: float, step: int) -> None:
         """Step number `step`, from 1 on; gradients are multiplied by `scale` (one fp32) first. Fills the runs' `weight`
         where they have one."""
@@ -106,6 +110,9 @@ class Elementwise:
             return master.parts(master.tensor)  # as empty as the state
         here = run.slots[slot][start : start + master.tensor.numel()]
         return master.parts(here.view(master.tensor.shape))
+
+    def part(self, run: Run, start: int, stop: int) -> dict[str, Tensor]:
+        return {slot: state[start:stop] for slot, state in run.slots.items()}
 
 
 class AdamW(Elementwise):
@@ -167,6 +174,13 @@ class AdamW8bit:
         first = -(-start // BLOCK)
         here = run.slots[slot][first : first + -(-numel // BLOCK)]
         return parts_of_flat(spec, Cut(), here, _first_element(master) // BLOCK, master.counts)
+
+    def part(self, run: Run, start: int, stop: int) -> dict[str, Tensor]:
+        blocks = slice(start // BLOCK, -(-stop // BLOCK))
+        return {
+            slot: state[start:stop] if slot.endswith("code") else state[blocks]
+            for slot, state in run.slots.items()
+        }
 
     def update(self, runs: Sequence[Run], scale: Tensor, lr: float, step: int) -> None:
         adamw_8bit_(

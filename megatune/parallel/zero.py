@@ -36,7 +36,7 @@ _EMBEDDING = "embed.weight"
 
 @dataclass(eq=False)
 class Master:
-    """This process's shard of a trainable parameter, in fp32.
+    """This process's shard of a trainable parameter, in fp32; on the host where the optimizer is offloaded.
 
     `tensor`, `grad`: of one shape; flat [n], padded with zeros, or a box of the local tensor. `grad` is valid after
     `Zero.finish`. `counts`: of the processes that hold the same elements, this one counts them (in the gradient's norm)
@@ -120,7 +120,8 @@ class Zero:
             expert, dtype, stages = group[0].key
             axis = world.efsdp if expert else world.fsdp
             is_late, puts_off = len(stages) > 1, self._puts_off
-            bucket = Bucket(group, dtype, axis, world.dp_replicate, stage, is_late=is_late, puts_off=puts_off)
+            rest = {"puts_off": puts_off, "offloads": world.config.offload_optimizer}
+            bucket = Bucket(group, dtype, axis, world.dp_replicate, stage, is_late=is_late, **rest)
             self._buckets.append(bucket)
             if not bucket.is_late:
                 self._of_stage.setdefault(stages[0], []).append(bucket)

@@ -32,7 +32,7 @@ def tensors(fill, device: str, lead: int = 0, sizes=SIZES) -> list[torch.Tensor]
 
 
 class Case:
-    """Masters, gradients of `steps` steps, weights full of NaN: the same for everybody who asks with these arguments."""
+    """Masters, gradients of `steps` steps, weights full of NaN: the same for all who ask with these arguments."""
 
     def __init__(self, device: str, dtype: torch.dtype, lead: int = 0, steps: int = 3, sizes=SIZES) -> None:
         torch.manual_seed(7)

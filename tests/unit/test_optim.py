@@ -2,15 +2,18 @@
 
 import copy
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 from torch import nn
 
-from megatune.config.schema import OptimConfig
-from megatune.optim import ShardedOptimizer, learning_rate, warmup_steps
+from megatune import ops
+from megatune.config.schema import OptimConfig, ParallelConfig
+from megatune.optim import ShardedOptimizer, host, learning_rate, warmup_steps
 from megatune.parallel import ShardSpec, World, Zero
+from tests.helpers.ops import need_body
 
 
 def rates(steps=100, **settings):
@@ -55,18 +58,22 @@ def sharded(
     model: nn.Module,
     specs: dict[str, ShardSpec] | None = None,
     dtype: torch.dtype = torch.float32,
+    offload: bool = False,
+    device: str = "cpu",
     **settings: object,
 ) -> tuple[Zero, ShardedOptimizer]:
     """One process's masters of `model` (its values) and their optimizer; `model` trains on, in `dtype`."""
     given = {name: p.detach().clone() for name, p in model.named_parameters()}
     specs = specs or {name: ShardSpec(name, tuple(p.shape)) for name, p in given.items()}
-    zero = Zero(model.to("meta"), specs, World.alone(), dtype)
-    zero.materialise("cpu")
+    config = ParallelConfig(zero=0, offload_optimizer=offload)
+    world = replace(World.alone(device), config=config)
+    zero = Zero(model.to("meta"), specs, world, dtype)
+    zero.materialise(device)
     for name, parts in zero.weights().items():
         for box, view in parts.parts:
             view.copy_(box.of(given[name]))
     zero.publish()
-    return zero, ShardedOptimizer(zero.masters(), OptimConfig(lr=1e-2, weight_decay=0.1, **settings))
+    return zero, ShardedOptimizer(zero.masters(), OptimConfig(lr=1e-2, weight_decay=0.1, **settings), world)
 
 
 def backward(zero: Zero, loss: torch.Tensor) -> None:
@@ -149,6 +156,52 @@ def test_the_update_makes_the_weights_too(name, monkeypatch):
         master.tensor.fill_(2.0)
     zero.publish()
     assert all((p == 2).all() for p in model.parameters())
+
+
+def _offloaded(device: str, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three steps with masters on the host, in many chunks, give the bits of three without."""
+    monkeypatch.setattr(host, "CHUNK", 1024)
+    found = []
+    for offload in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(100, 70), nn.Linear(70, 3))
+        zero, optim = sharded(model, None, dtype, offload, device, name=name)
+        for master in zero.masters().values():
+            assert master.tensor.device.type == ("cpu" if offload else device)
+        squares = []
+        for step in range(3):
+            generator = torch.Generator().manual_seed(step)
+            x = torch.randn(4, 100, generator=generator).to(device, dtype)
+            backward(zero, model(x).square().mean())
+            squares.append(optim.grad_square())
+            optim.step_with(1e-2, 0.5)
+            zero.zero_grad()
+            zero.publish()
+        parts = [view.cpu() for held in optim.state().values() for _, view in held.parts]
+        masters = [master.tensor.cpu() for master in zero.masters().values()]
+        weights = [p.detach().cpu() for p in model.parameters()]
+        assert bool(optim.on_host()) == offload and all(one.device.type == "cpu" for one in optim.on_host())
+        found.append([*weights, *masters, *parts, torch.tensor(squares, dtype=torch.float64)])
+    for mine, theirs in zip(*found, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "lion"])
+def test_offloaded_masters_are_updated_in_chunks_to_the_same_bits(name, dtype, monkeypatch):
+    _offloaded("cpu", name, dtype, monkeypatch)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "lion"])
+def test_masters_on_the_host_of_a_gpu_are_updated_to_the_bits_of_those_on_it(name, dtype, monkeypatch):
+    need_body(name, "cuda", torch.float32, "cuda")
+    ops.configure({"adamw": "cuda", "adamw_8bit": "cuda", "lion": "cuda"}, "cuda")
+    try:
+        _offloaded("cuda", name, dtype, monkeypatch)
+    finally:
+        ops.configure({}, "cuda")
 
 
 def test_adamw_state_restores_in_place():

@@ -60,11 +60,6 @@ __device__ inline float largest(float x) {
   return __uint_as_float(bits);
 }
 
-// x / scale, by a multiplication: the same but for the rounding. Where 1 / scale would be infinite, by a division.
-__device__ inline float share(float x, float scale, float inverse) {
-  return scale < 1e-37f ? __fdiv_rn(x, scale > 0.0f ? scale : 1.0f) : __fmul_rn(x, inverse);
-}
-
 // New codes and scale of a warp's 256 numbers.
 template <bool is_signed>
 __device__ inline void encode(const codes::Map<is_signed>& map, const float (&x)[EACH], uint32_t (&packed)[2],
@@ -76,10 +71,12 @@ __device__ inline void encode(const codes::Map<is_signed>& map, const float (&x)
     most = __uint_as_float(max(__float_as_uint(most), __float_as_uint(fabsf(x[k]))));
   }
   most = largest(most);
-  const float inverse = __frcp_rn(most);
+  // x / scale by multiplications, which is the same but for the rounding. 1 / scale must not be infinite.
+  const float up = most < 1e-30f ? 0x1p64f : 1.0f;
+  const float inverse = most > 0.0f ? __frcp_rn(__fmul_rn(most, up)) : 1.0f;
 #pragma unroll
   for (int k = 0; k < EACH; ++k) {
-    const uint32_t code = code_of(map, share(x[k], most, inverse));
+    const uint32_t code = code_of(map, __fmul_rn(__fmul_rn(x[k], up), inverse));
     packed[k / 4] = k % 4 == 0 ? code : packed[k / 4] | code << (8 * (k % 4));
   }
   if (threadIdx.x % 32 == 0) *scale = most;
@@ -149,7 +146,7 @@ __device__ inline void block_of(const AdamW8bitTensor& t, const AdamWStep& step,
   }
 }
 
-__global__ void __launch_bounds__(THREADS, 3) adamw_8bit_kernel(const __grid_constant__ Table table) {
+__global__ void __launch_bounds__(THREADS, 2) adamw_8bit_kernel(const __grid_constant__ Table table) {
   __shared__ Lookup lookup;
   static_assert(sizeof(Lookup) % 16 == 0);
   for (int i = threadIdx.x; i < static_cast<int>(sizeof(Lookup) / 16); i += THREADS)
