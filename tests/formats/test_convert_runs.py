@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from megatune.checkpoint.convert import hf
 from megatune.checkpoint.convert.base import Options
 from megatune.checkpoint.convert.core import convert
 from megatune.checkpoint.convert.formats import find
+from megatune.checkpoint.manifest import MANIFEST, RUN, BlockChecksums, dump_manifest, read_manifest
 from megatune.errors import CheckpointError
 from tests.formats.test_gguf import CASES, Type, make_hf, write_gguf
 from tests.helpers.runs import LORA, losses, tensors, tiny_config
@@ -145,12 +147,40 @@ def test_an_adapter_of_another_model_is_refused(
         assert not (tmp_path / "out").exists()
 
 
-def test_a_damaged_or_foreign_run_is_refused(runs: dict[str, Path], tmp_path: Path) -> None:
+def _forge(step: Path, text: bytes) -> None:
+    """Another run.json, with the right checksums."""
+    manifest, checksums = read_manifest(step), BlockChecksums()
+    checksums.add(text)
+    (step / RUN).write_bytes(text)
+    forged = replace(manifest, files={**manifest.files, RUN: checksums.entry()})
+    (step / MANIFEST).write_bytes(dump_manifest(forged))
+
+
+def test_a_damaged_or_foreign_run_is_refused(runs: dict[str, Path], tiny_llama: Path, tmp_path: Path) -> None:
     shutil.copytree(runs["full"], tmp_path / "run")
     (tmp_path / "run/config.yaml").write_text("[]")
     with pytest.raises(CheckpointError, match=r"config\.yaml: is no configuration of a run"):
         convert(tmp_path / "run", tmp_path / "out", "hf")
+    laughs = "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9 if n else ['x'])}]\n" for n in range(12))
+    for text in (
+        laughs + "model: {path: *a11}\nmethod: {type: full}\n",
+        "[" * 100_000,
+        "model: {path: [1]}\nmethod: {}\n",
+        "model: {path: !!python/object/apply:os.getcwd []}\nmethod: {}\n",
+        f"model: {{path: {tiny_llama}}}\nmethod: {{type: lora, rank: many}}\n",
+    ):
+        (tmp_path / "run/config.yaml").write_text(text)
+        with pytest.raises(CheckpointError, match=r"config\.yaml"):
+            convert(tmp_path / "run", tmp_path / "out", "hf")
     shutil.copy(runs["full"] / "config.yaml", tmp_path / "run/config.yaml")
+    step = tmp_path / "run/checkpoints/step-000004"
+    whole = (step / MANIFEST).read_bytes(), (step / RUN).read_bytes()
+    for text in ('{"extra": []}', '{"extra": {"converted": {"dtype": "x"}}}', "[" * 100_000):
+        _forge(step, text.encode())
+        with pytest.raises(CheckpointError, match=r"run\.json|cannot be read"):
+            convert(tmp_path / "run", tmp_path / "out", "hf")
+        (step / MANIFEST).write_bytes(whole[0])
+        (step / RUN).write_bytes(whole[1])
     shard = next((tmp_path / "run/checkpoints/step-000004").glob("*.safetensors"))
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1

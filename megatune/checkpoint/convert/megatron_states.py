@@ -20,7 +20,7 @@ UNSAID = Line(
     "skipped",
     "the source does not say AdamW's settings: Megatron's defaults are written (betas 0.9, 0.999, eps 1e-8), and a "
     "schedule and random numbers that begin anew; set yours after loading, and load with "
-    "--override-opt_param-scheduler --no-load-rng",
+    "--override-opt-param-scheduler (older versions: --override-opt_param-scheduler) and --no-load-rng",
 )
 
 
