@@ -280,9 +280,11 @@ def _slice(flat: LazyTensor, one: _Parameter, start: int) -> LazyTensor:
     return replace(flat, shape=one.weight.shape, stride=tuple(strides[::-1]), offset=flat.offset + start)
 
 
-def rounds_to(master: StoredTensor, weight: StoredTensor) -> bool:
-    """Whether rounding gives the weight; of large ones by samples of their rows."""
-    runs = samples(weight)
+def rounds_to(
+    master: StoredTensor, weight: StoredTensor, runs: Sequence[tuple[int, int]] | None = None
+) -> bool:
+    """Whether rounding gives the weight; by `runs` of rows, by default samples of a large one."""
+    runs = samples(weight) if runs is None else runs
     return all(torch.equal(master.rows(*run).to(weight.dtype), weight.rows(*run)) for run in runs)
 
 

@@ -129,12 +129,12 @@ def joined(tensor: MegatronTensor, found: list[tuple[RankFile, LazyTensor]]) -> 
     return Parts(tensor, parts[:1] if whole else parts, 0 if tensor.cut is None else tensor.cut)
 
 
-def samples(tensor: StoredTensor) -> list[tuple[int, int]]:
-    """Runs of rows (first, one past the last) by which a tensor is compared: all of them, or some of a large one."""
+def samples(tensor: StoredTensor, rows: int = _COMPARED_ROWS) -> list[tuple[int, int]]:
+    """Runs of rows (first, one past the last) by which a tensor is compared: all of them, or `rows` of a large one."""
     count = tensor.shape[0]
     if tensor.numel <= _COMPARED_WHOLE:
         return [(0, count)]
-    return [(row, row + 1) for row in range(0, count, -(-count // _COMPARED_ROWS))]
+    return [(row, row + 1) for row in range(0, count, -(-count // rows))]
 
 
 def are_equal(parts: Sequence[StoredTensor]) -> bool:

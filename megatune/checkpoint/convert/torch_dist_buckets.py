@@ -25,7 +25,7 @@ from torch import Tensor
 from megatune.checkpoint.convert.base import SLOTS
 from megatune.checkpoint.convert.dcp_files import DcpFolder
 from megatune.checkpoint.convert.megatron_legacy_optimizer import ALIGNMENT, Unproven, rounds_to
-from megatune.checkpoint.convert.megatron_legacy_parts import Parts, StateParts
+from megatune.checkpoint.convert.megatron_legacy_parts import Parts, StateParts, samples
 from megatune.checkpoint.convert.megatron_names import EMBEDDING, HEAD, Backend, MegatronTable, MegatronTensor
 from megatune.checkpoint.convert.megatron_order import in_order
 from megatune.checkpoint.convert.torch_dist_keys import StoredMegatron
@@ -35,6 +35,7 @@ _KEY = re.compile(
     r"((?:chained_(\d{1,4})\.)?optimizer\.distributed\.dp_group_idx_(\d{1,7})\.gbuf_idx_(\d{1,4})"
     r"\.dtype_\([\w., ]+\)\.bucket_idx_(\d{1,6}))\.(param|exp_avg|exp_avg_sq)"
 )
+_COMPARED_ROWS = 16  # of a large weight: mixtures have tens of thousands of them
 _NAMES = dict(zip(SLOTS, ("param", *SLOTS[1:]), strict=True))
 
 
@@ -182,7 +183,8 @@ def bucket_states(table: MegatronTable, weights: StoredMegatron, stored: DcpFold
 
 
 def _is_master(stored: DcpFolder, weights: StoredMegatron, spot: _Spot) -> bool:
-    return rounds_to(_State(stored, spot, "master"), _Weight(weights, spot))
+    weight = _Weight(weights, spot)
+    return rounds_to(_State(stored, spot, "master"), weight, samples(weight, _COMPARED_ROWS))
 
 
 def _joined(
