@@ -1,7 +1,7 @@
 """Ops on the flat stream of tokens: one function per op; what computes it is chosen by device, dtype and features."""
 
 from megatune.ops.attention import attention
-from megatune.ops.cross_entropy import VocabCut, linear_cross_entropy
+from megatune.ops.cross_entropy import VocabCut, cross_entropy, linear_cross_entropy
 from megatune.ops.dropout import keyed_dropout
 from megatune.ops.glu import glu
 from megatune.ops.lora import LoraLayout, lora_linear
@@ -29,6 +29,7 @@ __all__ = [
     "chosen",
     "clamped_glu",
     "configure",
+    "cross_entropy",
     "dense",
     "glu",
     "keyed_dropout",
