@@ -18,8 +18,11 @@ namespace {
 
 constexpr int MAX_THREADS = 1024;
 constexpr int CACHED = 2;  // vectors that a thread keeps in registers
-constexpr int GROUP = 4;   // vectors that it has under way at a time
 constexpr int WARP = 32;
+
+// Vectors that a thread has under way at a time; with a cap more do not fit into registers.
+template <bool CAP>
+constexpr int GROUP = CAP ? 2 : 4;
 
 struct Outputs {
   float* loss;             // [rows]
@@ -163,7 +166,7 @@ __device__ void write_zeros(const Row<T, N>& row) {
 template <class T, bool CAP, int N>
 __device__ Partial sums_of(const Row<T, N>& row, const CrossEntropy& args, bool with_sum, Vec<T, N> (&cached)[CACHED],
                            Vec<T, N>* kept, int slots) {
-  constexpr int AT_ONCE = CAP ? 1 : 2;  // more do not fit into registers
+  constexpr int AT_ONCE = GROUP<CAP> / 2;
   Partial sums{-FLT_MAX, 0.0f, 0.0f};
   const int threads = blockDim.x, near = CACHED * threads + slots;
 #pragma unroll
@@ -179,15 +182,15 @@ __device__ Partial sums_of(const Row<T, N>& row, const CrossEntropy& args, bool 
   for (int i = 0; i < CACHED; ++i)
     if (static_cast<int>(threadIdx.x) + i * threads < row.vectors) add<T, CAP, 1>(sums, &cached[i], args, with_sum);
   int at = threadIdx.x + CACHED * threads;
-  for (; at + (GROUP - 1) * threads < row.vectors; at += GROUP * threads) {
-    Vec<T, N> x[GROUP];
+  for (; at + (GROUP<CAP> - 1) * threads < row.vectors; at += GROUP<CAP> * threads) {
+    Vec<T, N> x[GROUP<CAP>];
 #pragma unroll
-    for (int i = 0; i < GROUP; ++i) x[i] = load<N>(row.body + (at + i * threads) * N);
+    for (int i = 0; i < GROUP<CAP>; ++i) x[i] = load<N>(row.body + (at + i * threads) * N);
 #pragma unroll
-    for (int i = 0; i < GROUP; ++i)
+    for (int i = 0; i < GROUP<CAP>; ++i)
       if (at + i * threads < near) kept[at + (i - CACHED) * threads] = x[i];
 #pragma unroll
-    for (int i = 0; i < GROUP; i += AT_ONCE) add<T, CAP, AT_ONCE>(sums, x + i, args, with_sum);
+    for (int i = 0; i < GROUP<CAP>; i += AT_ONCE) add<T, CAP, AT_ONCE>(sums, x + i, args, with_sum);
   }
   for (; at < row.vectors; at += threads) {
     const Vec<T, N> x = load<N>(row.body + at * N);
@@ -218,12 +221,12 @@ template <class T, bool CAP, int N>
 __device__ void write_grad(const Row<T, N>& row, const Slopes& slopes, float cap) {
   const int threads = blockDim.x;
   int at = threadIdx.x;
-  for (; at + (GROUP - 1) * threads < row.vectors; at += GROUP * threads) {
-    Vec<T, N> x[GROUP];
+  for (; at + (GROUP<CAP> - 1) * threads < row.vectors; at += GROUP<CAP> * threads) {
+    Vec<T, N> x[GROUP<CAP>];
 #pragma unroll
-    for (int i = 0; i < GROUP; ++i) x[i] = load<N>(row.body + (at + i * threads) * N);
+    for (int i = 0; i < GROUP<CAP>; ++i) x[i] = load<N>(row.body + (at + i * threads) * N);
 #pragma unroll
-    for (int i = 0; i < GROUP; ++i)
+    for (int i = 0; i < GROUP<CAP>; ++i)
       store(row.body + (at + i * threads) * N, gradients<T, CAP>(x[i], slopes, cap));
   }
   for (; at < row.vectors; at += threads)
