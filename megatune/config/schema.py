@@ -218,6 +218,19 @@ class TrainConfig(Section):
     )
     micro_batch_size: int = Field(1, ge=1, description="Packed sequences in one forward pass of one process.")
     seed: int = Field(0, ge=0, description="Decides data order, initial adapter weights and dropout.")
+    z_loss: float = Field(
+        0.0,
+        ge=0,
+        description="Adds this times the square of the log of the softmax's sum to each token's training loss, which "
+        "keeps logits from drifting (arXiv:2204.02311); 0: off. eval_loss is without it.",
+    )
+    label_smoothing: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of the target that is spread evenly over the vocabulary (arXiv:1512.00567) in the training "
+        "loss; eval_loss is without it.",
+    )
     eval_every: int = Field(0, ge=0, description="Evaluate each N steps; 0: only before and after.")
     eval_first: bool = Field(True, description="Evaluate before the first step.")
     log_every: int = Field(1, ge=1, description="Steps between lines in metrics.jsonl.")

@@ -1,7 +1,7 @@
 """Ops on the flat stream of tokens: one function per op; what computes it is chosen by device, dtype and features."""
 
 from megatune.ops.attention import attention
-from megatune.ops.cross_entropy import VocabCut, linear_cross_entropy
+from megatune.ops.cross_entropy import VocabCut, cross_entropy, linear_cross_entropy
 from megatune.ops.dropout import keyed_dropout
 from megatune.ops.embedding import embedding
 from megatune.ops.glu import glu
@@ -34,6 +34,7 @@ __all__ = [
     "chosen",
     "clamped_glu",
     "configure",
+    "cross_entropy",
     "dense",
     "embedding",
     "glu",

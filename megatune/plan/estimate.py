@@ -233,7 +233,7 @@ class _Rank:
         found = chunk * self.width + 3 * here * spec.hidden_size * self.width
         name = "embed.weight" if spec.tied_embeddings else "head.weight"
         if name in trained:
-            found += rows * spec.hidden_size * (self.width if here * rows <= chunk else 4 + self.width)
+            found += rows * spec.hidden_size * (self.width if here * rows <= chunk else 4)
         return found
 
 
