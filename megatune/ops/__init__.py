@@ -3,6 +3,7 @@
 from megatune.ops.attention import attention
 from megatune.ops.cross_entropy import VocabCut, linear_cross_entropy
 from megatune.ops.dropout import keyed_dropout
+from megatune.ops.fp8 import Fp8Recipe, Fp8Weight, fp8_glu_linear, fp8_linear, fp8_norm_linear
 from megatune.ops.glu import glu
 from megatune.ops.lora import LoraLayout, lora_linear
 from megatune.ops.moe import clamped_glu
@@ -17,6 +18,8 @@ BODIES = {name: tuple(op.bodies) for name, op in OPS.items()}  # the bodies of e
 
 __all__ = [
     "BODIES",
+    "Fp8Recipe",
+    "Fp8Weight",
     "FrozenWeight",
     "LoraLayout",
     "Segments",
@@ -30,6 +33,9 @@ __all__ = [
     "clamped_glu",
     "configure",
     "dense",
+    "fp8_glu_linear",
+    "fp8_linear",
+    "fp8_norm_linear",
     "glu",
     "keyed_dropout",
     "layer_norm",
