@@ -289,7 +289,7 @@ constexpr bool LIGHT = sizeof(typename Source::Type) == 2 && !Source::COMPUTES;
 // memory, eight rows of a column in a word. Word w of column c stands at w ^ (c / 8), so that neither side collides.
 // rowwise: the transposed copy only, with the columns' peaks that the first pass has left.
 template <class Source, Scaling SCALING>
-__global__ void __launch_bounds__(THREADS, LIGHT<Source> && SCALING != Scaling::blocks ? 3 : 2)
+__global__ void __launch_bounds__(THREADS, LIGHT<Source> && SCALING == Scaling::rowwise ? 3 : 2)
     tiles_kernel(const Source source, const Fp8 out) {
   using T = typename Source::Type;
   __shared__ uint2 turned[TILE][LANES];
