@@ -4,6 +4,7 @@ from megatune.ops.attention import attention
 from megatune.ops.cross_entropy import VocabCut, cross_entropy, linear_cross_entropy
 from megatune.ops.dropout import keyed_dropout
 from megatune.ops.embedding import embedding
+from megatune.ops.fp8 import Fp8Recipe, Fp8Weight, fp8_glu_linear, fp8_linear, fp8_norm_linear
 from megatune.ops.glu import glu
 from megatune.ops.lora import LoraLayout, lora_linear
 from megatune.ops.moe import clamped_glu
@@ -21,6 +22,8 @@ BODIES = {name: tuple(op.bodies) for name, op in OPS.items()}  # the bodies of e
 
 __all__ = [
     "BODIES",
+    "Fp8Recipe",
+    "Fp8Weight",
     "FrozenWeight",
     "LoraLayout",
     "Segments",
@@ -37,6 +40,9 @@ __all__ = [
     "cross_entropy",
     "dense",
     "embedding",
+    "fp8_glu_linear",
+    "fp8_linear",
+    "fp8_norm_linear",
     "glu",
     "keyed_dropout",
     "layer_norm",
