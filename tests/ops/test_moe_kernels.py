@@ -94,7 +94,9 @@ def test_router(body: str, device: str, score: str) -> None:
                         torch.autograd.grad(loss, x, retain_graph=True)[0]
                         for loss, x in zip(losses, (leaf, truth), strict=True)
                     ]
-                    assert relative_error(*pairs_of_grads) < 5e-6
+                    # One normalised choice weighs 1 whatever the logits are: there the true gradient is 0.
+                    found_grad, true_grad = (grad.detach().double().cpu() for grad in pairs_of_grads)
+                    assert (found_grad - true_grad).norm() < 5e-6 * true_grad.norm().clamp_min(1e-2)
                 assert all(relative_error(one, two) < 2e-6 for one, two in pairs)
 
 
