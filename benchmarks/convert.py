@@ -184,6 +184,8 @@ def idle_bytes() -> int:
 
 @contextmanager
 def workplace(folder: str | None) -> Iterator[Path]:
+    if folder is not None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
     path = Path(tempfile.mkdtemp(prefix="convert-", dir=folder))
     try:
         yield path

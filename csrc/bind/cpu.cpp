@@ -217,22 +217,37 @@ Tensor glu_backward(const Tensor& grad, const Tensor& gate_up, int64_t activatio
 }
 
 // softcap 0: none. With write_grad the gradient takes the place of the logits.
-Tensor cross_entropy_rows(Tensor logits, const Tensor& labels, double softcap, bool write_grad) {
+Tensor cross_entropy_rows(Tensor logits, const Tensor& labels, double softcap, bool write_grad,
+                          std::optional<Tensor> weights, double z_loss, double smoothing, int64_t ignore) {
   const char* op = "cross_entropy_rows";
-  check(logits.dim() == 2 && logits.is_contiguous() && logits.size(1) > 0, op, "logits must be contiguous [rows, vocab]");
+  check(logits.dim() == 2 && logits.size(1) > 0 && (logits.stride(1) == 1 || logits.size(1) == 1), op,
+        "logits must be [rows, vocab], each row contiguous");
   check(labels.dim() == 1 && labels.is_contiguous() && labels.size(0) == logits.size(0) &&
             labels.scalar_type() == ScalarType::Long,
         op, "labels must be contiguous int64 [rows]");
+  check(!weights || (weights->is_contiguous() && weights->numel() == logits.size(0) &&
+                     weights->scalar_type() == ScalarType::Float),
+        op, "weights must be contiguous float32 [rows]");
   const int64_t rows = logits.size(0), vocab = logits.size(1);
   const int64_t* label = data<int64_t>(labels);
   for (int64_t row = 0; row < rows; ++row)
-    STD_TORCH_CHECK(label[row] >= 0 && label[row] < vocab, "megatune::cross_entropy_rows: label ", label[row],
-                    " in row ", row, " is not below the vocabulary size ", vocab);
+    STD_TORCH_CHECK((label[row] >= 0 && label[row] < vocab) || label[row] == ignore,
+                    "megatune::cross_entropy_rows: label ", label[row], " in row ", row,
+                    " is not below the vocabulary size ", vocab);
   Tensor loss = empty(logits, {rows}, ScalarType::Float);
   with_type(logits, op, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const cpu::CrossEntropy<T> args{mutable_data<T>(logits),    vocab,      label,
-                                    static_cast<float>(softcap), write_grad, mutable_data<float>(loss)};
+    const cpu::CrossEntropy<T> args{mutable_data<T>(logits),
+                                    logits.stride(0),
+                                    vocab,
+                                    label,
+                                    ignore,
+                                    weights ? data<float>(*weights) : nullptr,
+                                    static_cast<float>(softcap),
+                                    static_cast<float>(z_loss),
+                                    static_cast<float>(smoothing),
+                                    write_grad,
+                                    mutable_data<float>(loss)};
     torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) { cpu::cross_entropy(args, begin, end); });
   });
   return loss;

@@ -1,4 +1,5 @@
-// The optimizers' CPU kernels as implementations of the ops that megatune/optim defines, through torch's stable ABI.
+// The optimizers' CPU kernels as implementations of the ops that megatune/ops/optim.py defines, through torch's stable
+// ABI.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -6,98 +7,263 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <string>
+#include <type_traits>
 #include <vector>
 
+#include "megatune/codes.h"
 #include "megatune/cpu_optim.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+namespace codes = megatune::codes;
 namespace cpu = megatune::cpu;
 
 namespace {
 
+using Tensors = std::vector<Tensor>;
+
 constexpr int64_t GRAIN = 16384;            // elements that are worth a thread of their own
 constexpr int64_t BEYOND_CACHES = 1 << 22;  // elements: 64 MiB of masters, moments and gradients
 
-void check(bool good, const char* what) { STD_TORCH_CHECK(good, "megatune::adamw_: ", what); }
+// The lists of one call: all as long as `masters`, their tensors as large.
+class Lists {
+ public:
+  Lists(const char* op, const Tensors& masters, const Tensor& scale, const std::vector<double>& decays)
+      : op_(op), masters_(masters) {
+    check(decays.size() == masters.size(), "the lists must be equally long");
+    check(scale.numel() == 1 && scale.scalar_type() == ScalarType::Float, "scale must be one float32");
+  }
 
-struct Step {
-  double lr, beta1, beta2, eps;
-  int64_t number;
-  float scale;
-  bool stream;
+  void check(bool good, const char* what) const { STD_TORCH_CHECK(good, "megatune::", op_, ": ", what); }
+
+  // `each`: elements of the master that have one of the state's.
+  void states(const Tensors& list, ScalarType type, const char* what, int64_t each = 1) const {
+    check(list.size() == masters_.size(), "the lists must be equally long");
+    for (size_t i = 0; i < list.size(); ++i) {
+      check(list[i].scalar_type() == type && list[i].is_contiguous(), what);
+      check(list[i].numel() == (masters_[i].numel() + each - 1) / each, "states must be as large as their masters");
+    }
+  }
+
+  void values(const Tensors& list, bool may_be_empty) const {
+    check(list.size() == masters_.size(), "the lists must be equally long");
+    for (size_t i = 0; i < list.size(); ++i) {
+      const ScalarType type = list[i].scalar_type();
+      check(type == ScalarType::Float || type == ScalarType::BFloat16, "grads and weights must be float32 or bfloat16");
+      check(list[i].is_contiguous(), "grads and weights must be contiguous");
+      check(list[i].numel() == masters_[i].numel() || (may_be_empty && list[i].numel() == 0),
+            "each grad and weight must be as large as its master");
+    }
+  }
+
+  int64_t elements() const {
+    int64_t sum = 0;
+    for (const Tensor& master : masters_) sum += master.numel();
+    return sum;
+  }
+
+  // Shares out all tensors, in units of `each` elements: run(tensor, first unit, last unit).
+  template <class Run>
+  void parallel(int64_t each, Run&& run) const {
+    const size_t count = masters_.size();
+    std::vector<int64_t> starts(count + 1, 0);
+    for (size_t i = 0; i < count; ++i) starts[i + 1] = starts[i] + (masters_[i].numel() + each - 1) / each;
+    torch::stable::parallel_for(0, starts[count], GRAIN / each, [&](int64_t first, int64_t last) {
+      const auto after = std::upper_bound(starts.begin(), starts.end(), first);
+      for (size_t i = static_cast<size_t>(after - starts.begin()) - 1; i < count && starts[i] < last; ++i)
+        run(i, std::max(first, starts[i]) - starts[i], std::min(last, starts[i + 1]) - starts[i]);
+    });
+  }
+
+ private:
+  const char* op_;
+  const Tensors& masters_;
 };
 
-template <class G, class W>
-void update(const Step& step, double decay, const Tensor& master, const Tensor& exp_avg, const Tensor& exp_avg_sq,
-            const Tensor& grad, void* weight, int64_t begin, int64_t end) {
-  const double number = static_cast<double>(step.number);
-  const cpu::AdamW<G, W> args{
-      static_cast<float*>(master.mutable_data_ptr()),
-      static_cast<float*>(exp_avg.mutable_data_ptr()),
-      static_cast<float*>(exp_avg_sq.mutable_data_ptr()),
-      static_cast<const G*>(grad.const_data_ptr()),
-      static_cast<W*>(weight),
-      step.scale,
-      static_cast<float>(1.0 - step.lr * decay),
-      static_cast<float>(step.beta1),
-      static_cast<float>(1.0 - step.beta1),
-      static_cast<float>(step.beta2),
-      static_cast<float>(1.0 - step.beta2),
-      static_cast<float>(step.eps),
-      static_cast<float>(step.lr / (1.0 - std::pow(step.beta1, number))),
-      static_cast<float>(std::sqrt(1.0 - std::pow(step.beta2, number))),
-      step.stream,
-  };
-  cpu::adamw(args, begin, end);
+constexpr const char* STATE = "masters and moments must be contiguous float32";
+
+bool is_low(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::BFloat16; }
+
+template <class T>
+T* pointer(const Tensor& tensor) {
+  return tensor.numel() == 0 ? nullptr : static_cast<T*>(tensor.mutable_data_ptr());
 }
 
-void check_tensors(const Tensor& master, const Tensor& exp_avg, const Tensor& exp_avg_sq, const Tensor& grad,
-                   const Tensor& weight) {
-  for (const Tensor* one : {&master, &exp_avg, &exp_avg_sq}) {
-    check(one->scalar_type() == ScalarType::Float, "masters and moments must be float32");
-    check(one->is_contiguous() && one->numel() == master.numel(), "masters and moments must be contiguous and alike");
+// Calls body(null pointer of the gradient's type, null pointer of the weight's type).
+template <class Body>
+void with_types(const Tensor& grad, const Tensor& weight, Body&& body) {
+  float* const single = nullptr;
+  cpu::bf16* const low = nullptr;
+  if (is_low(grad)) {
+    is_low(weight) ? body(low, low) : body(low, single);
+  } else {
+    is_low(weight) ? body(single, low) : body(single, single);
   }
-  for (const Tensor* one : {&grad, &weight}) {
-    const ScalarType type = one->scalar_type();
-    check(type == ScalarType::Float || type == ScalarType::BFloat16, "grads and weights must be float32 or bfloat16");
-    check(one->is_contiguous(), "grads and weights must be contiguous");
-  }
-  check(grad.numel() == master.numel(), "each grad must be as large as its master");
-  check(weight.numel() == master.numel() || weight.numel() == 0, "each weight must be as large as its master, or empty");
 }
 
-void adamw(std::vector<Tensor> masters, std::vector<Tensor> exp_avgs, std::vector<Tensor> exp_avg_sqs,
-           std::vector<Tensor> grads, std::vector<Tensor> weights, Tensor scale, std::vector<double> decays, double lr,
-           double beta1, double beta2, double eps, int64_t number) {
-  const size_t count = masters.size();
-  check(exp_avgs.size() == count && exp_avg_sqs.size() == count && grads.size() == count && weights.size() == count &&
-            decays.size() == count,
-        "the lists must be equally long");
-  check(scale.numel() == 1 && scale.scalar_type() == ScalarType::Float, "scale must be one float32");
-  std::vector<int64_t> starts(count + 1, 0);
-  for (size_t i = 0; i < count; ++i) {
-    check_tensors(masters[i], exp_avgs[i], exp_avg_sqs[i], grads[i], weights[i]);
-    starts[i + 1] = starts[i] + masters[i].numel();
+template <class T>
+using element = std::remove_pointer_t<std::remove_const_t<T>>;
+
+float factor(const Tensor& scale) { return *static_cast<const float*>(scale.const_data_ptr()); }
+
+float kept(double lr, double decay) { return static_cast<float>(1.0 - lr * decay); }
+
+// Without `keep`, which is each tensor's.
+cpu::AdamWStep adamw_step(const Tensor& scale, double lr, double beta1, double beta2, double eps, int64_t number,
+                          bool stream) {
+  const double steps = static_cast<double>(number);
+  return {factor(scale),
+          1.0f,
+          static_cast<float>(beta1),
+          static_cast<float>(1.0 - beta1),
+          static_cast<float>(beta2),
+          static_cast<float>(1.0 - beta2),
+          static_cast<float>(eps),
+          static_cast<float>(lr / (1.0 - std::pow(beta1, steps))),
+          static_cast<float>(std::sqrt(1.0 - std::pow(beta2, steps))),
+          stream};
+}
+
+void adamw(Tensors masters, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors grads, Tensors weights, Tensor scale,
+           std::vector<double> decays, double lr, double beta1, double beta2, double eps, int64_t number) {
+  const Lists lists("adamw_", masters, scale, decays);
+  for (const Tensors* list : {&masters, &exp_avgs, &exp_avg_sqs}) lists.states(*list, ScalarType::Float, STATE);
+  lists.values(grads, false);
+  lists.values(weights, true);
+  const bool stream = lists.elements() > BEYOND_CACHES;
+  const cpu::AdamWStep common = adamw_step(scale, lr, beta1, beta2, eps, number, stream);
+  lists.parallel(1, [&](size_t i, int64_t begin, int64_t end) {
+    cpu::AdamWStep step = common;
+    step.keep = kept(lr, decays[i]);
+    with_types(grads[i], weights[i], [&](auto* grad, auto* weight) {
+      using G = element<decltype(grad)>;
+      using W = element<decltype(weight)>;
+      const cpu::AdamW<G, W> args{pointer<float>(masters[i]), pointer<float>(exp_avgs[i]),
+                                  pointer<float>(exp_avg_sqs[i]), static_cast<const G*>(grads[i].const_data_ptr()), pointer<W>(weights[i]), step};
+      cpu::adamw(args, begin, end);
+    });
+  });
+}
+
+void adamw_bf16(Tensors masters, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors grads, Tensor scale,
+                std::vector<double> decays, std::vector<int64_t> keys, std::vector<int64_t> firsts, double lr,
+                double beta1, double beta2, double eps, int64_t number) {
+  const Lists lists("adamw_bf16_", masters, scale, decays);
+  lists.states(masters, ScalarType::BFloat16, "masters must be contiguous bfloat16");
+  for (const Tensors* list : {&exp_avgs, &exp_avg_sqs}) lists.states(*list, ScalarType::Float, STATE);
+  lists.values(grads, false);
+  lists.check(keys.size() == masters.size() && firsts.size() == masters.size(), "the lists must be equally long");
+  for (int64_t first : firsts) lists.check(first >= 0, "firsts must not be negative");
+  const cpu::AdamWStep common = adamw_step(scale, lr, beta1, beta2, eps, number, false);
+  lists.parallel(1, [&](size_t i, int64_t begin, int64_t end) {
+    cpu::AdamWStep step = common;
+    step.keep = kept(lr, decays[i]);
+    with_types(grads[i], grads[i], [&](auto* grad, auto*) {
+      using G = element<decltype(grad)>;
+      const cpu::AdamWBf16<G> args{pointer<cpu::bf16>(masters[i]),
+                                   pointer<float>(exp_avgs[i]),
+                                   pointer<float>(exp_avg_sqs[i]),
+                                   static_cast<const G*>(grads[i].const_data_ptr()),
+                                   firsts[i],
+                                   static_cast<uint64_t>(keys[i]),
+                                   static_cast<uint64_t>(number),
+                                   step};
+      cpu::adamw_bf16(args, begin, end);
+    });
+  });
+}
+
+void adamw_8bit(Tensors masters, Tensors exp_avg_codes, Tensors exp_avg_scales, Tensors exp_avg_sq_codes,
+                Tensors exp_avg_sq_scales, Tensors grads, Tensors weights, Tensor scale, std::vector<double> decays,
+                double lr, double beta1, double beta2, double eps, int64_t number) {
+  const Lists lists("adamw_8bit_", masters, scale, decays);
+  lists.states(masters, ScalarType::Float, STATE);
+  for (const Tensors* list : {&exp_avg_codes, &exp_avg_sq_codes})
+    lists.states(*list, ScalarType::Byte, "codes must be contiguous uint8");
+  for (const Tensors* list : {&exp_avg_scales, &exp_avg_sq_scales})
+    lists.states(*list, ScalarType::Float, "scales must be contiguous float32", codes::BLOCK);
+  lists.values(grads, false);
+  lists.values(weights, true);
+  const cpu::AdamWStep common = adamw_step(scale, lr, beta1, beta2, eps, number, false);
+  lists.parallel(codes::BLOCK, [&](size_t i, int64_t begin, int64_t end) {
+    cpu::AdamWStep step = common;
+    step.keep = kept(lr, decays[i]);
+    with_types(grads[i], weights[i], [&](auto* grad, auto* weight) {
+      using G = element<decltype(grad)>;
+      using W = element<decltype(weight)>;
+      const cpu::AdamW8bit<G, W> args{pointer<float>(masters[i]),          pointer<uint8_t>(exp_avg_codes[i]),
+                                      pointer<float>(exp_avg_scales[i]),    pointer<uint8_t>(exp_avg_sq_codes[i]),
+                                      pointer<float>(exp_avg_sq_scales[i]), static_cast<const G*>(grads[i].const_data_ptr()),
+                                      pointer<W>(weights[i]),               masters[i].numel(),
+                                      step};
+      cpu::adamw_8bit(args, begin, end);
+    });
+  });
+}
+
+void lion(Tensors masters, Tensors exp_avgs, Tensors grads, Tensors weights, Tensor scale, std::vector<double> decays,
+          double lr, double beta1, double beta2) {
+  const Lists lists("lion_", masters, scale, decays);
+  for (const Tensors* list : {&masters, &exp_avgs}) lists.states(*list, ScalarType::Float, STATE);
+  lists.values(grads, false);
+  lists.values(weights, true);
+  lists.parallel(1, [&](size_t i, int64_t begin, int64_t end) {
+    with_types(grads[i], weights[i], [&](auto* grad, auto* weight) {
+      using G = element<decltype(grad)>;
+      using W = element<decltype(weight)>;
+      const cpu::Lion<G, W> args{pointer<float>(masters[i]),
+                                 pointer<float>(exp_avgs[i]),
+                                 static_cast<const G*>(grads[i].const_data_ptr()),
+                                 pointer<W>(weights[i]),
+                                 factor(scale),
+                                 kept(lr, decays[i]),
+                                 static_cast<float>(beta1),
+                                 static_cast<float>(1.0 - beta1),
+                                 static_cast<float>(beta2),
+                                 static_cast<float>(1.0 - beta2),
+                                 static_cast<float>(lr)};
+      cpu::lion(args, begin, end);
+    });
+  });
+}
+
+// Pieces of the same size whatever the number of threads, added up in order: the sum does not depend on it.
+constexpr int64_t PIECE = 1 << 16;
+
+Tensor square_sum(std::vector<Tensor> tensors) {
+  std::vector<int64_t> starts(1, 0);  // the first piece of each tensor
+  for (const Tensor& one : tensors) {
+    const ScalarType type = one.scalar_type();
+    STD_TORCH_CHECK(one.is_contiguous() && (type == ScalarType::Float || type == ScalarType::BFloat16),
+                    "megatune::square_sum: tensors must be contiguous float32 or bfloat16");
+    starts.push_back(starts.back() + (one.numel() + PIECE - 1) / PIECE);
   }
-  const float factor = *static_cast<const float*>(scale.const_data_ptr());
-  const Step step{lr, beta1, beta2, eps, number, factor, starts[count] > BEYOND_CACHES};
-  torch::stable::parallel_for(0, starts[count], GRAIN, [&](int64_t first, int64_t last) {
-    const auto after = std::upper_bound(starts.begin(), starts.end(), first);
-    for (size_t i = static_cast<size_t>(after - starts.begin()) - 1; i < count && starts[i] < last; ++i) {
-      const int64_t begin = std::max(first, starts[i]) - starts[i];
-      const int64_t end = std::min(last, starts[i + 1]) - starts[i];
-      const bool low_grad = grads[i].scalar_type() == ScalarType::BFloat16;
-      const bool low_weight = weights[i].scalar_type() == ScalarType::BFloat16;
-      void* weight = weights[i].numel() == 0 ? nullptr : weights[i].mutable_data_ptr();
-      const auto run = low_grad ? (low_weight ? &update<cpu::bf16, cpu::bf16> : &update<cpu::bf16, float>)
-                                : (low_weight ? &update<float, cpu::bf16> : &update<float, float>);
-      run(step, decays[i], masters[i], exp_avgs[i], exp_avg_sqs[i], grads[i], weight, begin, end);
+  std::vector<double> sums(starts.back());
+  torch::stable::parallel_for(0, starts.back(), 1, [&](int64_t first, int64_t last) {
+    for (int64_t piece = first; piece < last; ++piece) {
+      const size_t i = std::upper_bound(starts.begin(), starts.end(), piece) - starts.begin() - 1;
+      const int64_t begin = (piece - starts[i]) * PIECE, length = std::min(PIECE, tensors[i].numel() - begin);
+      const void* data = tensors[i].const_data_ptr();
+      sums[piece] = tensors[i].scalar_type() == ScalarType::Float
+                        ? cpu::square_sum(static_cast<const float*>(data) + begin, length)
+                        : cpu::square_sum(static_cast<const cpu::bf16*>(data) + begin, length);
     }
   });
+  Tensor result = torch::stable::new_empty(tensors[0], {2}, ScalarType::Double);
+  double* out = static_cast<double*>(result.mutable_data_ptr());
+  out[0] = std::accumulate(sums.begin(), sums.end(), 0.0);
+  out[1] = std::isfinite(out[0]) ? 0.0 : 1.0;
+  return result;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(megatune, CPU, m) { m.impl("adamw_", TORCH_BOX(&adamw)); }
+STABLE_TORCH_LIBRARY_IMPL(megatune, CPU, m) {
+  m.impl("adamw_", TORCH_BOX(&adamw));
+  m.impl("square_sum", TORCH_BOX(&square_sum));
+  m.impl("adamw_bf16_", TORCH_BOX(&adamw_bf16));
+  m.impl("adamw_8bit_", TORCH_BOX(&adamw_8bit));
+  m.impl("lion_", TORCH_BOX(&lion));
+}

@@ -3,59 +3,166 @@
 #include <cmath>
 
 #include "cuda.h"
+#include "megatune/codes.h"
 #include "megatune/cuda_optim.h"
 
 namespace megatune::bind {
 namespace {
 
-constexpr const char* OP = "adamw_";
+using Tensors = std::vector<Tensor>;
 
-void check_state(const Tensor& tensor, const Tensor& master) {
-  check(tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous(), OP,
-        "masters and moments must be contiguous float32");
-  check(tensor.numel() == master.numel(), OP, "moments must be as large as their masters");
-}
-
-bool is_low(const Tensor& tensor) {
-  const ScalarType type = tensor.scalar_type();
-  check(type == ScalarType::Float || type == ScalarType::BFloat16, OP, "grads and weights must be float32 or bfloat16");
-  check(tensor.is_contiguous(), OP, "grads and weights must be contiguous");
-  return type == ScalarType::BFloat16;
-}
-
-void adamw(std::vector<Tensor> masters, std::vector<Tensor> exp_avgs, std::vector<Tensor> exp_avg_sqs,
-           std::vector<Tensor> grads, std::vector<Tensor> weights, Tensor scale, std::vector<double> decays, double lr,
-           double beta1, double beta2, double eps, int64_t number) {
-  const size_t count = masters.size();
-  check(exp_avgs.size() == count && exp_avg_sqs.size() == count && grads.size() == count && weights.size() == count &&
-            decays.size() == count,
-        OP, "the lists must be equally long");
-  check(scale.numel() == 1 && scale.scalar_type() == ScalarType::Float, OP, "scale must be one float32");
-  std::vector<cuda::AdamWTensor> tensors;
-  tensors.reserve(count);
-  for (size_t i = 0; i < count; ++i) {
-    for (const Tensor* one : {&masters[i], &exp_avgs[i], &exp_avg_sqs[i]}) check_state(*one, masters[i]);
-    check(grads[i].numel() == masters[i].numel(), OP, "each grad must be as large as its master");
-    const bool has_weight = weights[i].numel() != 0;
-    check(!has_weight || weights[i].numel() == masters[i].numel(), OP, "each weight must be as large as its master");
-    tensors.push_back({static_cast<float*>(masters[i].mutable_data_ptr()),
-                       static_cast<float*>(exp_avgs[i].mutable_data_ptr()),
-                       static_cast<float*>(exp_avg_sqs[i].mutable_data_ptr()), grads[i].const_data_ptr(),
-                       has_weight ? weights[i].mutable_data_ptr() : nullptr, masters[i].numel(),
-                       static_cast<float>(1.0 - lr * decays[i]), is_low(grads[i]), is_low(weights[i])});
+// All lists as long as `masters`; states contiguous and as large as their masters, gradients and weights (which may be
+// empty) in a dtype that kernels know.
+class Lists {
+ public:
+  Lists(const char* op, const Tensors& masters, const Tensor& scale, const std::vector<double>& decays)
+      : op_(op), masters_(masters) {
+    check(decays.size() == masters.size(), op, "the lists must be equally long");
+    check(scale.numel() == 1 && scale.scalar_type() == ScalarType::Float, op, "scale must be one float32");
   }
-  if (count == 0) return;
+
+  // `each`: elements of the master that have one of the state's.
+  void states(const Tensors& list, ScalarType type, const char* what, int64_t each = 1) const {
+    check(list.size() == masters_.size(), op_, "the lists must be equally long");
+    for (size_t i = 0; i < list.size(); ++i) {
+      check(list[i].scalar_type() == type && list[i].is_contiguous(), op_, what);
+      check(list[i].numel() == (masters_[i].numel() + each - 1) / each, op_, "states must be as large as their masters");
+    }
+  }
+
+  void values(const Tensors& list, bool may_be_empty) const {
+    check(list.size() == masters_.size(), op_, "the lists must be equally long");
+    for (size_t i = 0; i < list.size(); ++i) {
+      const ScalarType type = list[i].scalar_type();
+      check(type == ScalarType::Float || type == ScalarType::BFloat16, op_,
+            "grads and weights must be float32 or bfloat16");
+      check(list[i].is_contiguous(), op_, "grads and weights must be contiguous");
+      check(list[i].numel() == masters_[i].numel() || (may_be_empty && list[i].numel() == 0), op_,
+            "each grad and weight must be as large as its master");
+    }
+  }
+
+ private:
+  const char* op_;
+  const Tensors& masters_;
+};
+
+constexpr const char* STATE = "masters and moments must be contiguous float32";
+
+bool is_low(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::BFloat16; }
+
+template <class T>
+T* pointer(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+void* pointer_or_null(const Tensor& tensor) { return tensor.numel() == 0 ? nullptr : tensor.mutable_data_ptr(); }
+
+float kept(double lr, double decay) { return static_cast<float>(1.0 - lr * decay); }
+
+cuda::AdamWStep adamw_step(const Tensor& scale, double lr, double beta1, double beta2, double eps, int64_t number) {
   const double steps = static_cast<double>(number);
-  const cuda::AdamWStep step{static_cast<const float*>(scale.const_data_ptr()),
-                             static_cast<float>(beta1),
-                             static_cast<float>(1.0 - beta1),
-                             static_cast<float>(beta2),
-                             static_cast<float>(1.0 - beta2),
-                             static_cast<float>(eps),
-                             static_cast<float>(lr / (1.0 - std::pow(beta1, steps))),
-                             static_cast<float>(std::sqrt(1.0 - std::pow(beta2, steps)))};
+  return {static_cast<const float*>(scale.const_data_ptr()),
+          static_cast<float>(beta1),
+          static_cast<float>(1.0 - beta1),
+          static_cast<float>(beta2),
+          static_cast<float>(1.0 - beta2),
+          static_cast<float>(eps),
+          static_cast<float>(lr / (1.0 - std::pow(beta1, steps))),
+          static_cast<float>(std::sqrt(1.0 - std::pow(beta2, steps)))};
+}
+
+void adamw(Tensors masters, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors grads, Tensors weights, Tensor scale,
+           std::vector<double> decays, double lr, double beta1, double beta2, double eps, int64_t number) {
+  const char* op = "adamw_";
+  const Lists lists(op, masters, scale, decays);
+  for (const Tensors* list : {&masters, &exp_avgs, &exp_avg_sqs}) lists.states(*list, ScalarType::Float, STATE);
+  lists.values(grads, false);
+  lists.values(weights, true);
+  std::vector<cuda::AdamWTensor> tensors;
+  tensors.reserve(masters.size());
+  for (size_t i = 0; i < masters.size(); ++i)
+    tensors.push_back({pointer<float>(masters[i]), pointer<float>(exp_avgs[i]), pointer<float>(exp_avg_sqs[i]),
+                       grads[i].const_data_ptr(), pointer_or_null(weights[i]), masters[i].numel(), kept(lr, decays[i]),
+                       is_low(grads[i]), is_low(weights[i])});
+  if (tensors.empty()) return;
   const OnDeviceOf device(scale);
-  check_launch(cuda::adamw(tensors.data(), static_cast<int64_t>(count), step, device.stream()), OP);
+  const cuda::AdamWStep step = adamw_step(scale, lr, beta1, beta2, eps, number);
+  check_launch(cuda::adamw(tensors.data(), static_cast<int64_t>(tensors.size()), step, device.stream()), op);
+}
+
+void adamw_bf16(Tensors masters, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors grads, Tensor scale,
+               std::vector<double> decays, std::vector<int64_t> keys, std::vector<int64_t> firsts, double lr,
+               double beta1, double beta2, double eps, int64_t number) {
+  const char* op = "adamw_bf16_";
+  const Lists lists(op, masters, scale, decays);
+  lists.states(masters, ScalarType::BFloat16, "masters must be contiguous bfloat16");
+  for (const Tensors* list : {&exp_avgs, &exp_avg_sqs}) lists.states(*list, ScalarType::Float, STATE);
+  lists.values(grads, false);
+  check(keys.size() == masters.size() && firsts.size() == masters.size(), op, "the lists must be equally long");
+  std::vector<cuda::AdamWBf16Tensor> tensors;
+  tensors.reserve(masters.size());
+  for (size_t i = 0; i < masters.size(); ++i) {
+    check(firsts[i] >= 0, op, "firsts must not be negative");
+    tensors.push_back({pointer<void>(masters[i]), pointer<float>(exp_avgs[i]), pointer<float>(exp_avg_sqs[i]),
+                       grads[i].const_data_ptr(), masters[i].numel(), firsts[i], static_cast<uint64_t>(keys[i]),
+                       kept(lr, decays[i]), is_low(grads[i])});
+  }
+  if (tensors.empty()) return;
+  const OnDeviceOf device(scale);
+  const cuda::AdamWStep step = adamw_step(scale, lr, beta1, beta2, eps, number);
+  check_launch(cuda::adamw_bf16(tensors.data(), static_cast<int64_t>(tensors.size()), step,
+                               static_cast<uint64_t>(number), device.stream()),
+               op);
+}
+
+void adamw_8bit(Tensors masters, Tensors exp_avg_codes, Tensors exp_avg_scales, Tensors exp_avg_sq_codes,
+                Tensors exp_avg_sq_scales, Tensors grads, Tensors weights, Tensor scale, std::vector<double> decays,
+                double lr, double beta1, double beta2, double eps, int64_t number) {
+  const char* op = "adamw_8bit_";
+  const Lists lists(op, masters, scale, decays);
+  lists.states(masters, ScalarType::Float, STATE);
+  for (const Tensors* list : {&exp_avg_codes, &exp_avg_sq_codes})
+    lists.states(*list, ScalarType::Byte, "codes must be contiguous uint8");
+  for (const Tensors* list : {&exp_avg_scales, &exp_avg_sq_scales})
+    lists.states(*list, ScalarType::Float, "scales must be contiguous float32", codes::BLOCK);
+  lists.values(grads, false);
+  lists.values(weights, true);
+  std::vector<cuda::AdamW8bitTensor> tensors;
+  tensors.reserve(masters.size());
+  for (size_t i = 0; i < masters.size(); ++i)
+    tensors.push_back({pointer<float>(masters[i]), pointer<uint8_t>(exp_avg_codes[i]), pointer<float>(exp_avg_scales[i]),
+                       pointer<uint8_t>(exp_avg_sq_codes[i]), pointer<float>(exp_avg_sq_scales[i]),
+                       grads[i].const_data_ptr(), pointer_or_null(weights[i]), masters[i].numel(), kept(lr, decays[i]),
+                       is_low(grads[i]), is_low(weights[i])});
+  if (tensors.empty()) return;
+  const OnDeviceOf device(scale);
+  const cuda::AdamWStep step = adamw_step(scale, lr, beta1, beta2, eps, number);
+  check_launch(cuda::adamw_8bit(tensors.data(), static_cast<int64_t>(tensors.size()), step, device.stream()), op);
+}
+
+void lion(Tensors masters, Tensors exp_avgs, Tensors grads, Tensors weights, Tensor scale, std::vector<double> decays,
+          double lr, double beta1, double beta2) {
+  const char* op = "lion_";
+  const Lists lists(op, masters, scale, decays);
+  for (const Tensors* list : {&masters, &exp_avgs}) lists.states(*list, ScalarType::Float, STATE);
+  lists.values(grads, false);
+  lists.values(weights, true);
+  std::vector<cuda::LionTensor> tensors;
+  tensors.reserve(masters.size());
+  for (size_t i = 0; i < masters.size(); ++i)
+    tensors.push_back({pointer<float>(masters[i]), pointer<float>(exp_avgs[i]), grads[i].const_data_ptr(),
+                       pointer_or_null(weights[i]), masters[i].numel(), kept(lr, decays[i]), is_low(grads[i]),
+                       is_low(weights[i])});
+  if (tensors.empty()) return;
+  const OnDeviceOf device(scale);
+  const cuda::LionStep step{static_cast<const float*>(scale.const_data_ptr()),
+                            static_cast<float>(beta1),
+                            static_cast<float>(1.0 - beta1),
+                            static_cast<float>(beta2),
+                            static_cast<float>(1.0 - beta2),
+                            static_cast<float>(lr)};
+  check_launch(cuda::lion(tensors.data(), static_cast<int64_t>(tensors.size()), step, device.stream()), op);
 }
 
 Tensor square_sum(std::vector<Tensor> tensors) {
@@ -85,5 +192,8 @@ Tensor square_sum(std::vector<Tensor> tensors) {
 
 STABLE_TORCH_LIBRARY_IMPL(megatune, CUDA, m) {
   m.impl("adamw_", TORCH_BOX(&megatune::bind::adamw));
+  m.impl("adamw_bf16_", TORCH_BOX(&megatune::bind::adamw_bf16));
+  m.impl("adamw_8bit_", TORCH_BOX(&megatune::bind::adamw_8bit));
+  m.impl("lion_", TORCH_BOX(&megatune::bind::lion));
   m.impl("square_sum", TORCH_BOX(&megatune::bind::square_sum));
 }

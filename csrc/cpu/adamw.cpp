@@ -23,7 +23,7 @@ void adamw(const AdamW<G, W>& args, int64_t begin, int64_t end) {
   const auto run = [&] { MEGATUNE_DISPATCH(adamw, args, begin, end) };
   run();
 #if defined(MEGATUNE_X86)
-  if (args.stream) _mm_sfence();
+  if (args.step.stream) _mm_sfence();
 #endif
 }
 

@@ -1,39 +1,13 @@
-// The update of AdamW (arXiv:1711.05101), element by element. The compiler vectorises the plain loops.
+// The update of AdamW with moments in fp32.
 
-[[gnu::always_inline]] inline float wide(float value) { return value; }
-[[gnu::always_inline]] inline float wide(bf16 value) {
-  return __builtin_bit_cast(float, static_cast<uint32_t>(value.bits) << 16);
-}
-
-[[gnu::always_inline]] inline void narrow(float value, float& to) { to = value; }
-// Rounded to nearest even; every NaN becomes the quiet one.
-[[gnu::always_inline]] inline void narrow(float value, bf16& to) {
-  const uint32_t bits = __builtin_bit_cast(uint32_t, value);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  to.bits = static_cast<uint16_t>(value != value ? 0x7fc0u : rounded);
-}
+#include "adamw_element.inl"
 
 // Elements begin..begin + count; new weights to `weight` on, if wanted.
 template <bool has_weight, class G, class W>
 [[gnu::always_inline]] inline void adamw_block(const AdamW<G, W>& args, int64_t begin, int64_t count,
                                                W* __restrict weight) {
-  float* __restrict master = args.master + begin;
-  float* __restrict exp_avg = args.exp_avg + begin;
-  float* __restrict exp_avg_sq = args.exp_avg_sq + begin;
-  const G* __restrict grad = args.grad + begin;
-  const float scale = args.scale, keep = args.keep, beta1 = args.beta1, beta2 = args.beta2;
-  const float rest1 = args.rest1, rest2 = args.rest2, eps = args.eps;
-  const float step_size = args.step_size, root = args.root;
-  for (int64_t i = 0; i < count; ++i) {
-    const float g = wide(grad[i]) * scale;
-    const float m = beta1 * exp_avg[i] + rest1 * g;
-    const float v = beta2 * exp_avg_sq[i] + rest2 * (g * g);
-    const float p = master[i] * keep - step_size * m / (__builtin_sqrtf(v) / root + eps);
-    exp_avg[i] = m;
-    exp_avg_sq[i] = v;
-    master[i] = p;
-    if constexpr (has_weight) narrow(p, weight[i]);
-  }
+  adamw_loop<has_weight>(args.step, args.master + begin, args.exp_avg + begin, args.exp_avg_sq + begin,
+                         args.grad + begin, weight, count);
 }
 
 constexpr int64_t ADAMW_BLOCK = 256;  // elements
@@ -75,7 +49,7 @@ template <bool has_weight, class G, class W>
       ask_for(args.grad + i + ADAMW_AHEAD);
     }
     if constexpr (has_weight) {
-      if (args.stream) {
+      if (args.step.stream) {
         adamw_block<true>(args, i, ADAMW_BLOCK, fresh);
         stream_out(args.weight + i, fresh, sizeof fresh);
       } else {

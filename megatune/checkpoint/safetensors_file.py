@@ -114,7 +114,7 @@ class SafetensorsFile:
             header = json.loads(os.pread(self._descriptor, length, 8))
             header.pop("__metadata__", None)
             entries = {name: self._entry(name, item, 8 + length) for name, item in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise self._damaged("its header cannot be parsed") from error
         end = max((entry.offset + entry.bytes for entry in entries.values()), default=8 + length)
         if end != size:

@@ -110,7 +110,7 @@ def read_json(path: Path) -> dict:
         raise CheckpointError(
             f"{path}: cannot be read ({error.strerror}); is the folder complete?"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the second: nesting without end
         raise CheckpointError(f"{path}: is not valid JSON; download the folder again") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: is not a JSON object; download the folder again")

@@ -112,6 +112,9 @@ class DataConfig(Section):
         return [value] if isinstance(value, str) else value
 
 
+_SWITCHES = ("overlap", "offload", "offload_optimizer")
+
+
 class ParallelConfig(Section):
     tensor: int = Field(
         1, ge=1, description="Tensor parallel size; the norm regions are then sequence parallel."
@@ -162,11 +165,16 @@ class ParallelConfig(Section):
         "layer), or every n-th layer.",
     )
     offload: bool = Field(False, description="Keep activations that wait for backward in pinned host memory.")
+    offload_optimizer: bool = Field(
+        False,
+        description="Keep fp32 masters and optimizer states in host memory; the CPU updates them, in chunks behind the "
+        "copies of gradients and weights (zero 0, 1 or 2; not for muon).",
+    )
 
     @field_validator("*", mode="before")
     @classmethod
     def _no_booleans_for_numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and info.field_name not in ("overlap", "offload"):
+        if isinstance(value, bool) and info.field_name not in _SWITCHES:
             raise ValueError("must be a number or a name, not true or false")
         return value
 
@@ -210,6 +218,19 @@ class TrainConfig(Section):
     )
     micro_batch_size: int = Field(1, ge=1, description="Packed sequences in one forward pass of one process.")
     seed: int = Field(0, ge=0, description="Decides data order, initial adapter weights and dropout.")
+    z_loss: float = Field(
+        0.0,
+        ge=0,
+        description="Adds this times the square of the log of the softmax's sum to each token's training loss, which "
+        "keeps logits from drifting (arXiv:2204.02311); 0: off. eval_loss is without it.",
+    )
+    label_smoothing: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of the target that is spread evenly over the vocabulary (arXiv:1512.00567) in the training "
+        "loss; eval_loss is without it.",
+    )
     eval_every: int = Field(0, ge=0, description="Evaluate each N steps; 0: only before and after.")
     eval_first: bool = Field(True, description="Evaluate before the first step.")
     log_every: int = Field(1, ge=1, description="Steps between lines in metrics.jsonl.")
@@ -252,6 +273,16 @@ class OptimConfig(Section):
     eps: float = Field(1e-8, gt=0, description="AdamW epsilon.")
     momentum: float = Field(0.95, ge=0, lt=1, description="Muon's momentum.")
     clip: float = Field(1.0, ge=0, description="Clip the global gradient norm to this; 0: off.")
+
+    @model_validator(mode="after")
+    def _momentum_is_muons(self) -> OptimConfig:
+        # A configuration that was written out names every key: the default does no harm.
+        if self.name != "muon" and self.momentum != type(self).model_fields["momentum"].default:
+            raise ValueError(
+                f"momentum: {self.momentum} is for name: muon, and {self.name} has none: leave it out (its decay "
+                "rates are beta1 and beta2), or set name to muon"
+            )
+        return self
 
 
 class CheckpointConfig(Section):

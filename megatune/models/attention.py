@@ -51,6 +51,8 @@ class Attention(nn.Module):
             self.q_norm, self.k_norm = Norm(spec, self.head_dim), Norm(spec, self.head_dim)
         elif spec.qk_norm == "full":
             self.q_norm, self.k_norm = Norm(spec, queries, cut=world), Norm(spec, keys, cut=world)
+        # Whether norm and rotation of queries and keys can be one op.
+        self.turns_at_once = spec.qk_norm == "none" or (spec.qk_norm == "head" and spec.norm == "rms")
         # Whether making the heads from the projection's output takes other processes.
         self.communicates = self.tp.size > 1 and (self.share > 1 or spec.qk_norm == "full")
         self.out = Linear(queries, spec.hidden_size, spec.attention_out_bias, shard="row", world=world)
@@ -62,13 +64,13 @@ class Attention(nn.Module):
 
         def attend(*heads: Tensor) -> Tensor:
             return self._attend(
-                *(heads if self.communicates else self._heads(*heads)), segments, rotary, cache
+                *(heads if self.communicates else self._heads(*heads, rotary)), segments, cache
             )
 
         def out(attended: Tensor) -> Tensor:
             return self.out(attended, segments)
 
-        heads = self._heads(qkv) if self.communicates else (qkv,)
+        heads = self._heads(qkv, rotary) if self.communicates else (qkv,)
         if self.cp.size > 1:
             return out(attend(*heads))
         return recomputed(attend, out, *heads)
@@ -79,13 +81,9 @@ class Attention(nn.Module):
         k_TKD: Tensor,
         v_TKD: Tensor,
         segments: Segments,
-        rotary: Rotary | None,
         cache: KVCache | None,
     ) -> Tensor:
         """Heads as of `_heads` -> the output projection's input [T, Q * D]."""
-        if rotary is not None:
-            q_TKGD = ops.rope(q_TKGD, rotary.cos, rotary.sin)
-            k_TKD = ops.rope(k_TKD, rotary.cos, rotary.sin)
         key_segments = None
         if cache is not None:
             k_TKD, v_TKD, key_segments = cache.extend(self.index, k_TKD, v_TKD, self.window)
@@ -104,18 +102,28 @@ class Attention(nn.Module):
         )
         return attended_TQD.flatten(1)
 
-    def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Output of the projection -> q [T, K, G, D] and k [T, K, D], normed, and v [T, K, D], of the heads here."""
+    def _heads(self, qkv: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Output of the projection -> q [T, K, G, D] and k [T, K, D], normed and turned, and v [T, K, D], of the heads
+        here."""
         if self.share > 1:
-            return self._shared_heads(qkv)
-        # One split: its backward is one concatenation, that of slices fills the whole with zeros three times.
-        q_TKGD, k_TK1D, v_TK1D = qkv.unflatten(1, (-1, self.group + 2, self.head_dim)).split(
-            (self.group, 1, 1), dim=2
-        )
-        return self._norm(self.q_norm, q_TKGD), self._norm(self.k_norm, k_TK1D.squeeze(2)), v_TK1D.squeeze(2)
+            q_TKGD, k_TKD, v_TKD = self._shared_heads(qkv)
+        else:
+            packed = qkv.unflatten(1, (-1, self.group + 2, self.head_dim))
+            if rotary is not None and self.turns_at_once:
+                q, k = self.q_norm, self.k_norm
+                norm = () if q is None else (q.weight, k.weight, q.eps, q.offset)
+                return ops.rope_qk(packed, rotary.cos, rotary.sin, *norm)
+            # One split: its backward is one concatenation, that of slices fills the whole with zeros three times.
+            q_TKGD, k_TK1D, v_TK1D = packed.split((self.group, 1, 1), dim=2)
+            q_TKGD, k_TKD = self._norm(self.q_norm, q_TKGD), self._norm(self.k_norm, k_TK1D.squeeze(2))
+            v_TKD = v_TK1D.squeeze(2)
+        if rotary is None:
+            return q_TKGD, k_TKD, v_TKD
+        return ops.rope(q_TKGD, rotary.cos, rotary.sin), ops.rope(k_TKD, rotary.cos, rotary.sin), v_TKD
 
     def _shared_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """As `_heads`, for a group that several processes have together: K is 1, G the queries that are here."""
+        """As `_heads` but not yet turned, for a group that several processes have together: K is 1, G the queries that
+        are here."""
         width = self.head_dim // self.share
         q, k, v = qkv.split((self.group * self.head_dim, width, width), dim=1)
         if not self.norm_heads:  # norms of all heads at once need no whole head

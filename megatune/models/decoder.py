@@ -52,8 +52,11 @@ class Layer(nn.Module):
     ) -> Tensor:
         y = self.attn_norm(x) if self.attn_norm is not None else x
         y = self.attn(y, segments, rotary, cache)
-        x = x + (self.attn_post_norm(y) if self.attn_post_norm is not None else y)
-        y = self.mlp_norm(x) if self.mlp_norm is not None else x
+        y = self.attn_post_norm(y) if self.attn_post_norm is not None else y
+        if self.mlp_norm is not None:
+            x, y = self.mlp_norm.of_sum(x, y)
+        else:
+            x = y = x + y
         y = self.mlp(y, segments)
         return x + (self.mlp_post_norm(y) if self.mlp_post_norm is not None else y)
 
@@ -80,7 +83,8 @@ class Decoder(nn.Module):
     `world`: the layout whose slices of the weights this process holds; default: all. `stages`: the pipeline stages
     that it holds, in order; default: the one there is. Modules and parameters keep their global names.
     `recompute`: which activations are computed again in backward (`models.recompute`). `offload`: activations of the
-    layers wait for backward in host memory.
+    layers wait for backward in host memory. `z_loss`, `label_smoothing`: of the loss in training mode
+    (`ops.linear_cross_entropy`); in evaluation it is the plain cross-entropy.
     """
 
     def __init__(
@@ -93,6 +97,7 @@ class Decoder(nn.Module):
         self.recompute: Recompute = "none"
         self.offload = False
         self.offloader: Offload | None = None
+        self.z_loss = self.label_smoothing = 0.0
         has_first, has_last = self.stages[0].is_first, self.stages[-1].is_last
         if has_first or (has_last and spec.tied_embeddings):
             self.embed = Embedding(spec.vocab_size, spec.hidden_size, vocab=True, world=self.world)
@@ -181,7 +186,15 @@ class Decoder(nn.Module):
             scored_SH = gather_tokens(self.norm(x), tp).index_select(0, targets.index)
             first, _ = vocab_rows(self.spec.vocab_size, tp.rank, tp.size)
             cut = ops.VocabCut(first, self.spec.vocab_size, tp.group)
-        return ops.linear_cross_entropy(scored_SH, weight, targets.labels, softcap=cap, cut=cut)
+        return ops.linear_cross_entropy(
+            scored_SH,
+            weight,
+            targets.labels,
+            softcap=cap,
+            z_loss=self.z_loss if self.training else 0.0,
+            label_smoothing=self.label_smoothing if self.training else 0.0,
+            cut=cut,
+        )
 
     def shard_specs(self) -> dict[str, ShardSpec]:
         """Global shape and slicing of each parameter that is held, the adapters' too, by global name."""

@@ -62,32 +62,17 @@ class Router(nn.Module):
     def forward(self, x: Tensor) -> Choice:
         spec = self.spec
         logits = _Logits.apply(x, self.weight, self.bias)
-        if spec.score == "sigmoid":
-            scores = logits.sigmoid()
-            probabilities = scores / scores.sum(1, keepdim=True)
-        else:
-            probabilities = logits.softmax(1)
-            scores = probabilities if spec.score == "softmax" else logits
-        experts = self._choose(scores.detach())
-        weights = scores.gather(1, experts)
-        if spec.score == "topk_softmax":
-            weights = weights.softmax(1)
-        elif spec.normalise:
-            weights = weights / (weights.sum(1, keepdim=True) + 1e-20)
-        return Choice(experts, weights if spec.scale == 1.0 else weights * spec.scale, probabilities)
-
-    def _choose(self, scores: Tensor) -> Tensor:
-        """[T, E] -> int64 [T, k]: the best experts of the best groups, the correction counted in."""
-        spec = self.spec
-        if self.correction is not None:
-            scores = scores + self.correction.to(scores.dtype)
-        if spec.groups_per_token < spec.groups:
-            grouped = scores.unflatten(1, (spec.groups, -1))
-            best_two = grouped.topk(min(2, grouped.shape[2]), 2).values.sum(2)
-            chosen = best_two.topk(spec.groups_per_token, 1).indices
-            outside = torch.ones_like(best_two, dtype=torch.bool).scatter_(1, chosen, False)
-            scores = grouped.masked_fill(outside[:, :, None], -math.inf).flatten(1)
-        return scores.topk(spec.top_k, 1).indices
+        chosen = ops.route(
+            logits,
+            spec.top_k,
+            score=spec.score,
+            normalise=spec.normalise,
+            scale=spec.scale,
+            correction=self.correction,
+            groups=spec.groups,
+            groups_per_token=spec.groups_per_token,
+        )
+        return Choice(*chosen)
 
 
 class _Logits(torch.autograd.Function):

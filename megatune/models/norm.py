@@ -34,6 +34,13 @@ class Norm(nn.Module):
             return ops.layer_norm(x, self.weight, self.bias, self.eps)
         return ops.rms_norm(x, self.weight, self.eps, self.offset)
 
+    def of_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """(x + residual, its norm): in one pass if it is an RMS norm of all that is here."""
+        if self.axis is None and self.kind == "rms":
+            return ops.add_rms_norm(x, residual, self.weight, self.eps, self.offset)
+        total = x + residual
+        return total, self(total)
+
     def _cut_rms_norm(self, x: Tensor) -> Tensor:
         """As `ops.rms_norm`. Every process's output depends on the common sum of squares, so that its gradient is
         summed over them too."""

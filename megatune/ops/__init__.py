@@ -1,22 +1,29 @@
 """Ops on the flat stream of tokens: one function per op; what computes it is chosen by device, dtype and features."""
 
 from megatune.ops.attention import attention
-from megatune.ops.cross_entropy import VocabCut, linear_cross_entropy
+from megatune.ops.cross_entropy import VocabCut, cross_entropy, linear_cross_entropy
 from megatune.ops.dropout import keyed_dropout
+from megatune.ops.embedding import embedding
+from megatune.ops.fp8 import Fp8Recipe, Fp8Weight, fp8_glu_linear, fp8_linear, fp8_norm_linear
 from megatune.ops.glu import glu
 from megatune.ops.lora import LoraLayout, lora_linear
 from megatune.ops.moe import clamped_glu
 from megatune.ops.norm import add_rms_norm, layer_norm, rms_norm
 from megatune.ops.optim import adamw_, adamw_8bit_, lion_, square_sum
+from megatune.ops.optim_bf16 import adamw_bf16_, parameter_key
 from megatune.ops.quant import FrozenWeight, dense, quantised_linear, saved
 from megatune.ops.registry import OPS, chosen, configure, table, why
 from megatune.ops.rope import rope
+from megatune.ops.rope_qk import rope_qk
+from megatune.ops.router import route
 from megatune.ops.segments import Segments, Targets
 
 BODIES = {name: tuple(op.bodies) for name, op in OPS.items()}  # the bodies of each op, the best first
 
 __all__ = [
     "BODIES",
+    "Fp8Recipe",
+    "Fp8Weight",
     "FrozenWeight",
     "LoraLayout",
     "Segments",
@@ -24,21 +31,30 @@ __all__ = [
     "VocabCut",
     "adamw_",
     "adamw_8bit_",
+    "adamw_bf16_",
     "add_rms_norm",
     "attention",
     "chosen",
     "clamped_glu",
     "configure",
+    "cross_entropy",
     "dense",
+    "embedding",
+    "fp8_glu_linear",
+    "fp8_linear",
+    "fp8_norm_linear",
     "glu",
     "keyed_dropout",
     "layer_norm",
     "linear_cross_entropy",
     "lion_",
     "lora_linear",
+    "parameter_key",
     "quantised_linear",
     "rms_norm",
     "rope",
+    "rope_qk",
+    "route",
     "saved",
     "square_sum",
     "table",

@@ -1,9 +1,9 @@
-"""Head projection and cross-entropy in one op: the logits of all tokens never exist at once."""
+"""Cross-entropy, of given logits or with the head's projection in one op: then the logits of all tokens never exist at
+once. Gradients are made in the forward pass, in the memory of the logits; backward scales them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,12 +13,18 @@ from torch.autograd.function import once_differentiable
 
 from megatune.ops.checks import accumulate_dtype, floating, same_device
 from megatune.ops.comm import all_gather
-from megatune.ops.registry import Body, add_op, compiled_body, cpu_body, define, fuse
+from megatune.ops.cross_entropy_rows import IGNORED, ROWS_OP, SPLIT_OP, row_losses
 
-# Logits in one chunk, unless the caller says how many rows: 128 MiB in bf16 on a CPU, 512 MiB elsewhere, where small
-# products do not fill the device.
+# Logits in one chunk, unless the caller says how many rows: 128 MiB in bf16 on a CPU, 768 MiB elsewhere, where small
+# products do not fill the device and each chunk reads and writes the weight's whole fp32 gradient.
 CHUNK_LOGITS = {"cpu": 2**26}
-CHUNK_LOGITS_ELSEWHERE = 2**28
+CHUNK_LOGITS_ELSEWHERE = 3 * 2**27
+# Rows of a chunk come in these steps where they can: a product of 1024 rows is a whole number of tiles, and with a
+# hidden size of 4096 about one tile for each multiprocessor of an H100.
+CHUNK_STEPS = (1024, 128)
+PIECE = (
+    2**24
+)  # elements of a temporary: those of a product that is added to fp32, and those that are narrowed
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,113 +37,75 @@ class VocabCut:
     group: dist.ProcessGroup
 
 
-def _reference(logits: Tensor, labels: Tensor, softcap: float, write_grad: bool) -> Tensor:
-    """logits [rows, V], labels int64 [rows] -> loss fp32 [rows]; with write_grad the logits become their gradient.
+@dataclass(frozen=True, eq=False)
+class _Loss:
+    """Which loss is computed from logits, and whether from some columns of them."""
 
-    softcap 0: none; else logits count as cap * tanh(logit / cap).
-    """
-    capped = logits.to(accumulate_dtype(logits.dtype))
-    if softcap:
-        capped = softcap * torch.tanh(capped / softcap)
-    log_sum = torch.logsumexp(capped, 1)
-    loss = log_sum - capped.gather(1, labels[:, None]).squeeze(1)
-    if write_grad:
-        grad = torch.exp(capped - log_sum[:, None])
-        grad = grad - torch.zeros_like(grad).scatter_(1, labels[:, None], 1.0)
-        if softcap:
-            grad = grad * (1 - (capped / softcap).square())
-        logits.copy_(grad)
-    return loss
+    softcap: float
+    z_loss: float
+    smoothing: float
+    ignore: int
+    cut: VocabCut | None
 
+    def rows(self, logits: Tensor, labels: Tensor, weights: Tensor | None, write_grad: bool) -> Tensor:
+        """Losses [rows] of logits [rows, V (here)]; with write_grad the logits become their gradient."""
+        options = (weights, self.z_loss, self.smoothing, self.ignore)
+        if self.cut is not None:
+            return self._split_rows(logits, labels, write_grad, self.cut, options)
+        body = ROWS_OP.pick(logits.device.type, logits.dtype)
+        return body.run[0](logits, labels, self.softcap, write_grad, *options)
 
-def _losses(logits: Tensor, labels: Tensor, softcap: float, write_grad: bool) -> tuple[Tensor, Tensor]:
-    """(loss [rows], gradient of the label's own logit [rows]); with write_grad the logits become probabilities
-    (times the cap's slope): two passes over the logits and no more."""
-    wide = accumulate_dtype(logits.dtype)
-    capped, target = logits.to(wide), logits.gather(1, labels[:, None]).squeeze(1).to(wide)
-    if softcap:
-        capped, target = (softcap * torch.tanh(x / softcap) for x in (capped, target))
-    log_sum = torch.logsumexp(capped, 1)
-    own = torch.exp(target - log_sum) - 1
-    if softcap:
-        own = own * (1 - (target / softcap).square())
-    if write_grad:
-        grad = torch.exp(capped - log_sum[:, None])
-        logits.copy_(grad * (1 - (capped / softcap).square()) if softcap else grad)
-    return log_sum - target, own
-
-
-_FUSED_LOSSES = fuse(_losses)
+    def _split_rows(
+        self, logits: Tensor, labels: Tensor, write_grad: bool, cut: VocabCut, options: tuple
+    ) -> Tensor:
+        """Three numbers a row are sent, four with label smoothing."""
+        sums, grad = SPLIT_OP.pick(logits.device.type, logits.dtype).run
+        where = (cut.first, cut.size, self.softcap)
+        mine = sums(logits, labels, *where, self.smoothing > 0, self.ignore)
+        size = dist.get_world_size(cut.group)
+        everyone = mine.new_empty(size * mine.shape[0], mine.shape[1])
+        all_gather(everyone, mine, group=cut.group)
+        largest, total, target, *plain = everyone.view(size, *mine.shape).unbind(2)
+        top = largest.amax(0)
+        log_sum = top + torch.log((total * torch.exp(largest - top)).sum(0))
+        if write_grad:
+            grad(logits, labels, *where, log_sum, *options)
+        mean = plain[0].sum(0) / cut.size if plain else None
+        return row_losses(log_sum, target.sum(0), mean, labels, *options)
 
 
-def _compiled(logits: Tensor, labels: Tensor, softcap: float, write_grad: bool) -> Tensor:
-    loss, own = _FUSED_LOSSES(logits, labels, softcap, write_grad)
-    if write_grad:
-        logits.scatter_(1, labels[:, None], own[:, None].to(logits.dtype))
-    return loss
+def _scaled(saved: Tensor | None, grad: Tensor) -> Tensor | None:
+    """saved * grad, in saved's own memory if nobody will ask for it again: it may be the head's whole gradient."""
+    if saved is None or _graph_is_kept():
+        return None if saved is None else saved * grad
+    return saved.mul_(grad)
 
 
-def _fake(logits: Tensor, labels: Tensor, softcap: float, write_grad: bool) -> Tensor:
-    return logits.new_empty(labels.shape, dtype=accumulate_dtype(logits.dtype))
+def _graph_is_kept() -> bool:
+    """Whether the backward pass under way may be followed by another over the same graph."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return torch.compiler.is_compiling() or ask is None or ask()
 
 
-_ROWS = define(
-    "cross_entropy_rows(Tensor(a!) logits, Tensor labels, float softcap, bool write_grad) -> Tensor",
-    _reference,
-    _fake,
-)
-_OP = add_op(
-    "linear_cross_entropy", [cpu_body(_ROWS), compiled_body(_compiled), Body("reference", (_reference,))]
-)
+class _CrossEntropy(torch.autograd.Function):
+    """logits [S, V], labels [S] -> scalar. Saved: the logits' memory, which holds their gradient."""
 
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, labels: Tensor, weights: Tensor | None, loss: _Loss, train: bool
+    ) -> Tensor:
+        wanted = ctx.needs_input_grad[0] and train
+        losses = loss.rows(logits, labels, weights, wanted)
+        if wanted:
+            torch.autograd.graph.increment_version(logits)  # whoever saved the logits for backward is told
+            ctx.save_for_backward(logits.detach())
+        return losses.sum()
 
-def _split_sums(logits: Tensor, labels: Tensor, first: int, size: int, softcap: float) -> Tensor:
-    """What the other processes need of these columns: fp32 [rows, 3], largest logit, sum of exp(logit - largest), the
-    label's logit (0 where it is not here). A label that no process has is an index out of range, as on one process."""
-    capped = logits.to(accumulate_dtype(logits.dtype))
-    here = labels - first
-    mine = (here >= 0) & (here < logits.shape[1])
-    elsewhere = ~mine & (labels >= 0) & (labels < size)
-    target = capped.gather(1, torch.where(elsewhere, 0, here)[:, None]).squeeze(1)
-    if softcap:
-        capped, target = (softcap * torch.tanh(x / softcap) for x in (capped, target))
-    largest = capped.amax(1)
-    total = torch.exp(capped - largest[:, None]).sum(1)
-    return torch.stack((largest, total, torch.where(mine, target, 0.0)), 1)
-
-
-def _split_grad(logits: Tensor, labels: Tensor, first: int, softcap: float, log_sum: Tensor) -> None:
-    """The logits of these columns become their gradient, from the log of the sum over all columns [rows]."""
-    capped = logits.to(log_sum.dtype)
-    if softcap:
-        capped = softcap * torch.tanh(capped / softcap)
-    columns = torch.arange(logits.shape[1], device=logits.device)
-    grad = torch.exp(capped - log_sum[:, None]) - ((labels - first)[:, None] == columns).to(log_sum.dtype)
-    if softcap:
-        grad = grad * (1 - (capped / softcap).square())
-    logits.copy_(grad)
-
-
-_SPLIT_OP = add_op(
-    "split_cross_entropy",
-    [compiled_body(fuse(_split_sums), fuse(_split_grad)), Body("reference", (_split_sums, _split_grad))],
-)
-
-
-def _split_rows(logits: Tensor, labels: Tensor, softcap: float, write_grad: bool, cut: VocabCut) -> Tensor:
-    """As the bodies of `linear_cross_entropy`, for some columns [rows, V here] of the logits. Three numbers a row are
-    sent."""
-    sums, grad = _SPLIT_OP.pick(logits.device.type, logits.dtype).run
-    mine = sums(logits, labels, cut.first, cut.size, softcap)
-    size = dist.get_world_size(cut.group)
-    everyone = mine.new_empty(size * mine.shape[0], 3)
-    all_gather(everyone, mine, group=cut.group)
-    largest, total, target = everyone.view(size, -1, 3).unbind(2)
-    top = largest.amax(0)
-    log_sum = top + torch.log((total * torch.exp(largest - top)).sum(0))
-    if write_grad:
-        grad(logits, labels, cut.first, softcap, log_sum)
-    return log_sum - target.sum(0)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (saved,) = ctx.saved_tensors
+        return _scaled(saved, grad), None, None, None, None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -150,65 +118,183 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         labels: Tensor,
-        softcap: float,
+        weights: Tensor | None,
+        loss: _Loss,
         chunk: int,
-        cut: VocabCut | None,
         train: bool,
     ) -> Tensor:
         grads_wanted = tuple(wanted and train for wanted in ctx.needs_input_grad[:2])
-        loss, *grads = _forward(hidden, weight, labels, softcap, chunk, cut, *grads_wanted)
+        total, *grads = _forward(hidden, weight, labels, weights, loss, chunk, *grads_wanted)
         ctx.save_for_backward(*grads)
-        return loss
+        return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = (None if saved is None else saved * grad for saved in ctx.saved_tensors)
-        return *scaled, None, None, None, None, None
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return _scaled(grad_hidden, grad), _scaled(grad_weight, grad), None, None, None, None, None
 
 
 def _forward(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
-    softcap: float,
+    weights: Tensor | None,
+    loss: _Loss,
     chunk: int,
-    cut: VocabCut | None,
     hidden_grad: bool,
     weight_grad: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(loss, gradient of hidden or None, gradient of weight or None)."""
-    if cut is None:
-        rows_loss = _OP.pick(hidden.device.type, hidden.dtype).run[0]
-    else:
-        rows_loss = partial(_split_rows, cut=cut)
     head = weight.to(hidden.dtype)
     grad_hidden = torch.empty_like(hidden) if hidden_grad else None
     total = None  # gradient of the weight, summed over chunks in fp32
-    loss = hidden.new_zeros((), dtype=accumulate_dtype(hidden.dtype))
+    result = hidden.new_zeros((), dtype=accumulate_dtype(hidden.dtype))
     buffer = hidden.new_empty(min(chunk, hidden.shape[0]), weight.shape[0])
     for start in range(0, hidden.shape[0], chunk):
-        rows = hidden[start : start + chunk]
+        part = slice(start, start + chunk)
+        rows = hidden[part]
         logits = torch.mm(rows, head.t(), out=buffer[: rows.shape[0]])
-        losses = rows_loss(logits, labels[start : start + chunk], softcap, hidden_grad or weight_grad)
-        loss = loss + losses.sum()
+        some = None if weights is None else weights[part]
+        losses = loss.rows(logits, labels[part], some, hidden_grad or weight_grad)
+        result = result + losses.sum()
         if grad_hidden is not None:
-            torch.mm(logits, head, out=grad_hidden[start : start + chunk])
-        if weight_grad:
-            total = _add_product(total, logits, rows, single=hidden.shape[0] <= chunk)
+            torch.mm(logits, head, out=grad_hidden[part])
+        if (
+            weight_grad
+            and hidden.shape[0] <= chunk
+            and not (_adds_to_fp32(rows) and weight.dtype != rows.dtype)
+        ):
+            total = logits.t() @ rows
+        elif weight_grad:
+            total = _add_product(total, logits, rows)
     if weight_grad:
-        total = torch.zeros_like(weight) if total is None else total.to(weight.dtype)
-    return loss, grad_hidden, total
+        buffer = logits = None  # before the gradient may need another copy
+        total = torch.zeros_like(weight) if total is None else _narrowed(total, weight.dtype)
+    return result, grad_hidden, total
 
 
-def _add_product(total: Tensor | None, grad_logits: Tensor, rows: Tensor, single: bool) -> Tensor:
-    """total + grad_logits^T @ rows, in fp32 where several chunks are summed."""
+def _adds_to_fp32(rows: Tensor) -> bool:
+    """Whether PyTorch has a product of tensors like these that adds to fp32: on CUDA, of 16 bit numbers."""
+    is_low = rows.dtype in (torch.bfloat16, torch.float16)
+    return is_low and rows.is_cuda and not torch.compiler.is_compiling()
+
+
+def _add_product(total: Tensor | None, grad_logits: Tensor, rows: Tensor) -> Tensor:
+    """total (None: 0) + grad_logits^T @ rows, [V, H] in fp32 (fp64 for fp64), with no temporary of that size."""
+    wide, columns = accumulate_dtype(rows.dtype), grad_logits.t()
+    if wide == rows.dtype:
+        return columns @ rows if total is None else total.addmm_(columns, rows)
+    if _adds_to_fp32(rows):
+        if total is None:
+            return torch.mm(columns, rows, out_dtype=wide)
+        return torch.addmm(total, columns, rows, out_dtype=wide, out=total)
+    first = total is None
     if total is None:
-        product = grad_logits.t() @ rows
-        return product if single else product.to(accumulate_dtype(rows.dtype))
-    if total.dtype == rows.dtype:
-        return total.addmm_(grad_logits.t(), rows)
-    return total.add_(grad_logits.t() @ rows)
+        total = rows.new_empty((columns.shape[0], rows.shape[1]), dtype=wide)
+    step = max(1, PIECE // max(1, rows.shape[1]))
+    for start in range(0, columns.shape[0], step):
+        into, product = total[start : start + step], columns[start : start + step] @ rows
+        if first:
+            into.copy_(product)
+        else:
+            into.add_(product)
+    return total
+
+
+def _narrowed(wide: Tensor, dtype: torch.dtype) -> Tensor:
+    """wide, contiguous, in dtype. A dtype of half the size is written over it: a copy beside a head's fp32 gradient
+    would be the largest thing there. Each piece is as long as all before it together, so that it is written where
+    everything has been read."""
+    if 2 * dtype.itemsize != wide.dtype.itemsize:
+        return wide.to(dtype)
+    flat, count = wide.view(-1), wide.numel()
+    narrow = flat.view(dtype)[:count]
+    done = min(PIECE, count)
+    narrow[:done] = flat[:done].to(dtype)
+    while done < count:
+        end = min(2 * done, count)
+        narrow[done:end] = flat[done:end]
+        done = end
+    return narrow.view(wide.shape)
+
+
+def _chunk(device_type: str, rows: int, columns: int) -> int:
+    """Rows whose logits exist at the same time, of `rows` rows with `columns` logits."""
+    most = max(1, CHUNK_LOGITS.get(device_type, CHUNK_LOGITS_ELSEWHERE) // max(1, columns))
+    if rows <= most or device_type in CHUNK_LOGITS:
+        return most
+    step = next((step for step in CHUNK_STEPS if step <= most), 1)
+    most -= most % step
+    chunks = -(-rows // most)
+    return -(-rows // (chunks * step)) * step
+
+
+def _checked(
+    op: str,
+    labels: Tensor,
+    rows: int,
+    softcap: float | None,
+    z_loss: float,
+    label_smoothing: float,
+    ignore_index: int,
+    token_weights: Tensor | None,
+    cut: VocabCut | None,
+) -> _Loss:
+    """The loss asked for. ValueError for what an op of this file must not be given."""
+    if labels.shape != (rows,) or labels.dtype != torch.int64:
+        raise ValueError(f"{op}: labels {labels.dtype} {tuple(labels.shape)} must be int64 [{rows}]")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"{op}: softcap ({softcap}) must be positive")
+    if z_loss < 0 or not 0 <= label_smoothing < 1:
+        raise ValueError(
+            f"{op}: z_loss ({z_loss}) must be at least 0 and label_smoothing ({label_smoothing}) in [0, 1)"
+        )
+    if token_weights is not None:
+        if token_weights.shape != (rows,) or token_weights.dtype != torch.float32:
+            raise ValueError(
+                f"{op}: token_weights {token_weights.dtype} {tuple(token_weights.shape)} must be float32 [{rows}]"
+            )
+        if token_weights.requires_grad:
+            raise ValueError(f"{op}: token_weights get no gradient; give token_weights.detach()")
+    return _Loss(softcap or 0.0, float(z_loss), float(label_smoothing), ignore_index, cut)
+
+
+def cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int = IGNORED,
+    token_weights: Tensor | None = None,
+    cut: VocabCut | None = None,
+) -> Tensor:
+    """Sum over rows of weight * (-log softmax(cap(logits))[label] + z_loss * logsumexp(cap(logits))^2).
+
+    logits [S, V], rows at any distance, labels int64 [S], each in [0, V) or `ignore_index` (such rows have no loss)
+    -> scalar, fp32 (fp64 for fp64 logits). **Where the logits need a gradient it takes their place**, in this call: do
+    not read them afterwards. The options are those of `linear_cross_entropy`; with `cut` the logits are some columns
+    [S, V here]. ValueError where shapes, dtypes, devices or layouts do not fit.
+    """
+    op = "cross_entropy"
+    if logits.dim() != 2 or (logits.shape[1] > 1 and logits.stride(1) != 1):
+        raise ValueError(
+            f"{op}: logits {tuple(logits.shape)} with strides {logits.stride()} must be [S, V], each row contiguous"
+        )
+    loss = _checked(
+        op, labels, logits.shape[0], softcap, z_loss, label_smoothing, ignore_index, token_weights, cut
+    )
+    floating(op, logits=logits)
+    same_device(op, logits, labels=labels, token_weights=token_weights)
+    train = torch.is_grad_enabled()
+    if train and logits.requires_grad and logits.is_leaf:
+        raise ValueError(
+            f"{op}: logits must not be a leaf that requires grad, as they are overwritten; give logits.clone()"
+        )
+    weights = None if token_weights is None else token_weights.contiguous()
+    return _CrossEntropy.apply(logits, labels.contiguous(), weights, loss, train)
 
 
 def linear_cross_entropy(
@@ -217,15 +303,21 @@ def linear_cross_entropy(
     labels: Tensor,
     *,
     softcap: float | None = None,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int = IGNORED,
+    token_weights: Tensor | None = None,
     chunk: int | None = None,
     cut: VocabCut | None = None,
 ) -> Tensor:
-    """Sum over rows of -log softmax(cap(hidden @ weight^T))[label].
+    """Sum over rows of weight * (-log softmax(cap(hidden @ weight^T))[label] + z_loss * logsumexp^2).
 
-    hidden [S, H] (the scored rows only), weight [V, H], labels int64 [S], each in [0, V) -> scalar, fp32 (fp64 for
-    fp64 inputs). Products in hidden's dtype, softmax and sums in fp32. `softcap`: logits become
-    cap * tanh(logit / cap). `chunk`: rows whose logits exist at the same time (default: by memory). The gradients
-    are computed in the forward pass, for what requires them and where autograd is on.
+    hidden [S, H] (the scored rows only), weight [V, H], labels int64 [S], each in [0, V) or `ignore_index` (such rows
+    have no loss) -> scalar, fp32 (fp64 for fp64 inputs). Products in hidden's dtype, softmax and sums in fp32.
+    `softcap`: logits become cap * tanh(logit / cap). `label_smoothing`: this share of the target is spread evenly over
+    the vocabulary. `token_weights`: fp32 [S], each row's loss is multiplied by its own. `chunk`: rows whose logits
+    exist at the same time (default: by memory). The gradients are computed in the forward pass, for what requires them
+    and where autograd is on.
 
     `cut`: the weight is some rows [V here, H] of a larger vocabulary, and labels are in that one. Every process gets
     the whole loss; its gradient of hidden is the part that comes from its rows (the sum over the group is the whole),
@@ -236,21 +328,18 @@ def linear_cross_entropy(
         raise ValueError(
             f"{op}: hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be [S, H], [V, H]"
         )
-    if labels.shape != hidden.shape[:1] or labels.dtype != torch.int64:
-        raise ValueError(
-            f"{op}: labels {labels.dtype} {tuple(labels.shape)} must be int64 [{hidden.shape[0]}]"
-        )
-    if (softcap is not None and softcap <= 0) or (chunk is not None and chunk < 1):
-        raise ValueError(f"{op}: softcap ({softcap}) and chunk ({chunk}) must be positive")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"{op}: chunk ({chunk}) must be positive")
+    loss = _checked(
+        op, labels, hidden.shape[0], softcap, z_loss, label_smoothing, ignore_index, token_weights, cut
+    )
     floating(op, hidden=hidden, weight=weight)
-    same_device(op, hidden, weight=weight, labels=labels)
-    rows = weight.shape[0]
-    if cut is not None:
-        # The same everywhere, though some have fewer rows than others.
-        rows = cut.size // dist.get_world_size(cut.group)
+    same_device(op, hidden, weight=weight, labels=labels, token_weights=token_weights)
     if chunk is None:
-        logits = CHUNK_LOGITS.get(hidden.device.type, CHUNK_LOGITS_ELSEWHERE)
-        chunk = max(1, logits // max(1, rows))
+        # The same everywhere, though some have fewer rows of the weight than others.
+        columns = weight.shape[0] if cut is None else cut.size // dist.get_world_size(cut.group)
+        chunk = _chunk(hidden.device.type, hidden.shape[0], columns)
+    weights = None if token_weights is None else token_weights.contiguous()
     return _LinearCrossEntropy.apply(
-        hidden, weight, labels.contiguous(), softcap or 0.0, chunk, cut, torch.is_grad_enabled()
+        hidden, weight, labels.contiguous(), weights, loss, chunk, torch.is_grad_enabled()
     )

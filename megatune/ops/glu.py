@@ -110,8 +110,8 @@ _OP = add_op(
     "glu",
     [
         cpu_body(_FORWARD, _BACKWARD),
-        compiled_body(_compiled, _compiled_backward),
         cuda_body(_FORWARD, _BACKWARD),
+        compiled_body(_compiled, _compiled_backward),
         Body("reference", (_reference, _reference_backward)),
     ],
 )

@@ -7,6 +7,7 @@ which a device's threads run.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,6 +19,7 @@ from torch._subclasses import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from megatune.ops.checks import accumulate_dtype, floating
+from megatune.ops.expert_rows import ROWS
 from megatune.ops.registry import Body, add_op, compiled_body, fuse
 
 
@@ -118,67 +120,15 @@ def within_capacity(experts: Tensor, num_experts: int, capacity: int) -> Tensor:
     return (kept | (flat >= num_experts)).view(experts.shape)
 
 
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    return x.index_select(0, index)
+def _rows(x: Tensor, count: int) -> tuple[Callable, ...]:
+    """The functions of the op's body, for `count` rows or tokens as the other operand. Nothing to do is left to the
+    reference: a compiler makes a special case of no rows."""
+    few = min(x.shape[0], count) < 2
+    return (ROWS.bodies["reference"] if few else ROWS.pick(x.device.type, x.dtype)).run
 
 
-def _sum_choices(rows: Tensor, place: Tensor, weights: Tensor | None) -> Tensor:
-    """[R, H], int64 [T, k] -> [T, H]: the sum of each token's rows, times `weights` [T, k] if any; in fp32."""
-    total = rows.new_zeros(place.shape[0], rows.shape[1], dtype=accumulate_dtype(rows.dtype))
-    for choice in range(place.shape[1]):
-        part = rows.index_select(0, place[:, choice])
-        total += part if weights is None else part * weights[:, choice, None]
-    return total.to(rows.dtype)
-
-
-def _spread(grad: Tensor, token: Tensor, weight: Tensor) -> Tensor:
-    """grad[token] * weight[:, None], the product in fp32: [T, H], int64 [R], [R] -> [R, H]."""
-    # In place: rounded once, without the product in fp32.
-    return grad.index_select(0, token).mul_(weight[:, None])
-
-
-def _products(rows: Tensor, place: Tensor, grad: Tensor) -> Tensor:
-    """[R, H], int64 [T, k], [T, H] -> [T, k]: the product of each token's rows with its gradient; in fp32."""
-    wide = grad.to(accumulate_dtype(grad.dtype))
-    return torch.stack([(rows.index_select(0, index) * wide).sum(1) for index in place.unbind(1)], 1)
-
-
-# The same for fusing, without passing through memory.
-
-
-def _spread_at_once(grad: Tensor, token: Tensor, weight: Tensor) -> Tensor:
-    return (grad[token] * weight[:, None]).to(grad.dtype)
-
-
-def _products_at_once(rows: Tensor, place: Tensor, grad: Tensor) -> Tensor:
-    return (rows[place].to(accumulate_dtype(rows.dtype)) * grad[:, None]).sum(2)
-
-
-_ROWS = add_op(
-    "expert_rows",
-    [
-        compiled_body(
-            fuse(lambda x, index: x[index]),
-            fuse(_sum_choices),
-            fuse(_spread_at_once),
-            fuse(_products_at_once),
-        ),
-        Body("reference", (_take, _sum_choices, _spread, _products)),
-    ],
-)
-
-
-def _rows(which: int, x: Tensor, index: Tensor, *others: Tensor | None) -> Tensor:
-    """One of the functions of the op's body. Nothing to do is left to the reference: a compiler makes a special case
-    of no rows."""
-    few = min(x.shape[0], index.shape[0]) < 2
-    body = _ROWS.bodies["reference"] if few else _ROWS.pick(x.device.type, x.dtype)
-    return body.run[which](x, index, *others)
-
-
-def _with_zero_row(rows: Tensor, drops: bool) -> Tensor:
-    """What `Order.place` of a dropped choice points to."""
-    return torch.cat((rows, rows.new_zeros(1, rows.shape[1]))) if drops else rows
+def _plain_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 class _Permute(torch.autograd.Function):
@@ -188,13 +138,13 @@ class _Permute(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, order: Order) -> Tensor:
         ctx.save_for_backward(order.place)
         ctx.drops = order.drops
-        return _rows(0, x, order.tokens)
+        return _rows(x, order.source.shape[0])[0](_plain_rows(x), order.tokens)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (place,) = ctx.saved_tensors
-        return _rows(1, _with_zero_row(grad, ctx.drops), place, None), None
+        return _rows(grad, place.shape[0])[1](_plain_rows(grad), place, None, ctx.drops), None
 
 
 class _Combine(torch.autograd.Function):
@@ -211,19 +161,17 @@ class _Combine(torch.autograd.Function):
         needs_rows = ctx.needs_input_grad[1]
         ctx.save_for_backward(rows if needs_rows else None, weights, order.source, order.place)
         ctx.drops = order.drops
-        return _rows(1, _with_zero_row(rows, order.drops), order.place, weights)
+        return _rows(rows, order.place.shape[0])[1](_plain_rows(rows), order.place, weights, order.drops)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         rows, weights, source, place = ctx.saved_tensors
-        grad_rows = grad_weights = None
-        if ctx.needs_input_grad[0]:
-            weight = weights.flatten().index_select(0, source)
-            grad_rows = _rows(2, grad, source // place.shape[1], weight)
-        if ctx.needs_input_grad[1]:
-            grad_weights = _rows(3, _with_zero_row(rows, ctx.drops), place, grad).to(weights.dtype)
-        return grad_rows, grad_weights, None
+        run = _rows(grad, source.shape[0])
+        grad_rows, grad_weights = run[2](
+            _plain_rows(grad), rows, weights, source, place, ctx.drops, ctx.needs_input_grad[0]
+        )
+        return grad_rows, None if grad_weights is None else grad_weights.to(weights.dtype), None
 
 
 class _Reorder(torch.autograd.Function):
@@ -232,12 +180,13 @@ class _Reorder(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
         ctx.save_for_backward(inverse)
-        return _rows(0, x, index)
+        return _rows(x, index.shape[0])[0](_plain_rows(x), index)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _rows(0, grad, *ctx.saved_tensors), None, None
+        (inverse,) = ctx.saved_tensors
+        return _rows(grad, inverse.shape[0])[0](_plain_rows(grad), inverse), None, None
 
 
 def permute(x: Tensor, order: Order) -> Tensor:

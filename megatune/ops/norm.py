@@ -74,8 +74,8 @@ _OP = add_op(
     "rms_norm",
     [
         cpu_body(_FORWARD, _BACKWARD),
-        compiled_body(fuse(_reference), fuse(_reference_backward)),
         cuda_body(_FORWARD, _BACKWARD),
+        compiled_body(fuse(_reference), fuse(_reference_backward)),
         Body("reference", (_reference, _reference_backward)),
     ],
 )

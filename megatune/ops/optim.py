@@ -171,10 +171,18 @@ def _adamw_8bit_reference(
 
 
 def _square_sum_reference(tensors: Sequence[Tensor]) -> Tensor:
-    # Norms of bf16 would be rounded to it.
-    wide = [one.float() if one.dtype.itemsize < 4 else one for one in tensors]
-    norms = torch.stack(torch._foreach_norm(wide)).double()
-    total = norms.square().sum()
+    # In fp64: on a CPU torch's norm of 50 million fp32 numbers is 0.4 % off, and any sum in fp32 depends on how the
+    # numbers are cut into tensors, that is on the layout.
+    return _total([torch.linalg.vector_norm(one, dtype=torch.float64) for one in tensors])
+
+
+def _square_sum_torch(tensors: Sequence[Tensor]) -> Tensor:
+    """With torch's multi-tensor kernel, which adds up in fp32; norms of bf16 would be rounded to it."""
+    return _total(torch._foreach_norm([one.float() if one.dtype.itemsize < 4 else one for one in tensors]))
+
+
+def _total(norms: Sequence[Tensor]) -> Tensor:
+    total = torch.stack(list(norms)).double().square().sum()
     return torch.stack([total, (~total.isfinite()).double()])
 
 
@@ -207,8 +215,9 @@ _SQUARE_SUM = define("square_sum(Tensor[] tensors) -> Tensor", _square_sum_refer
 _OP_NORM = add_op(
     "square_sum",
     [
-        Body("torch", (_square_sum_reference,), ("cuda",), LOW_AND_SINGLE),
+        cpu_body(_SQUARE_SUM),
         cuda_body(_SQUARE_SUM),
+        Body("torch", (_square_sum_torch,), ("cuda",), LOW_AND_SINGLE),
         Body("reference", (_square_sum_reference,)),
     ],
 )
@@ -221,16 +230,31 @@ _OP = add_op(
         Body("reference", (_adamw_reference,)),
     ],
 )
-_OP_LION = add_op("lion", [Body("reference", (_lion_reference,))])
-_OP_8BIT = add_op("adamw_8bit", [Body("reference", (_adamw_8bit_reference,))])
+_OP_LION = add_op("lion", [cpu_body(_LION), cuda_body(_LION), Body("reference", (_lion_reference,))])
+_OP_8BIT = add_op(
+    "adamw_8bit",
+    [cpu_body(_ADAMW_8BIT), cuda_body(_ADAMW_8BIT), Body("reference", (_adamw_8bit_reference,))],
+)
 
 
-def _check(
+def _dtypes(name: str, master_dtypes: Sequence[torch.dtype], master: Tensor) -> set[torch.dtype]:
+    """What the tensors of a list may be."""
+    if name == "masters":
+        return set(master_dtypes)
+    if name.endswith("codes"):
+        return {torch.uint8}
+    if name in ("grads", "weights"):
+        return {torch.float32, torch.bfloat16, master.dtype}
+    return {torch.float32, master.dtype} - {torch.bfloat16}
+
+
+def check_lists(
     op: str,
     masters: Sequence[Tensor],
     lists: dict[str, Sequence[Tensor]],
     decays: Sequence[float],
     scale: Tensor,
+    master_dtypes: Sequence[torch.dtype] = (torch.float32, torch.float64),
 ) -> None:
     """ValueError where a list is not as long as `masters`, or a tensor not as its master."""
     for name, tensors in ({"masters": masters} | lists).items():
@@ -238,11 +262,8 @@ def _check(
             raise ValueError(f"{op}: {len(masters)} masters, but {len(tensors)} {name}")
         for i, (tensor, master) in enumerate(zip(tensors, masters, strict=True)):
             at = f"{op}: {name}[{i}]"
-            is_state = name not in ("grads", "weights")
-            wanted = {torch.float32, torch.bfloat16, master.dtype} - ({torch.bfloat16} if is_state else set())
-            if name.endswith("codes"):
-                wanted = {torch.uint8}
-            if tensor.dtype not in wanted or (name == "masters" and tensor.dtype.itemsize < 4):
+            wanted = _dtypes(name, master_dtypes, master)
+            if tensor.dtype not in wanted:
                 names = " or ".join(sorted(str(dtype)[6:] for dtype in wanted))
                 raise ValueError(f"{at} is {str(tensor.dtype)[6:]}, must be {names}")
             numel = -(-master.numel() // BLOCK) if name.endswith("scales") else master.numel()
@@ -295,7 +316,7 @@ def adamw_(
     """
     weights = _no_weights(masters, weights)
     lists = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "grads": grads, "weights": weights}
-    _check("adamw", masters, lists, decays, scale)
+    check_lists("adamw", masters, lists, decays, scale)
     if masters:
         body = _OP.pick(masters[0].device.type, masters[0].dtype)
         body.run[0](masters, *lists.values(), scale, decays, lr, *betas, eps, step)
@@ -315,7 +336,7 @@ def lion_(
     """One step of Lion (arXiv:2302.06675): lr times the sign of beta1 * exp_avg + (1 - beta1) * grad. See `adamw_`."""
     weights = _no_weights(masters, weights)
     lists = {"exp_avgs": exp_avgs, "grads": grads, "weights": weights}
-    _check("lion", masters, lists, decays, scale)
+    check_lists("lion", masters, lists, decays, scale)
     if masters:
         body = _OP_LION.pick(masters[0].device.type, masters[0].dtype)
         body.run[0](masters, *lists.values(), scale, decays, lr, *betas)
@@ -348,7 +369,7 @@ def adamw_8bit_(
         "grads": grads,
         "weights": weights,
     }
-    _check("adamw_8bit", masters, lists, decays, scale)
+    check_lists("adamw_8bit", masters, lists, decays, scale)
     if masters:
         body = _OP_8BIT.pick(masters[0].device.type, masters[0].dtype)
         body.run[0](masters, *lists.values(), scale, decays, lr, *betas, eps, step)

@@ -124,8 +124,8 @@ def compiled_body(*run: Callable) -> Body:
 def cuda_body(*run: Any) -> Body:
     """The compiled CUDA kernels as a body: `run` are operators made with `define`.
 
-    It stands behind "compiled", so that it runs only where `ops.backend` asks for it, until a committed result of
-    benchmarks/ops.py shows for its op that it is the faster one; then that op lists it first.
+    An op lists it before "compiled" once a committed result of benchmarks/ops.py shows that it is the faster one; until
+    then it runs only where `ops.backend` asks for it.
     """
     return Body("cuda", run, ("cuda",), CUDA_DTYPES, problem=cuda_problem)
 

@@ -44,7 +44,7 @@ def _fake(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
 _ROPE = define("rope(Tensor x, Tensor cos, Tensor sin, bool inverse) -> Tensor", _reference, _fake)
 _OP = add_op(
     "rope",
-    [cpu_body(_ROPE), compiled_body(fuse(_flipped)), cuda_body(_ROPE), Body("reference", (_reference,))],
+    [cpu_body(_ROPE), cuda_body(_ROPE), compiled_body(fuse(_flipped)), Body("reference", (_reference,))],
 )
 
 

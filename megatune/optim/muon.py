@@ -103,6 +103,8 @@ class Muon(Elementwise):
                 matrix = whole[:, start : start + chunk].reshape(-1)[:numel].view(shape)
                 taken = direction(master.spec, matrix).reshape(-1)[rank * chunk : (rank + 1) * chunk]
                 run.tensor[start : start + taken.numel()].add_(taken, alpha=-lr)
+            if run.weight is not None:
+                run.weight.copy_(run.tensor)
 
 
 def _check_whole(master: Master) -> None:

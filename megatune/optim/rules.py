@@ -33,7 +33,8 @@ SMALLEST_8BIT = 4096  # elements: below it 8-bit states save nothing worth their
 @dataclass
 class Run:
     """Masters that are updated as one. `tensor`: flat [n]. `grad`: the gradient of all, always in the same place; None
-    for one master that stands alone, whose gradient may be another tensor in every step. `slots`: states by name."""
+    for one master that stands alone, whose gradient may be another tensor in every step. `slots`: states by name.
+    `weight`: where the new masters go in the compute dtype too, in the step that is being made; None: nowhere."""
 
     tensor: Tensor
     grad: Tensor | None
@@ -41,11 +42,18 @@ class Run:
     counts: bool
     members: list[Master] = field(default_factory=list)
     slots: dict[str, Tensor] = field(default_factory=dict)
+    weight: Tensor | None = None
 
     def gradient(self) -> Tensor:
         """Flat [n]; zeros where there is none."""
         grad = self.members[0].grad if self.grad is None else self.grad
         return torch.zeros_like(self.tensor) if grad is None else grad.contiguous().view(-1)
+
+    def take_weight(self) -> None:
+        """Ask the bucket for `weight`."""
+        first = self.members[0]
+        if first.rounded is not None:
+            self.weight = first.rounded(first.run[2], self.tensor.numel())
 
     def places(self) -> Iterator[tuple[Master, int, int]]:
         """(master, its first element of the run, elements)."""
@@ -71,8 +79,13 @@ class Rule(Protocol):
         """A master's part of a state, which begins at element `start` of `run`; no run: its shard is empty."""
         ...
 
+    def part(self, run: Run, start: int, stop: int) -> dict[str, Tensor]:
+        """The states of elements [start, stop) of a run; `start` is a multiple of `BLOCK`."""
+        ...
+
     def update(self, runs: Sequence[Run], scale: Tensor, lr: float, step: int) -> None:
-        """Step number `step`, from 1 on; gradients are multiplied by `scale` (one fp32) first."""
+        """Step number `step`, from 1 on; gradients are multiplied by `scale` (one fp32) first. Fills the runs' `weight`
+        where they have one."""
         ...
 
 
@@ -98,6 +111,9 @@ class Elementwise:
         here = run.slots[slot][start : start + master.tensor.numel()]
         return master.parts(here.view(master.tensor.shape))
 
+    def part(self, run: Run, start: int, stop: int) -> dict[str, Tensor]:
+        return {slot: state[start:stop] for slot, state in run.slots.items()}
+
 
 class AdamW(Elementwise):
     slots = ("exp_avg", "exp_avg_sq")
@@ -111,6 +127,7 @@ class AdamW(Elementwise):
             betas=self.betas,
             eps=self.config.eps,
             step=step,
+            weights=_weights(runs),
         )
 
 
@@ -119,7 +136,8 @@ class Lion(Elementwise):
 
     def update(self, runs: Sequence[Run], scale: Tensor, lr: float, step: int) -> None:
         decays = [run.decay for run in runs]
-        lion_(*_lists(runs, self.slots), scale=scale, decays=decays, lr=lr, betas=self.betas)
+        lists = _lists(runs, self.slots)
+        lion_(*lists, scale=scale, decays=decays, lr=lr, betas=self.betas, weights=_weights(runs))
 
 
 class AdamW8bit:
@@ -157,6 +175,13 @@ class AdamW8bit:
         here = run.slots[slot][first : first + -(-numel // BLOCK)]
         return parts_of_flat(spec, Cut(), here, _first_element(master) // BLOCK, master.counts)
 
+    def part(self, run: Run, start: int, stop: int) -> dict[str, Tensor]:
+        blocks = slice(start // BLOCK, -(-stop // BLOCK))
+        return {
+            slot: state[start:stop] if slot.endswith("code") else state[blocks]
+            for slot, state in run.slots.items()
+        }
+
     def update(self, runs: Sequence[Run], scale: Tensor, lr: float, step: int) -> None:
         adamw_8bit_(
             *_lists(runs, self.slots),
@@ -166,6 +191,7 @@ class AdamW8bit:
             betas=(self.config.beta1, self.config.beta2),
             eps=self.config.eps,
             step=step,
+            weights=_weights(runs),
         )
 
 
@@ -176,6 +202,10 @@ def is_8bit(spec: ShardSpec) -> bool:
 def _lists(runs: Sequence[Run], slots: Sequence[str]) -> list[list[Tensor]]:
     states = [[run.slots[slot] for run in runs] for slot in slots]
     return [[run.tensor for run in runs], *states, [run.gradient() for run in runs]]
+
+
+def _weights(runs: Sequence[Run]) -> list[Tensor]:
+    return [run.tensor.new_empty(0) if run.weight is None else run.weight for run in runs]
 
 
 def _first_element(master: Master) -> int:

@@ -10,9 +10,11 @@ from collections.abc import Callable, Mapping
 from itertools import pairwise
 
 import torch
+from torch import Tensor
 
 from megatune.config.schema import OptimConfig
 from megatune.ops.optim import square_sum
+from megatune.optim.host import HostUpdate
 from megatune.optim.muon import Muon, is_orthogonal
 from megatune.optim.rules import AdamW, AdamW8bit, Lion, Rule, Run, is_8bit
 from megatune.parallel import Master, Parts, ShardSpec, World
@@ -43,6 +45,9 @@ class ShardedOptimizer:
                 run.slots = rule.states(run)
             self._of_rule.append((rule, runs))
             self._runs += runs
+        offloads = world is not None and world.config.offload_optimizer and self._runs
+        largest = max((run.tensor.numel() for run in self._runs), default=0)
+        self._host = HostUpdate(world.device, largest) if offloads else None
 
     @torch.no_grad()
     def grad_square(self) -> float:
@@ -57,10 +62,25 @@ class ShardedOptimizer:
     def step_with(self, lr: float, scale: float = 1.0) -> None:
         """One update with learning rate `lr`, gradients multiplied by `scale` first (clipping)."""
         self.steps += 1
+        for run in self._runs:
+            run.take_weight()
         for rule, runs in self._of_rule:
-            if runs:
+            if runs and self._host is not None:
+                self._host.update(rule, runs, scale, lr, self.steps)
+            elif runs:
                 factor = torch.full((), scale, dtype=torch.float32, device=runs[0].tensor.device)
                 rule.update(runs, factor, lr, self.steps)
+        for run in self._runs:
+            run.weight = None
+
+    def on_host(self) -> list[Tensor]:
+        """What lies in host memory because `parallel.offload_optimizer` says so."""
+        if self._host is None:
+            return []
+        return [
+            *self._host.tensors(),
+            *(one for run in self._runs for one in (run.tensor, *run.slots.values())),
+        ]
 
     def state(self) -> dict[str, Parts]:
         """States by `optim/<slot>/<name>` (`rules`), each sharded as its master. The tensors are the live ones: filling

@@ -7,7 +7,7 @@ partial sums, tied embeddings of two pipeline stages).
 
 | tensor | shape, dtype | lives |
 | --- | --- | --- |
-| `master` | [width] fp32 | always |
+| `master` | [width] fp32 | always; on the host where it is offloaded |
 | `weight` | [shards * width] compute dtype, parameter by parameter | always; the master itself if whole and fp32 |
 | `grad` | [width] fp32, summed gradients of the shard | always |
 | whole gradient | [shards, width] fp32 | always (0, 1); from first gradient to reduction in each micro-batch (2) |
@@ -117,6 +117,7 @@ class Bucket:
     `axis`: over it they are sharded and their gradients summed; `replicas`: the axis of further copies (hybrid
     sharding). `zero`: stage 0 (all shards on each process), 1 or 2. `is_late`: gradients come from several pipeline
     stages; it is reduced at the end of the step. `puts_off`: weight gradients may come after backward (`deferred`).
+    `offloads`: masters lie in host memory.
     """
 
     def __init__(
@@ -129,11 +130,14 @@ class Bucket:
         *,
         is_late: bool = False,
         puts_off: bool = False,
+        offloads: bool = False,
     ) -> None:
         self.dtype, self.axis, self.replicas, self.is_late = dtype, axis, replicas, is_late
         self.shards = axis.size if zero else 1
         self.reduces_each = zero == 2 and self.shards > 1 and not is_late
-        self.is_whole = self.shards == 1 and dtype == torch.float32
+        self.offloads = offloads
+        is_single = self.shards == 1 and dtype == torch.float32
+        self.is_whole = is_single and not offloads
         self.slots: list[Slot] = []
         self.width = 0
         for one in members:
@@ -143,7 +147,7 @@ class Bucket:
             self.width += chunk
         # Gradients of whole fp32 parameters are accumulated by autograd itself, in their place in the bucket; but its
         # hook, that counts them for the reduction, is also called for those put off, and they look the same then.
-        self.is_direct = self.is_whole and not (puts_off and self.sends)
+        self.is_direct = is_single and not (puts_off and self.sends)
         self.master: Tensor
         self.weight: Tensor
         self.grad: Tensor
@@ -155,6 +159,8 @@ class Bucket:
         self._work: dist.Work | None = None
         self._received: Tensor | None = None
         self._gathered: tuple[Tensor, dist.Work | None] | None = None
+        self._rounded: Tensor | None = None
+        self._rounded_elements = 0
 
     @property
     def sends(self) -> bool:
@@ -163,8 +169,8 @@ class Bucket:
 
     def allocate(self, device: torch.device, pool: Pool) -> None:
         """Memory for weights, masters and gradients. Zeros: the padding stays zero for good."""
-        self.master = torch.zeros(self.width, dtype=torch.float32, device=device)
-        self.grad = torch.zeros_like(self.master)
+        self.grad = torch.zeros(self.width, dtype=torch.float32, device=device)
+        self.master = torch.zeros_like(self.grad, device="cpu" if self.offloads else device)
         if self.is_whole:
             self.weight = self.master
         else:
@@ -298,14 +304,31 @@ class Bucket:
 
     # Weights.
 
+    def rounded(self, start: int, numel: int) -> Tensor | None:
+        """Where an update may put masters [start, start + numel) in the compute dtype as it makes them, which spares
+        `gather` a pass over them; it must fill all of it. None where masters are neither cast nor on the host."""
+        if (self.dtype == torch.float32 and not self.offloads) or not numel:
+            return None
+        if self._rounded is None:
+            # A whole bucket's weights lie as its masters do.
+            whole = self.shards == 1
+            self._rounded = self.weight if whole else torch.empty_like(self.grad, dtype=self.dtype)
+        self._rounded_elements += numel
+        return self._rounded[start : start + numel]
+
     def gather(self) -> None:
-        """Start bringing the masters to the weights: cast this process's shard, gather the others'."""
+        """Start bringing the masters to the weights: cast this process's shard (unless the update has filled all of
+        `rounded`), gather the others'."""
         if self.is_whole or not self.width:
             return
+        shard = self._rounded if self._rounded_elements == self.width else None
+        self._rounded, self._rounded_elements = None, 0
         if self.shards == 1:
-            self.weight.copy_(self.master)
+            if shard is None:
+                self.weight.copy_(self.master)
             return
-        shard = self.master.to(self.dtype)
+        if shard is None:
+            shard = self.master.to(self.weight.device, self.dtype)
         out = torch.empty_like(self.weight)
         work = all_gather(out, shard, group=self.axis.group, async_op=True)
         self._gathered = out, work

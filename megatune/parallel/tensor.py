@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatune import ops
 from megatune.ops import Segments
 from megatune.parallel import linear
 from megatune.parallel.collectives import gather, gather_rows, scatter_sum, sum_
@@ -162,13 +163,10 @@ class Embedding(nn.Module):
 
     def forward(self, index: Tensor) -> Tensor:
         if self.axis.size == 1:
-            return F.embedding(index, self.weight)
-        here = index - self.first
-        elsewhere = (here < 0) | (here >= self.weight.shape[0])
-        # An index that no process has stays out of range, and is refused by the lookup as it is on one process.
-        known = elsewhere & (index >= 0) & (index < self.rows)
-        found = F.embedding(here.masked_fill(known, 0), self.weight)
-        return scatter_sum_tokens(found.masked_fill(elsewhere.unsqueeze(1), 0.0), self.axis)
+            return ops.embedding(index, self.weight)
+        # Tokens of other processes' rows are zeros here: the sum has each token once.
+        found = ops.embedding(index, self.weight, self.first, self.rows)
+        return scatter_sum_tokens(found, self.axis)
 
     def extra_repr(self) -> str:
         return f"{self.rows} x {self.weight.shape[1]}"

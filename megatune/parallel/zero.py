@@ -15,7 +15,7 @@ they are never sent.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -36,11 +36,13 @@ _EMBEDDING = "embed.weight"
 
 @dataclass(eq=False)
 class Master:
-    """This process's shard of a trainable parameter, in fp32.
+    """This process's shard of a trainable parameter, in fp32; on the host where the optimizer is offloaded.
 
     `tensor`, `grad`: of one shape; flat [n], padded with zeros, or a box of the local tensor. `grad` is valid after
     `Zero.finish`. `counts`: of the processes that hold the same elements, this one counts them (in the gradient's norm)
-    and writes them. `run`: (flat masters, flat gradients, first element) where it stands in line with others.
+    and writes them. `run`: (flat masters, flat gradients, first element) where it stands in line with others;
+    `rounded(first element, elements)` then gives what an update may fill with the new masters in the compute dtype
+    (`Bucket.rounded`).
     """
 
     name: str
@@ -52,6 +54,7 @@ class Master:
     start: int = 0
     at: Box | None = None
     run: tuple[Tensor, Tensor, int] | None = None
+    rounded: Callable[[int, int], Tensor | None] | None = None
 
     @property
     def is_matrix(self) -> bool:
@@ -117,7 +120,8 @@ class Zero:
             expert, dtype, stages = group[0].key
             axis = world.efsdp if expert else world.fsdp
             is_late, puts_off = len(stages) > 1, self._puts_off
-            bucket = Bucket(group, dtype, axis, world.dp_replicate, stage, is_late=is_late, puts_off=puts_off)
+            rest = {"puts_off": puts_off, "offloads": world.config.offload_optimizer}
+            bucket = Bucket(group, dtype, axis, world.dp_replicate, stage, is_late=is_late, **rest)
             self._buckets.append(bucket)
             if not bucket.is_late:
                 self._of_stage.setdefault(stages[0], []).append(bucket)
@@ -202,6 +206,7 @@ class Zero:
                     self._world.cut,
                     start=index_of_shard * slot.chunk,
                     run=(bucket.master, bucket.grad, slot.start),
+                    rounded=bucket.rounded,
                 )
 
     def _of_units(self) -> Iterator[Master]:

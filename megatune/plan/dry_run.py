@@ -129,6 +129,8 @@ class _Process:
         set_balance(self.model, config.moe, config.train.global_batch_size // config.train.micro_batch_size)
         self.zero.publish()
         self.model.train()
+        for tensor in self.optimizer.on_host():
+            tracker.leave_out(tensor)
         self.held: dict[str, int] = {}
         self.before = tracker.live
 
@@ -161,6 +163,8 @@ class _Process:
         grads = [master.grad for master in self.zero.masters().values() if master.grad is not None]
         weights = [_local(p) for p in (*self.model.parameters(), *self.model.buffers())]
         moments = [part for parts in self.optimizer.state().values() for _, part in parts.parts]
+        if self.config.parallel.offload_optimizer:
+            masters, moments = [], []
         of_weights, of_moments = bytes_of(weights), bytes_of(moments)
         of_masters = bytes_of(weights + masters) - of_weights
         buffers = self.before - of_weights - of_masters - of_moments

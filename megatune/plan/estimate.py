@@ -157,9 +157,11 @@ class _Rank:
                     frozen += size * self.width // (shards if by_layer else 1)
                 continue
             width = 4 if is_adapter else self.width
-            weights += 4 * size // shards
-            moments += int(state_width(one) * size) // shards
-            if not by_layer and (shards > 1 or width < 4):
+            offloads = self.config.parallel.offload_optimizer
+            if not offloads:
+                weights += 4 * size // shards
+                moments += int(state_width(one) * size) // shards
+            if not by_layer and (offloads or shards > 1 or width < 4):
                 weights += width * size  # beside the masters
             gradients += 4 * size // shards
             if zero == 1 and shards > 1:
@@ -231,7 +233,7 @@ class _Rank:
         found = chunk * self.width + 3 * here * spec.hidden_size * self.width
         name = "embed.weight" if spec.tied_embeddings else "head.weight"
         if name in trained:
-            found += rows * spec.hidden_size * (self.width if here * rows <= chunk else 4 + self.width)
+            found += rows * spec.hidden_size * (self.width if here * rows <= chunk else 4)
         return found
 
 

@@ -47,6 +47,16 @@ def check_options(config: Config, layout: Layout) -> None:
             f"parallel.replicate: {parallel.replicate} does nothing with zero: 0, where every process has all of its "
             "share; set parallel.zero to 1, 2 or 3, or leave replicate out"
         )
+    if parallel.offload_optimizer and parallel.zero == 3:
+        raise ConfigError(
+            "parallel.offload_optimizer: true needs masters of its own, and with zero: 3 the sharded weights are the "
+            "masters; set parallel.zero to 1 or 2, or leave offload_optimizer out"
+        )
+    if parallel.offload_optimizer and config.optim.name == "muon":
+        raise ConfigError(
+            "parallel.offload_optimizer: true does not go with optim.name: muon, whose products the CPU is too slow "
+            "for; use optim.name: adamw, or leave offload_optimizer out"
+        )
     cut = {"tensor": layout.tp, "pipeline": layout.pp, "context": layout.cp, "expert": layout.ep}
     for key, size in cut.items():
         if config.train.compile and size > 1:

@@ -26,8 +26,9 @@ PAD_MULTIPLE = 64  # tokens: wide enough for few different shapes, 6 % of a stre
 
 @dataclass(frozen=True)
 class StepResult:
-    """`loss`: mean over all scored tokens of the global batch. `grad_norm`: before clipping. `balance`: the experts'
-    balancing loss, which is not in `loss`; None where there is none. `stop`: some process was asked to stop."""
+    """`loss`: mean over all scored tokens of the global batch, with z-loss and label smoothing where they are on.
+    `grad_norm`: before clipping. `balance`: the experts' balancing loss, which is not in `loss`; None where there is
+    none. `stop`: some process was asked to stop."""
 
     loss: float
     grad_norm: float
@@ -57,6 +58,7 @@ class Trainer:
         self.config = config
         self.total_steps = total_steps
         train = config.train
+        model.z_loss, model.label_smoothing = train.z_loss, train.label_smoothing
         set_balance(model, config.moe, train.global_batch_size // train.micro_batch_size)
         self.beat = beat = heartbeat()
         model.register_forward_pre_hook(lambda it, _: beat.phase(FORWARD if it.training else EVALUATE))

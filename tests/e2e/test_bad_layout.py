@@ -55,6 +55,14 @@ WRONG = {
         ("parallel.pipeline=2", "parallel.schedule=zb-h1", "parallel.zero=3", "launch.nproc=2"),
         ("zb-h1", "parallel.zero"),
     ),
+    "offloaded optimizer and ZeRO 3": (
+        ("parallel.offload_optimizer=true", "parallel.zero=3"),
+        ("parallel.offload_optimizer", "parallel.zero to 1 or 2"),
+    ),
+    "offloaded optimizer and Muon": (
+        ("parallel.offload_optimizer=true", "parallel.zero=2", "optim.name=muon"),
+        ("parallel.offload_optimizer", "optim.name: adamw"),
+    ),
     "schedule without pipeline": (("parallel.schedule=gpipe",), ("parallel.schedule", "parallel.pipeline")),
     "virtual without pipeline": (("parallel.virtual=2",), ("parallel.virtual",)),
     "stages without pipeline": (("parallel.stages=[2]",), ("parallel.stages",)),

@@ -128,9 +128,8 @@ def gpt(
             if not getattr(parameter, "tensor_model_parallel", False):
                 noise = torch.randn(parameter.shape, generator=generator)
             else:  # another one on each process
-                noise = torch.randn((tensor, *parameter.shape), generator=generator)[
-                    torch.distributed.get_rank()
-                ]
+                own = torch.distributed.get_rank() % tensor
+                noise = torch.randn((tensor, *parameter.shape), generator=generator)[own]
             parameter.copy_(0.2 * noise + (1.0 if "norm" in name else 0.0))
         for name, buffer in model.named_buffers():
             if name.endswith("expert_bias"):

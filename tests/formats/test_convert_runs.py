@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from megatune.checkpoint.convert import hf
 from megatune.checkpoint.convert.base import Options
 from megatune.checkpoint.convert.core import convert
 from megatune.checkpoint.convert.formats import find
+from megatune.checkpoint.manifest import MANIFEST, RUN, BlockChecksums, dump_manifest, read_manifest
 from megatune.errors import CheckpointError
 from tests.formats.test_gguf import CASES, Type, make_hf, write_gguf
 from tests.helpers.runs import LORA, losses, tensors, tiny_config
@@ -62,6 +64,12 @@ def test_optimizer_states_go_along_and_a_run_goes_on_with_them(
     again = convert(tmp_path / "ours", tmp_path / "again", "megatune", verify=True)
     assert (again.kind, again.step) == ("megatune", 2)
     assert json.loads((tmp_path / "again/megatune-digests.json").read_text())["tensors"] == notes
+    # By way of Megatron's ranks, weights rounded to bf16: masters and moments are the same.
+    options = Options(tensor=2, vocab_multiple=8, dtype=torch.bfloat16)
+    convert(tmp_path / "ours", tmp_path / "legacy", "megatron", options, verify=True, workers=1)
+    convert(tmp_path / "legacy", tmp_path / "through", "megatune", verify=True, workers=1)
+    through = json.loads((tmp_path / "through/megatune-digests.json").read_text())["tensors"]
+    assert all(through[slot] == notes[slot] for slot in ("master", "exp_avg", "exp_avg_sq"))
     config = tiny_config(
         tmp_path / "ours", tiny_data, tmp_path / "run", checkpoint__start=str(tmp_path / "again")
     )
@@ -91,6 +99,12 @@ def test_an_adapter_is_merged_or_written_as_it_is(
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-7)
     adapter = convert(runs["lora"], tmp_path / "adapter", "peft", verify=True)
+    for result in (merged, adapter):
+        (line,) = (line for line in result.report if line.tensor == "optimizer states")
+        assert (line.what, line.detail) == (
+            "skipped",
+            "are of the adapters, for which no other format has a place",
+        )
     assert adapter.tensors == 28 and equal(tmp_path / "adapter", runs["lora"] / "adapter")
     written, own = (
         json.loads((folder / "adapter_config.json").read_text())
@@ -106,6 +120,22 @@ def test_an_adapter_is_merged_or_written_as_it_is(
     assert all(equal(tmp_path / name, tmp_path / "merged") for name in ("one", "two", "four"))
 
 
+@pytest.mark.parametrize("optimizer", ["lion", "adamw_8bit", "muon"])
+def test_states_that_are_not_adamws_stay_behind(
+    optimizer: str, tiny_llama: Path, tiny_data: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """The weights convert; one line says why the states do not."""
+    changes = {"optim__name": optimizer, "train__steps": 1, "parallel": {"zero": 1}}
+    megatune.train(tiny_config(tiny_llama, tiny_data, tmp_path / "run", **changes))
+    for to in ("torch_dist", "megatron", "megatune"):
+        result = convert(tmp_path / "run", tmp_path / to, to, workers=1)
+        assert result.tensors == 21
+        said = [line for line in result.report if line.tensor.startswith("optim")]
+        assert [line.what for line in said] == ["skipped"] and f"are of {optimizer} (" in said[0].detail
+    convert(tmp_path / "torch_dist", tmp_path / "back", "hf", workers=1)
+    assert equal(tmp_path / "back", tmp_path / "run/model")
+
+
 def test_an_adapter_of_another_model_is_refused(
     runs: dict[str, Path], tiny_llama: Path, tmp_path: Path
 ) -> None:
@@ -117,12 +147,40 @@ def test_an_adapter_of_another_model_is_refused(
         assert not (tmp_path / "out").exists()
 
 
-def test_a_damaged_or_foreign_run_is_refused(runs: dict[str, Path], tmp_path: Path) -> None:
+def _forge(step: Path, text: bytes) -> None:
+    """Another run.json, with the right checksums."""
+    manifest, checksums = read_manifest(step), BlockChecksums()
+    checksums.add(text)
+    (step / RUN).write_bytes(text)
+    forged = replace(manifest, files={**manifest.files, RUN: checksums.entry()})
+    (step / MANIFEST).write_bytes(dump_manifest(forged))
+
+
+def test_a_damaged_or_foreign_run_is_refused(runs: dict[str, Path], tiny_llama: Path, tmp_path: Path) -> None:
     shutil.copytree(runs["full"], tmp_path / "run")
     (tmp_path / "run/config.yaml").write_text("[]")
     with pytest.raises(CheckpointError, match=r"config\.yaml: is no configuration of a run"):
         convert(tmp_path / "run", tmp_path / "out", "hf")
+    laughs = "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9 if n else ['x'])}]\n" for n in range(12))
+    for text in (
+        laughs + "model: {path: *a11}\nmethod: {type: full}\n",
+        "[" * 100_000,
+        "model: {path: [1]}\nmethod: {}\n",
+        "model: {path: !!python/object/apply:os.getcwd []}\nmethod: {}\n",
+        f"model: {{path: {tiny_llama}}}\nmethod: {{type: lora, rank: many}}\n",
+    ):
+        (tmp_path / "run/config.yaml").write_text(text)
+        with pytest.raises(CheckpointError, match=r"config\.yaml"):
+            convert(tmp_path / "run", tmp_path / "out", "hf")
     shutil.copy(runs["full"] / "config.yaml", tmp_path / "run/config.yaml")
+    step = tmp_path / "run/checkpoints/step-000004"
+    whole = (step / MANIFEST).read_bytes(), (step / RUN).read_bytes()
+    for text in ('{"extra": []}', '{"extra": {"converted": {"dtype": "x"}}}', "[" * 100_000):
+        _forge(step, text.encode())
+        with pytest.raises(CheckpointError, match=r"run\.json|cannot be read"):
+            convert(tmp_path / "run", tmp_path / "out", "hf")
+        (step / MANIFEST).write_bytes(whole[0])
+        (step / RUN).write_bytes(whole[1])
     shard = next((tmp_path / "run/checkpoints/step-000004").glob("*.safetensors"))
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1

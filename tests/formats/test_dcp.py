@@ -6,6 +6,7 @@ import io
 import os
 import pickle
 import re
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from megatune.checkpoint.convert.base import Options
 from megatune.checkpoint.convert.core import convert
 from megatune.checkpoint.convert.dcp import FORMAT
 from megatune.checkpoint.convert.dcp_files import Blob, DcpFolder, cut, plan_files, torch_blob, write_metadata
-from megatune.checkpoint.convert.dcp_metadata import METADATA, read_index
+from megatune.checkpoint.convert.dcp_metadata import METADATA, Chunk, Place, Stored, read_index
 from megatune.checkpoint.convert.names import whole_model
 from megatune.checkpoint.hf import write_json
 from megatune.errors import CheckpointError
@@ -284,6 +285,40 @@ def test_torch_reads_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert notes["notes/shard_0_1"] == [None, {"a": 1}]
     ours = tensors_of(DcpFolder(tmp_path / "c"))
     assert all(torch.equal(ours[name].float(), tensor.float()) for name, tensor in tensors.items())
+
+
+def test_the_chunks_near_a_box_are_all_that_it_touches() -> None:
+    """Stacked, cut along the rows too, of unequal sizes, flat: the same as looking at all of them."""
+    generator = torch.Generator().manual_seed(0)
+    place = Place("x", 0, 1)
+
+    def cells(shape: tuple[int, ...], cuts: list[list[int]]) -> Stored:
+        edges = [list(pairwise([0, *cut, size])) for cut, size in zip(cuts, shape, strict=True)]
+        found = [
+            Chunk(tuple(a for a, _ in box), tuple(b - a for a, b in box), place) for box in product(*edges)
+        ]
+        order = torch.randperm(len(found), generator=generator)
+        return Stored(torch.float32, shape, tuple(found[int(number)] for number in order))
+
+    for stored in (
+        cells((6, 9, 12), [[1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 6, 7, 8], [6]]),
+        cells((6, 40), [[1, 2, 3, 4, 5], [3, 4, 30]]),
+        cells((97,), [[1, 2, 30, 31, 32, 40, 41, 42, 43, 50, 60, 61, 62, 70, 80, 90, 91]]),
+    ):
+        for _ in range(200):
+            draws = [torch.randint(0, n, (2,), generator=generator).tolist() for n in stored.shape]
+            box = [(min(two), max(two) + 1) for two in draws]
+            offsets, sizes = [a for a, _ in box], [b - a for a, b in box]
+            touched = {
+                chunk.offsets
+                for chunk in stored.chunks
+                if all(
+                    a < o + n and o < b for (a, b), o, n in zip(box, chunk.offsets, chunk.sizes, strict=True)
+                )
+            }
+            near = stored.near(offsets, sizes)
+            assert touched <= {chunk.offsets for chunk in near}
+        assert len(stored.near([0] * len(stored.shape), [1] * len(stored.shape))) < len(stored.chunks)
 
 
 def load_sharded(rank: int, world: int, folder: str) -> bool:

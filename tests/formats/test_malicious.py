@@ -301,6 +301,7 @@ HIDING = [
     "tokenizer.pkl",
     "tokenizer.model",
     "adapter_model.bin",
+    "distrib_optim.pt",
     "model.pt",
     ".metadata",
     "state.pickle",
@@ -359,6 +360,55 @@ def test_zip_bombs(kind: str, victim: Victim, copy: Callable[[str], Path], good:
     (folder / file).write_bytes(data)
     outcome = victim.opens(folder)
     assert outcome.is_an_error(), outcome
+
+
+@pytest.mark.parametrize("kind", ["dcp", "torch_dist"])
+def test_a_zip_bomb_in_a_chunk(kind: str, victim: Victim, copy: Callable[[str], Path]) -> None:
+    """One chunk of a tensor is a compressed archive in a file of its own."""
+    folder = copy(kind)
+    path = next(folder.rglob(".metadata"))
+    metadata = pickle.loads(path.read_bytes())
+    index = next(one for one in metadata.storage_data if "embed" in one.fqn)
+    bomb = path.parent / "bomb.distcp"
+    tensors = metadata.state_dict_metadata[index.fqn]
+    torch.save(torch.zeros(tensors.chunks[0].sizes, dtype=tensors.properties.dtype), bomb)
+    _rezip(bomb, lambda name, data: data, zipfile.ZIP_DEFLATED)
+    with zipfile.ZipFile(bomb, "a") as archive:
+        archive.writestr("x/size", bytes(1 << 16))  # as large as the index wants
+    place = metadata.storage_data[index]
+    metadata.storage_data[index] = type(place)(bomb.name, 0, bomb.stat().st_size)
+    path.write_bytes(pickle.dumps(metadata))
+    outcome = victim.opens(folder)
+    assert outcome.is_an_error() and "compressed" in outcome.output, outcome
+
+
+def test_an_adapter_in_a_pickle(victim: Victim, copy: Callable[[str], Path]) -> None:
+    folder = copy("peft")
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / "adapter_model.bin").write_bytes(pickle.dumps(_Touch(victim.canary)))
+    assert (outcome := victim.opens(folder)).is_an_error(), outcome
+
+
+@pytest.mark.parametrize("kind", ["hf", "sharded", "peft", "megatune", "torch_dist"])
+def test_nesting_without_end(kind: str, victim: Victim, copy: Callable[[str], Path]) -> None:
+    """In every JSON that is read, the headers of safetensors too."""
+    folder = copy(kind)
+    deep = '{"a":' * 100_000
+    for file in _files(folder):
+        whole = (folder / file).read_bytes()
+        if file.suffix == ".json" and "token" not in file.name and "digests" not in file.name:
+            (folder / file).write_text(deep)
+        elif file.suffix == ".safetensors":
+            (length,) = struct.unpack("<Q", whole[:8])
+            text = deep.encode()
+            (folder / file).write_bytes(struct.pack("<Q", len(text)) + text + whole[8 + length :])
+        else:
+            continue
+        outcome = victim.opens(folder)
+        # The model is that of --like; generation settings are copied as they are.
+        unread = file.name == "generation_config.json" or (kind, file.name) == ("torch_dist", "config.json")
+        assert outcome.is_an_error() or (unread and outcome.is_harmless()), (file, outcome)
+        (folder / file).write_bytes(whole)
 
 
 def _values(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:

@@ -375,11 +375,22 @@ def test_tokenizer_travels(tmp_path: Path) -> None:
     assert (found / "tokenizer.json").read_text() == "{}"
 
 
-def test_a_writer_takes_the_weights_alone() -> None:
-    full = replace(model("llama"), optimizer={"exp_avg": model("llama").weights}, step=3)
+def test_states_that_have_no_place_are_left_out_and_said() -> None:
+    source = model("llama").weights
+    both = {"exp_avg": source, "exp_avg_sq": source}
     assert FORMAT.takes is not None
-    left = FORMAT.takes(full, Options())
-    assert (left.optimizer, left.step, left.weights) == ({}, None, full.weights)
+    for slots, step, dtype, why in (
+        ({"exp_avg": source}, 3, None, "the source lacks exp_avg_sq of some weights"),
+        (both | {"master": Tensors({})}, 3, None, "the source lacks master of some weights"),
+        (both, None, None, "the source does not say after which step they are"),
+        (both, 3, torch.float32, "a run in fp32 has no masters beside its weights"),
+    ):
+        full = replace(model("llama"), optimizer=slots, step=step)
+        left = FORMAT.takes(full, Options(dtype=dtype))
+        assert (left.optimizer, left.step, left.weights) == ({}, None, full.weights)
+        assert [line.tensor for line in left.report if why in line.detail] == ["optimizer states"]
+    assert FORMAT.takes(replace(full, optimizer=both), Options()).optimizer == both
+    assert FORMAT.takes(replace(model("llama"), step=3), Options()).step is None
 
 
 def test_other_folders_are_not_detected(tmp_path: Path) -> None:

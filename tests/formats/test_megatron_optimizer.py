@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +14,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatune.checkpoint.convert.base import SLOTS, Options
+from megatune.checkpoint.convert.base import SLOTS, Opened, Options
 from megatune.checkpoint.convert.core import convert
 from megatune.checkpoint.convert.megatron_args import megatron_args
 from megatune.checkpoint.convert.megatron_legacy import FORMAT
 from megatune.checkpoint.convert.megatron_legacy_write import LegacyTarget
+from megatune.checkpoint.convert.megatron_names import Backend
 from megatune.checkpoint.convert.megatune_run import open_run
 from megatune.models.registry import family_for
 from tests.formats import mcore
 from tests.helpers.dist import run_ranks
-from tests.helpers.megatron import add_optimizer, load_rank, model, same_tensors
+from tests.helpers.megatron import Tensors, add_optimizer, load_rank, model, same_tensors
 
 FILE, FLAT = "model_optim_rng.pt", "distrib_optim.pt"
 
@@ -61,6 +64,72 @@ def test_states_come_through(family: str, layout: dict[str, int], flat: bool, tm
     for slot in SLOTS:
         truth = FORMAT.open(tmp_path / "truth" / slot, Options()).weights
         assert same_tensors(ours.optimizer[slot], truth) == [], slot
+
+
+@cache
+def trained(family: str, dtype: torch.dtype = torch.bfloat16) -> Opened:
+    """A model after 7 steps of AdamW: masters that round to the weights, moments."""
+    base, generator = model(family), torch.Generator().manual_seed(1)
+    names = sorted(name for name in base.weights.names() if not name.endswith("correction_bias"))
+    whole = {name: base.weights.rows(name, 0, base.weights.shape(name)[0]) for name in base.weights.names()}
+    if dtype == torch.float32:
+        whole = {name: weight.float() for name, weight in whole.items()}
+    slots = {"master": {name: whole[name].float() for name in names}}
+    if dtype != torch.float32:
+        slots["master"] = {name: one * (1 + 2**-11) for name, one in slots["master"].items()}
+    for slot in SLOTS[1:]:
+        slots[slot] = {name: torch.randn(whole[name].shape, generator=generator) for name in names}
+    optimizer = {slot: Tensors(tensors) for slot, tensors in slots.items()}
+    return replace(base, weights=Tensors(whole), optimizer=optimizer, step=7)
+
+
+def written(opened: Opened, folder: Path, backend: Backend = "te", **layout: Any) -> Path:
+    options = Options(**{"vocab_multiple": 4} | layout)
+    target = LegacyTarget(FORMAT.takes(opened, options), options, backend)
+    for job in target.jobs():
+        target.make(job, folder)
+        size = (folder / job.file).stat().st_size
+        assert abs(size - job.size) <= 0.1 * size + 32768
+    target.finish(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [
+        ("qwen3", LAYOUT),
+        ("llama-tied", {"pipeline": 2}),
+        ("deepseek", {"tensor": 2, "expert": 4}),
+    ],
+)
+def test_states_are_written(family: str, layout: dict[str, int], tmp_path: Path) -> None:
+    """For the plain optimizer, at any layout: read back they prove themselves and are the same."""
+    opened = trained(family)
+    back = FORMAT.open(written(opened, tmp_path, **layout), Options())
+    assert back.step == 7 and same_tensors(back.weights, opened.weights) == []
+    assert back.optimizer.keys() == set(SLOTS), back.report
+    for slot in SLOTS:
+        assert same_tensors(back.optimizer[slot], opened.optimizer[slot]) == [], slot
+
+
+def test_what_a_file_with_states_holds(tmp_path: Path) -> None:
+    """As Float16OptimizerWithFloat16Params and FP32Optimizer save it, in groups with and without weight decay."""
+    content = load_rank(ranks(written(trained("qwen3"), tmp_path / "half", tensor=2))[1])
+    assert content["iteration"] == 7 and content["opt_param_scheduler"]["num_steps"] == 0
+    adam, masters = content["optimizer"]["optimizer"], content["optimizer"]["fp32_from_fp16_params"]
+    assert [group["wd_mult"] for group in adam["param_groups"]] == [1.0, 0.0]
+    names = list(content["model"])
+    groups = [[n for n in names if (content["model"][n].ndim == 1) is vector] for vector in (False, True)]
+    assert [len(group["params"]) for group in adam["param_groups"]] == [len(group) for group in groups]
+    for number, name in enumerate([*groups[0], *groups[1]]):
+        assert adam["state"][number]["exp_avg"].shape == content["model"][name].shape, name
+    for own, stored in zip(groups, masters, strict=True):
+        for name, master in zip(own, stored, strict=True):
+            assert torch.equal(master.bfloat16(), content["model"][name]), name
+    source = trained("qwen3", torch.float32)
+    back = FORMAT.open(written(source, tmp_path / "whole"), Options())
+    assert same_tensors(back.optimizer["exp_avg_sq"], source.optimizer["exp_avg_sq"]) == []
+    assert load_rank(ranks(tmp_path / "whole")[0])["optimizer"].keys() == {"state", "param_groups"}
 
 
 def _swap_states(content: dict[str, Any]) -> None:
@@ -261,8 +330,9 @@ def _save(rank: int, name: str, root: Path) -> None:
             torch.save(content | {"model": saved}, root / slot / "iter_0000002" / place / FILE)
 
 
-def _optimizer(gpt: Any, kind: str) -> Any:
-    """After two steps with random gradients, of several buckets where it is the distributed one."""
+def _optimizer(gpt: Any, kind: str, bucket: int = 40) -> Any:
+    """After two steps with random gradients, with buckets of about this size where it is the distributed one."""
+    from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
@@ -270,7 +340,7 @@ def _optimizer(gpt: Any, kind: str) -> Any:
     if half:
         gpt.bfloat16().config.bf16 = True
     ddp = DistributedDataParallelConfig(
-        use_distributed_optimizer=flat, overlap_grad_reduce=flat, bucket_size=40 if flat else None
+        use_distributed_optimizer=flat, overlap_grad_reduce=flat, bucket_size=bucket if flat else None
     )
     whole = DistributedDataParallel(gpt.config, ddp, gpt)
     settings = OptimizerConfig(
@@ -281,7 +351,9 @@ def _optimizer(gpt: Any, kind: str) -> Any:
         clip_grad=0.0,
     )
     optimizer = get_megatron_optimizer(settings, [whole])
-    generator = torch.Generator().manual_seed(torch.distributed.get_rank())
+    # What tensor parallel processes have in common has the same gradient on each.
+    common = parallel_state.get_tensor_model_parallel_world_size()
+    generator = torch.Generator().manual_seed(torch.distributed.get_rank() // common)
     for _ in range(2):
         for buffer in whole.buffers + whole.expert_parallel_buffers:
             buffer.grad_data.normal_(generator=generator)
@@ -328,3 +400,78 @@ def test_states_that_megatron_core_saves(tmp_path: Path) -> None:
         assert opened.weights.dtype("model.norm.weight") == (
             torch.float32 if kind == "fp32" else torch.bfloat16
         )
+
+
+def megatron_loads(rank: int, world: int, names: list[str], root: str) -> None:
+    """Files of ours, loaded into Megatron's model and plain optimizer; raises where a state is not what was written."""
+    from megatron.core import parallel_state
+
+    mcore.prepare()
+    mcore.without_cuda()
+    for name in names:
+        parallel_state.destroy_model_parallel()
+        _, tensor, pipeline, expert = LOADED[name]
+        mcore.prepare(tensor, pipeline, expert)
+        _load(name, Path(root) / name)
+        torch.distributed.barrier()
+
+
+def _load(name: str, folder: Path) -> None:
+    from megatron.core import parallel_state
+
+    family, tensor, pipeline, expert = LOADED[name]
+    stage, at, owner = (
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_expert_model_parallel_rank(),
+    )
+    place = f"mp_rank_{at:02d}" + (f"_{stage:03d}" if pipeline > 1 else "")
+    place += f"_{owner:03d}" if expert > 1 else ""
+    content = load_rank(folder / "iter_0000007" / place / FILE)
+    gpt = mcore.gpt(
+        family_for(model(family).hf_config).spec(model(family).hf_config),
+        content["args"].padded_vocab_size,
+        tensor=tensor,
+        pipeline=pipeline,
+        expert=expert,
+        pre_process=stage == 0,
+        post_process=stage == pipeline - 1,
+    )
+    optimizer = _optimizer(gpt, "plain")
+    gpt.load_state_dict(content["model"], strict=True)
+    kept = content["optimizer"]
+    for one in kept if isinstance(kept, list) else [kept]:
+        # torch's AdamW, which stands in for Transformer Engine's, counts for each weight and not for each group.
+        one["optimizer"]["state"]["common_step"] = torch.tensor(7.0)
+    optimizer.load_state_dict(kept)
+    states = _truth(gpt, optimizer, "plain")
+    assert {id(parameter) for parameter in gpt.parameters()} and states
+    for slot in SLOTS:
+        place_of_slot = folder.parent / f"{name}-{slot}" / "release" / place / FILE
+        wanted = load_rank(place_of_slot)["model"]
+        for key, found in states.items():
+            assert torch.equal(found[slot], wanted[key]), (name, key, slot)
+
+
+LOADED = {
+    "dense": ("qwen3", 2, 2, 1),
+    "tied": ("qwen2", 2, 1, 1),
+    "experts": ("mixtral", 2, 1, 2),
+    "latent": ("deepseek", 2, 1, 2),
+}
+
+
+@mcore.needs_mcore
+def test_megatron_core_loads_states_of_ours(tmp_path: Path) -> None:
+    for name, (family, tensor, pipeline, expert) in LOADED.items():
+        layout = {"tensor": tensor, "pipeline": pipeline, "expert": expert}
+        opened = trained(family)
+        written(opened, tmp_path / name, "local", **layout)
+        for slot in SLOTS:
+            rest = {
+                key: one for key, one in opened.weights.tensors.items() if key.endswith("correction_bias")
+            }
+            other = Tensors(opened.optimizer[slot].tensors | rest)
+            alone = replace(opened, weights=other, optimizer={})
+            written(alone, tmp_path / f"{name}-{slot}", "local", **layout)
+    run_ranks(megatron_loads, 4, list(LOADED), str(tmp_path), timeout=240)

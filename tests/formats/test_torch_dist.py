@@ -218,7 +218,10 @@ def test_optimizer_states_that_have_no_place(tmp_path: Path) -> None:
     """Flat buckets belong to one layout: left out, with the reason."""
     step = tmp_path / "iter_0000003"
     state: dict[str, Any] = dict(megatron_state("llama", ""))
-    state["optimizer.distributed.dp_group_idx_0.gbuf_idx_0.exp_avg"] = torch.zeros(100)
+    bucket = (
+        "optimizer.distributed.dp_group_idx_0.gbuf_idx_0.dtype_(torch.bfloat16, torch.float32).bucket_idx_0."
+    )
+    state |= {bucket + slot: torch.zeros(100) for slot in ("param", "exp_avg", "exp_avg_sq")}
     state["optimizer.state.exp_avg.decoder.layers.mlp.linear_fc2.weight"] = torch.zeros(2, 1, 48 * 56)
     dcp.save(state, checkpoint_id=step, no_dist=True)
     (step / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
@@ -226,7 +229,7 @@ def test_optimizer_states_that_have_no_place(tmp_path: Path) -> None:
     opened = FORMAT.open(tmp_path, Options())
     assert opened.optimizer == {}
     why = {line.tensor: line.detail for line in opened.report if line.what == "skipped"}
-    assert "fully-reshardable" in why["optimizer.distributed.dp_group_idx_0.gbuf_idx_0.exp_avg"]
+    assert "not those of the model's weights in any layout; save with" in why[bucket + "exp_avg"]
     assert "shape" in why["optimizer.state.exp_avg.decoder.layers.mlp.linear_fc2.weight"]
 
 

@@ -4,6 +4,7 @@ states in the order in which megatron-core 0.16.1 saves them."""
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ import torch
 from torch import Tensor
 
 from megatune.checkpoint.convert.base import SLOTS, Opened
-from megatune.checkpoint.convert.megatron_names import MegatronTable
+from megatune.checkpoint.convert.megatron_names import EMBEDDING, HEAD, MegatronTable
 from megatune.checkpoint.sources import TensorSource
 from megatune.models.registry import family_for
 
+_Chunk = list[tuple[str, dict[str, Tensor]]]  # weights of one chunk by name: slot -> state
 _SIZES = {
     "vocab_size": 37,
     "hidden_size": 32,
@@ -126,10 +128,15 @@ def load_rank(path: Path) -> dict[str, Any]:
         return torch.load(path, weights_only=True)
 
 
-def add_optimizer(folder: Path, flat: bool, truth: Path) -> None:
+def add_optimizer(
+    folder: Path, flat: bool, truth: Path, sizes: tuple[int, int] = (1, 1)
+) -> dict[str, Tensor]:
     """Random states for a legacy checkpoint of 16 bits, of the plain optimizer or (`flat`) of the distributed one; and
-    `truth / slot`, the same checkpoint with the states in place of the weights."""
+    `truth / slot`, the same checkpoint with the states in place of the weights. Returns the same states as the
+    distributed optimizer saves them in torch_dist's form dp_reshardable; `sizes`: tensor, expert parallel size."""
     generator = torch.Generator().manual_seed(0)
+    buckets: dict[str, Tensor] = {}
+    embedded: dict[str, tuple[Tensor, dict[str, Tensor]]] = {}
     for path in sorted(folder.rglob("model_optim_rng.pt")):
         content = load_rank(path)
         models = {key: content[key] for key in content if key.startswith("model")}
@@ -137,17 +144,27 @@ def add_optimizer(folder: Path, flat: bool, truth: Path) -> None:
             number: {name: _states(weight, generator) for name, weight in chunk.items()}
             for number, chunk in models.items()
         }
+        for chunk, own in zip(models.values(), states.values(), strict=True):
+            rank = path.parent.name[:10]
+            if EMBEDDING in own:
+                embedded[rank] = chunk[EMBEDDING], own[EMBEDDING]
+            if HEAD in own and torch.equal(chunk[HEAD], embedded[rank][0]):  # a copy, on another stage
+                own[HEAD] = embedded[rank][1]
         for slot in SLOTS:
             other = truth / slot / path.relative_to(folder)
             other.parent.mkdir(parents=True, exist_ok=True)
             changed = {k: {name: one[slot] for name, one in chunk.items()} for k, chunk in states.items()}
             torch.save(content | changed, other)
-        named = [[(k, one) for k, one in chunk.items()] for chunk in states.values()]
+        trained = [
+            [(k, one) for k, one in chunk.items() if not k.endswith("expert_bias")]
+            for chunk in states.values()
+        ]
         dense, experts = (
-            [[pair for pair in chunk if (".mlp.experts." in pair[0]) is which] for chunk in named]
+            [[pair for pair in chunk if (".mlp.experts." in pair[0]) is which] for chunk in trained]
             for which in (False, True)
         )
         parts = [dense, experts] if any(experts) else [dense]
+        buckets |= _bucket_tensors(path.parent.name, trained, [dense, experts], sizes)
         if flat:
             made = [_flat(part) for part in parts]
             torch.save(made[0] if len(made) == 1 else made, path.parent / "distrib_optim.pt")
@@ -156,6 +173,30 @@ def add_optimizer(folder: Path, flat: bool, truth: Path) -> None:
             chained = [_plain(part) for part in parts]
             optimizer = chained[0] if len(chained) == 1 else chained
         torch.save(content | {"optimizer": optimizer}, path)
+    return buckets
+
+
+def _bucket_tensors(
+    name: str, chunks: list[_Chunk], parts: list[list[_Chunk]], sizes: tuple[int, int]
+) -> dict[str, Tensor]:
+    """One rank's tensors of DistributedOptimizer.sharded_param_state_dp_reshardable()."""
+    tensor, *others = (int(number) for number in name.removeprefix("mp_rank_").split("_"))
+    expert = others.pop() if sizes[1] > 1 else 0
+    stage = others[0] if others else 0
+    dense, spread = tensor + sizes[0] * stage, tensor + sizes[0] * (expert + sizes[1] * stage)
+    optimizers = {"": (dense, chunks)}
+    if sizes[1] > 1:
+        optimizers = {"chained_0.": (dense, parts[0]), "chained_1.": (spread, parts[1])}
+    found = {}
+    for prefix, (group, own) in optimizers.items():
+        if prefix != "chained_1." and expert:  # the same as on the first
+            continue
+        for number, chunk in enumerate(filter(None, own)):
+            for index, bucket in enumerate(_buckets(chunk)):
+                key = f"{prefix}optimizer.distributed.dp_group_idx_{group}.gbuf_idx_{number}."
+                key += f"dtype_(torch.bfloat16, torch.float32).bucket_idx_{index}."
+                found |= {key + slot: flat for slot, flat in bucket.items()}
+    return found
 
 
 def _states(weight: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
@@ -165,7 +206,7 @@ def _states(weight: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
     return {"master": weight.float() * (1 + noise), **moments}
 
 
-def _plain(chunks: list[list[tuple[str, dict[str, Tensor]]]]) -> dict[str, Any]:
+def _plain(chunks: list[_Chunk]) -> dict[str, Any]:
     """Float16OptimizerWithFloat16Params.state_dict(): weights with decay, then vectors and biases."""
     every = [pair for chunk in chunks for pair in chunk]
     groups = [
@@ -184,22 +225,26 @@ def _plain(chunks: list[list[tuple[str, dict[str, Tensor]]]]) -> dict[str, Any]:
     }
 
 
-def _flat(chunks: list[list[tuple[str, dict[str, Tensor]]]]) -> dict[Any, Any]:
-    """DistributedOptimizer.get_parameter_state_dp_zero(): a buffer for each chunk, weights from the last to the first,
-    each at a multiple of 64 in its bucket; nothing between buckets, which have three weights each."""
+def _flat(chunks: list[_Chunk]) -> dict[Any, Any]:
+    """DistributedOptimizer.get_parameter_state_dp_zero(): a buffer for each chunk, its buckets one after the other."""
     found: dict[Any, Any] = {"buckets_coalesced": True}
     for chunk in filter(None, chunks):
+        buckets = list(_buckets(chunk))
+        buffer: dict[str, Any] = {slot: torch.cat([one[slot] for one in buckets]) for slot in buckets[0]}
+        key = (torch.bfloat16, torch.float32)
+        found[len(found) - 1] = {key: buffer | {"numel_unpadded": buffer["param"].numel()}}
+    return found
+
+
+def _buckets(chunk: _Chunk) -> Iterator[dict[str, Tensor]]:
+    """Three weights each, from the last to the first, each at a multiple of 64; nothing between buckets."""
+    ordered = chunk[::-1]
+    for first in range(0, len(ordered), 3):
         runs: dict[str, list[Tensor]] = {slot: [] for slot in SLOTS}
-        length = 0  # of the bucket
-        for number, (_, one) in enumerate(reversed(chunk), 1):
+        length = 0
+        for _, one in ordered[first : first + 3]:
             gap = torch.zeros(-length % 64)
             for slot in SLOTS:
                 runs[slot] += [gap, one[slot].reshape(-1)]
             length += gap.numel() + one["master"].numel()
-            length = length if number % 3 else 0
-        buffer: dict[str, Any] = {
-            "param" if slot == "master" else slot: torch.cat(run) for slot, run in runs.items()
-        }
-        key = (torch.bfloat16, torch.float32)
-        found[len(found) - 1] = {key: buffer | {"numel_unpadded": buffer["param"].numel()}}
-    return found
+        yield {"param" if slot == "master" else slot: torch.cat(run) for slot, run in runs.items()}

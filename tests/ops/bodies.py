@@ -10,6 +10,8 @@ from megatune import ops
 # Relative error (of norms) against fp64, on the same rounded inputs.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 7e-4}
 DTYPES = list(TOLERANCE)
+# What opcheck looks at of operators without autograd of their own: the rest traces them, half a second each.
+QUICK = ("test_schema", "test_faketensor")
 
 
 def bodies(op: str) -> list:

@@ -175,6 +175,8 @@ def test_an_error_names_the_included_file_and_its_line(tmp_path: Path) -> None:
         ("optim: {lr: .inf}", ["`optim.lr` @4 is inf but must be a number > 0"]),
         ("launch: {nproc: many}", ["`launch.nproc` @4 is many but must be auto or a whole number >= 1"]),
         ("parallel: {recompute: 0}", ["`parallel.recompute` @4: every n-th layer needs n >= 1"]),
+        ("optim: {momentum: 0.9}", ["`optim` @4: momentum: 0.9 is for name: muon, and adamw has none: leave it out "
+         "(its decay rates are beta1 and beta2), or set name to muon"]),
         ("train: 3", ["`train` @4 is 3 but must be a mapping"]),
         ("train: {steps: 3, epochs: 2}", ["`train` @4: give steps or epochs, not both"]),
         (

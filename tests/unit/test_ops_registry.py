@@ -97,6 +97,10 @@ def operator_calls():
     yield calls.glu_backward, (torch.randn(6, 7), torch.randn(6, 14), 2)
     yield calls.cross_entropy_rows, (torch.randn(4, 11), torch.randint(11, (4,)), 0.0, True)
     yield calls.cross_entropy_rows, (torch.randn(4, 11).bfloat16(), torch.randint(11, (4,)), 3.0, False)
+    few, log_sum = torch.tensor([3, 12, -100, 20]), torch.randn(4)
+    yield calls.cross_entropy_rows, (torch.randn(4, 30), few, 0.0, True, torch.rand(4), 0.1, 0.2)
+    yield calls.cross_entropy_sums, (torch.randn(4, 11), few, 8, 30, 3.0, True)
+    yield calls.cross_entropy_grad, (torch.randn(4, 11), few, 8, 30, 3.0, log_sum, torch.rand(4), 0.1, 0.2)
     # The compiled attention takes bf16 only; without it (or its tiles) the operator is the reference.
     dtype = torch.bfloat16 if _load.cpu_problem() is None else torch.float32
     if dtype == torch.bfloat16 and not torch.ops.megatune.cpu_has_amx():
@@ -214,7 +218,7 @@ def test_kernels_for_other_instruction_sets(isa: str) -> None:
 
 def test_what_the_compiled_body_fuses_equals_the_references() -> None:
     """On a CPU, not compiled: the formulas that are written for the compiler's sake."""
-    glu, rope, loss = (sys.modules[f"megatune.ops.{name}"] for name in ("glu", "rope", "cross_entropy"))
+    glu, rope, loss = (sys.modules[f"megatune.ops.{name}"] for name in ("glu", "rope", "cross_entropy_rows"))
     gate_up, grad = torch.randn(7, 50).bfloat16() * 3, torch.randn(7, 25).bfloat16()
     for activation in range(3):
         words = gate_up.view(torch.int32)
@@ -230,12 +234,13 @@ def test_what_the_compiled_body_fuses_equals_the_references() -> None:
         part = (x, angle[:, :3].cos(), angle[:, :3].sin(), inverse)
         torch.testing.assert_close(rope._flipped(*part), rope._reference(*part))
     labels = torch.randint(50, (7,))
-    for softcap in (0.0, 5.0):
+    labels[3] = -100
+    for softcap, *options in ((0.0, None, 0.0, 0.0), (5.0, None, 0.0, 0.0), (5.0, torch.rand(7), 0.1, 0.2)):
         one, two = (torch.randn(7, 50, generator=torch.Generator().manual_seed(3)) * 3 for _ in range(2))
-        expected = loss._reference(one, labels, softcap, True)
-        actual, own = loss._losses(two, labels, softcap, True)
+        expected = loss._reference(one, labels, softcap, True, *options)
+        actual, own, index = loss._losses(two, labels, softcap, True, *options, -100)
         torch.testing.assert_close(actual, expected)
-        torch.testing.assert_close(two.scatter_(1, labels[:, None], own[:, None]), one)
+        torch.testing.assert_close(two.scatter_(1, index, own), one)
 
 
 def test_pairs_need_whole_words() -> None:

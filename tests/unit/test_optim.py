@@ -2,15 +2,18 @@
 
 import copy
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 from torch import nn
 
-from megatune.config.schema import OptimConfig
-from megatune.optim import ShardedOptimizer, learning_rate, warmup_steps
+from megatune import ops
+from megatune.config.schema import OptimConfig, ParallelConfig
+from megatune.optim import ShardedOptimizer, host, learning_rate, warmup_steps
 from megatune.parallel import ShardSpec, World, Zero
+from tests.helpers.ops import need_body
 
 
 def rates(steps=100, **settings):
@@ -51,17 +54,26 @@ def test_wsd_is_constant_then_falls_linearly_to_the_floor():
     assert falls == pytest.approx([falls[0]] * len(falls))
 
 
-def sharded(model: nn.Module, specs: dict[str, ShardSpec] | None = None) -> tuple[Zero, ShardedOptimizer]:
-    """One process's masters of `model` (its values) and their optimizer; `model` trains on."""
+def sharded(
+    model: nn.Module,
+    specs: dict[str, ShardSpec] | None = None,
+    dtype: torch.dtype = torch.float32,
+    offload: bool = False,
+    device: str = "cpu",
+    **settings: object,
+) -> tuple[Zero, ShardedOptimizer]:
+    """One process's masters of `model` (its values) and their optimizer; `model` trains on, in `dtype`."""
     given = {name: p.detach().clone() for name, p in model.named_parameters()}
     specs = specs or {name: ShardSpec(name, tuple(p.shape)) for name, p in given.items()}
-    zero = Zero(model.to("meta"), specs, World.alone(), torch.float32)
-    zero.materialise("cpu")
+    config = ParallelConfig(zero=0, offload_optimizer=offload)
+    world = replace(World.alone(device), config=config)
+    zero = Zero(model.to("meta"), specs, world, dtype)
+    zero.materialise(device)
     for name, parts in zero.weights().items():
         for box, view in parts.parts:
             view.copy_(box.of(given[name]))
     zero.publish()
-    return zero, ShardedOptimizer(zero.masters(), OptimConfig(lr=1e-2, weight_decay=0.1))
+    return zero, ShardedOptimizer(zero.masters(), OptimConfig(lr=1e-2, weight_decay=0.1, **settings), world)
 
 
 def backward(zero: Zero, loss: torch.Tensor) -> None:
@@ -118,6 +130,78 @@ def test_masters_in_line_are_updated_as_one_tensor():
     optim = sharded(model)[1]
     assert len(optim._runs) == 2  # with and without decay
     assert sum(len(run.members) for run in optim._runs) == 20
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "lion", "muon"])
+def test_the_update_makes_the_weights_too(name, monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 3))
+    specs = {f"layers.{n}": ShardSpec(f"layers.{n}", tuple(p.shape)) for n, p in model.named_parameters()}
+    model = nn.ModuleDict({"layers": model})
+    zero, optim = sharded(model, specs, torch.bfloat16, name=name)
+    for _ in range(2):
+        x = torch.randn(4, 64).bfloat16()
+        backward(zero, model["layers"](x).square().mean())
+        optim.step_with(1e-2)
+        zero.zero_grad()
+        made = {n: p.detach().clone() for n, p in model.named_parameters()}
+        # Only what no update has made is cast when it is published.
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "copy_", None)
+            zero.publish()
+        for n, p in model.named_parameters():
+            master = zero.masters()[n].tensor[: p.numel()].view(p.shape)
+            assert torch.equal(made[n], master.bfloat16()) and torch.equal(p, made[n]), n
+    for master in zero.masters().values():
+        master.tensor.fill_(2.0)
+    zero.publish()
+    assert all((p == 2).all() for p in model.parameters())
+
+
+def _offloaded(device: str, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three steps with masters on the host, in many chunks, give the bits of three without."""
+    monkeypatch.setattr(host, "CHUNK", 1024)
+    found = []
+    for offload in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(100, 70), nn.Linear(70, 3))
+        zero, optim = sharded(model, None, dtype, offload, device, name=name)
+        for master in zero.masters().values():
+            assert master.tensor.device.type == ("cpu" if offload else device)
+        squares = []
+        for step in range(3):
+            generator = torch.Generator().manual_seed(step)
+            x = torch.randn(4, 100, generator=generator).to(device, dtype)
+            backward(zero, model(x).square().mean())
+            squares.append(optim.grad_square())
+            optim.step_with(1e-2, 0.5)
+            zero.zero_grad()
+            zero.publish()
+        parts = [view.cpu() for held in optim.state().values() for _, view in held.parts]
+        masters = [master.tensor.cpu() for master in zero.masters().values()]
+        weights = [p.detach().cpu() for p in model.parameters()]
+        assert bool(optim.on_host()) == offload and all(one.device.type == "cpu" for one in optim.on_host())
+        found.append([*weights, *masters, *parts, torch.tensor(squares, dtype=torch.float64)])
+    for mine, theirs in zip(*found, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "lion"])
+def test_offloaded_masters_are_updated_in_chunks_to_the_same_bits(name, dtype, monkeypatch):
+    _offloaded("cpu", name, dtype, monkeypatch)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "lion"])
+def test_masters_on_the_host_of_a_gpu_are_updated_to_the_bits_of_those_on_it(name, dtype, monkeypatch):
+    need_body(name, "cuda", torch.float32, "cuda")
+    ops.configure({"adamw": "cuda", "adamw_8bit": "cuda", "lion": "cuda"}, "cuda")
+    try:
+        _offloaded("cuda", name, dtype, monkeypatch)
+    finally:
+        ops.configure({}, "cuda")
 
 
 def test_adamw_state_restores_in_place():

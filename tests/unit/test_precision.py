@@ -10,7 +10,7 @@ from megatune.ops import Segments, Targets
 from megatune.training.precision import can_compile, compile_layers, compute_dtype, peak_flops
 from tests.helpers.families import pair
 
-PLAIN = dict.fromkeys(("rms_norm", "rope", "glu", "attention"), "reference")
+PLAIN = dict.fromkeys(("rms_norm", "add_rms_norm", "rope_qk", "glu", "attention"), "reference")
 
 
 def test_compute_dtype_on_the_cpu(monkeypatch):

@@ -91,7 +91,7 @@ def test_selective_runs_no_matrix_product_twice(monkeypatch: pytest.MonkeyPatch)
         return run
 
     monkeypatch.setattr(F, "linear", counted("product", F.linear))
-    for name in ("glu", "rope", "attention"):
+    for name in ("glu", "rope_qk", "attention"):
         monkeypatch.setattr(ops, name, counted(name, getattr(ops, name)))
     model = wide()
     plain = {}
@@ -103,9 +103,9 @@ def test_selective_runs_no_matrix_product_twice(monkeypatch: pytest.MonkeyPatch)
     layers = SPEC.num_layers
     assert plain["selective"]["product"] == plain["none"]["product"]
     assert plain["full"]["product"] > plain["none"]["product"]
-    for name, times in (("glu", 1), ("rope", 2), ("attention", 1)):
-        assert plain["none"][name] == times * layers
-        assert plain["selective"][name] == plain["full"][name] == 2 * times * layers
+    for name in ("glu", "rope_qk", "attention"):
+        assert plain["none"][name] == layers
+        assert plain["selective"][name] == plain["full"][name] == 2 * layers
 
 
 def kept_bytes(model: Decoder, mode: str | int) -> int:

@@ -1,10 +1,6 @@
 // Sum of squares over many tensors, in two stages whose order is fixed, and whether every element is finite.
 
-#include <cuda_bf16.h>
-
-#include "../common/launch.cuh"
-#include "batch.cuh"
-#include "megatune/cuda_optim.h"
+#include "elements.cuh"
 
 namespace megatune::cuda {
 namespace {
@@ -37,6 +33,38 @@ __device__ inline void add(float x, float& sum, bool& bad) {
   bad |= !isfinite(x);
 }
 
+__device__ inline float4 four(const float* from) { return *reinterpret_cast<const float4*>(from); }
+__device__ inline float4 four(const __nv_bfloat16* from) { return load_low(from); }
+__device__ inline float one(const float* from) { return *from; }
+__device__ inline float one(const __nv_bfloat16* from) { return __bfloat162float(*from); }
+
+__device__ inline void add(float4 x, float& sum, bool& bad) {
+  add(x.x, sum, bad);
+  add(x.y, sum, bad);
+  add(x.z, sum, bad);
+  add(x.w, sum, bad);
+}
+
+// begin..whole in fours, the rest one by one. Of a whole chunk eight loads are on their way at once.
+template <class T>
+__device__ inline void add_all(const T* data, int64_t begin, int64_t whole, int64_t end, float& sum, bool& bad) {
+  constexpr int stride = THREADS * 4, ahead = 8;
+  static_assert(NORM_CHUNK % (stride * ahead) == 0);
+  const T* from = data + begin + threadIdx.x * 4;
+  if (whole - begin == NORM_CHUNK) {
+    for (int i = 0; i < NORM_CHUNK; i += stride * ahead) {
+      float4 x[ahead];
+#pragma unroll
+      for (int j = 0; j < ahead; ++j) x[j] = four(from + i + j * stride);
+#pragma unroll
+      for (int j = 0; j < ahead; ++j) add(x[j], sum, bad);
+    }
+  } else {
+    for (int64_t i = 0; i < whole - begin - static_cast<int>(threadIdx.x) * 4; i += stride) add(four(from + i), sum, bad);
+  }
+  for (int64_t i = whole + threadIdx.x; i < end; i += THREADS) add(one(data + i), sum, bad);
+}
+
 __global__ void __launch_bounds__(THREADS) partial_kernel(const __grid_constant__ Table table) {
   const int chunk = blockIdx.x;
   const int low = table.holder(chunk);
@@ -47,24 +75,10 @@ __global__ void __launch_bounds__(THREADS) partial_kernel(const __grid_constant_
   bool bad = false;
   const bool fits = reinterpret_cast<uintptr_t>(t.data) % 16 == 0;
   const int64_t whole = fits ? begin + (end - begin) / 4 * 4 : begin;
-  for (int64_t i = begin + threadIdx.x * 4; i < whole; i += THREADS * 4) {
-    if (t.low) {
-      const uint2 bits = *reinterpret_cast<const uint2*>(static_cast<const __nv_bfloat16*>(t.data) + i);
-      add(__uint_as_float(bits.x << 16), sum, bad);
-      add(__uint_as_float(bits.x & 0xffff0000u), sum, bad);
-      add(__uint_as_float(bits.y << 16), sum, bad);
-      add(__uint_as_float(bits.y & 0xffff0000u), sum, bad);
-    } else {
-      const float4 x = *reinterpret_cast<const float4*>(static_cast<const float*>(t.data) + i);
-      add(x.x, sum, bad);
-      add(x.y, sum, bad);
-      add(x.z, sum, bad);
-      add(x.w, sum, bad);
-    }
-  }
-  for (int64_t i = whole + threadIdx.x; i < end; i += THREADS) {
-    add(t.low ? __bfloat162float(static_cast<const __nv_bfloat16*>(t.data)[i]) : static_cast<const float*>(t.data)[i],
-        sum, bad);
+  if (t.low) {
+    add_all(static_cast<const __nv_bfloat16*>(t.data), begin, whole, end, sum, bad);
+  } else {
+    add_all(static_cast<const float*>(t.data), begin, whole, end, sum, bad);
   }
   double total = sum, bads = bad ? 1.0 : 0.0;
   block_sum(total, bads);

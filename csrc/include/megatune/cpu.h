@@ -81,10 +81,14 @@ struct GluBackward {
 
 template <class T>
 struct CrossEntropy {
-  T* logits;  // [rows, vocab]; becomes the gradient if write_grad
-  int64_t vocab;
-  const int64_t* labels;  // [rows], each in [0, vocab)
-  float softcap;          // 0: none
+  T* logits;  // rows of vocab, row_stride elements from row to row; becomes the gradient if write_grad
+  int64_t row_stride, vocab;
+  const int64_t* labels;  // [rows], each in [0, vocab) or `ignore`: such a row has no loss
+  int64_t ignore;
+  const float* weights;  // [rows], of the losses; null: all 1
+  float softcap;         // 0: none
+  float z_loss;          // of the square of logsumexp
+  float smoothing;       // share of the target that is spread over the vocabulary
   bool write_grad;
   float* loss;  // [rows]
 };

@@ -31,6 +31,53 @@ struct AdamWStep {
 // One launch for each 500 tensors.
 int adamw(const AdamWTensor* tensors, int64_t count, const AdamWStep& step, Stream stream);
 
+// AdamW without fp32 masters: `master` is bf16, rounded by random bits (megatune/philox.h). Element i of the tensor
+// is element first + i of the parameter; 16 bits of the block (first + i) / 8 of the stream `key` are its own.
+struct AdamWBf16Tensor {
+  void* master;  // bf16
+  float* exp_avg;
+  float* exp_avg_sq;
+  const void* grad;  // float, or bf16 if low_grad
+  int64_t n;
+  int64_t first;
+  uint64_t key;
+  float keep;
+  bool low_grad;
+};
+int adamw_bf16(const AdamWBf16Tensor* tensors, int64_t count, const AdamWStep& step, uint64_t number, Stream stream);
+
+// AdamW with moments in 8 bits (megatune/codes.h), a scale for each 256 elements, from the tensor's first one on.
+struct AdamW8bitTensor {
+  float* master;
+  uint8_t* exp_avg;  // codes
+  float* exp_avg_scale;
+  uint8_t* exp_avg_sq;
+  float* exp_avg_sq_scale;
+  const void* grad;
+  void* weight;  // as in AdamWTensor
+  int64_t n;
+  float keep;
+  bool low_grad, low_weight;
+};
+int adamw_8bit(const AdamW8bitTensor* tensors, int64_t count, const AdamWStep& step, Stream stream);
+
+// One tensor of an update by Lion; as AdamWTensor.
+struct LionTensor {
+  float* master;
+  float* exp_avg;
+  const void* grad;
+  void* weight;
+  int64_t n;
+  float keep;
+  bool low_grad, low_weight;
+};
+struct LionStep {
+  const float* scale;
+  float beta1, rest1, beta2, rest2;
+  float lr;
+};
+int lion(const LionTensor* tensors, int64_t count, const LionStep& step, Stream stream);
+
 struct NormTensor {
   const void* data;  // [n] float, or bf16 if low
   int64_t n;

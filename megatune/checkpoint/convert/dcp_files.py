@@ -77,7 +77,7 @@ class DcpFolder:
         if any(at < 0 or end > most for at, end, most in zip(offsets, ends, stored.shape, strict=True)):
             raise ValueError(f"{name}: {list(offsets)} to {ends} of {list(stored.shape)}")
         out: Tensor | None = None
-        for chunk in stored.chunks:
+        for chunk in stored.near(offsets, sizes):
             first = [max(a, b) for a, b in zip(offsets, chunk.offsets, strict=True)]
             last = [min(a, b + n) for a, b, n in zip(ends, chunk.offsets, chunk.sizes, strict=True)]
             if any(a >= b for a, b in zip(first, last, strict=True)):

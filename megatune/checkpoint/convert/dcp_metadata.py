@@ -7,8 +7,10 @@ what is no tensor is a blob of bytes. Sources: torch/distributed/checkpoint/meta
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,22 @@ class Stored:
     shape: tuple[int, ...]
     chunks: tuple[Chunk, ...]
 
+    @cached_property
+    def _ordered(self) -> tuple[list[Chunk], list[int]]:
+        """The chunks in the order of their offsets, and the largest size in each dimension."""
+        sizes = [max(chunk.sizes[dim] for chunk in self.chunks) for dim in range(len(self.shape))]
+        return sorted(self.chunks, key=_offsets), sizes
+
+    def near(self, offsets: Sequence[int], sizes: Sequence[int]) -> Sequence[Chunk]:
+        """The chunks that may hold a part of a box: few, where stacked experts or flat buckets have thousands."""
+        if len(self.chunks) < 16 or not offsets:
+            return self.chunks
+        ordered, most = self._ordered
+        low, high = (offsets[0] - most[0] + 1,), (offsets[0] + sizes[0],)
+        if len(offsets) > 1 and sizes[0] == most[0] == 1:  # stacked: look along the second axis
+            low, high = (offsets[0], offsets[1] - most[1] + 1), (offsets[0], offsets[1] + sizes[1])
+        return ordered[bisect_left(ordered, low, key=_offsets) : bisect_left(ordered, high, key=_offsets)]
+
 
 @dataclass(frozen=True)
 class Index:
@@ -62,6 +80,10 @@ class Index:
     tensors: dict[str, Stored]
     blobs: dict[str, Place]
     paths: dict[str, tuple[Any, ...]]
+
+
+def _offsets(chunk: Chunk) -> tuple[int, ...]:
+    return chunk.offsets
 
 
 def read_index(folder: Path) -> Index:

@@ -50,7 +50,7 @@ def hf_config(
     if isinstance(carried, str):
         try:
             found = json.loads(carried)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise CheckpointError(
                 f"{where}: args.{OUR_CONFIG} is no JSON; say which model it is with --like FOLDER"
             ) from None

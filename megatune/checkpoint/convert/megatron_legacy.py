@@ -42,6 +42,7 @@ from megatune.checkpoint.convert.megatron_names import (
     MegatronTable,
     MegatronTensor,
 )
+from megatune.checkpoint.convert.megatron_states import with_states
 from megatune.checkpoint.convert.pickles import LazyTensor
 from megatune.errors import CheckpointError
 from megatune.models.registry import family_for
@@ -301,16 +302,11 @@ def _target(opened: Opened, options: Options) -> LegacyTarget:
     return LegacyTarget(opened, options)
 
 
-def _takes(opened: Opened, options: Options) -> Opened:
-    """Weights alone: a release for Megatron to start from."""
-    return replace(opened, optimizer={}, step=None)
-
-
 FORMAT = Format(
     name="megatron",
     title="Megatron-LM, legacy (mp_rank_*)",
     detect=is_legacy,
     open=open_legacy,
     target=_target,
-    takes=_takes,
+    takes=with_states,
 )

@@ -19,7 +19,7 @@ import torch
 
 from megatune.checkpoint.convert.base import SLOTS
 from megatune.checkpoint.convert.megatron_legacy_files import OPTIMIZER_FILE, RankFile
-from megatune.checkpoint.convert.megatron_legacy_parts import samples
+from megatune.checkpoint.convert.megatron_legacy_parts import StoredTensor, samples
 from megatune.checkpoint.convert.megatron_names import EMBEDDING, HEAD
 from megatune.checkpoint.convert.pickles import LazyTensor, open_pickle
 
@@ -27,7 +27,7 @@ States = Mapping[tuple[int, str], Mapping[str, LazyTensor]]  # by (chunk, name):
 
 _MOMENTS = SLOTS[1:]
 _BUFFER = re.compile(r"(.*\.)?(rotary_pos_emb\.inv_freq|local_tokens_per_expert|expert_bias)")
-_ALIGNMENT = 64  # elements: where parameters begin in a bucket
+ALIGNMENT = 64  # elements: where parameters begin in a bucket
 _ADVICE = "to keep the states, save as torch_dist with --dist-ckpt-optim-fully-reshardable"
 
 
@@ -168,7 +168,7 @@ def _unlike(group: _Group, parameters: list[_Parameter]) -> str | None:
     """Name of the first weight that is not its master, rounded."""
     halves = [one for one in parameters if one.is_half]
     pairs = zip(halves, group.masters, strict=True)
-    return next((one.key for one, master in pairs if not _rounds_to(master, one.weight)), None)
+    return next((one.key for one, master in pairs if not rounds_to(master, one.weight)), None)
 
 
 def _named(
@@ -248,9 +248,9 @@ def _laid_out(run: list[_Parameter], masters: LazyTensor) -> list[tuple[_Paramet
     for one in order:
         found: dict[tuple[int, int], tuple[int, Any]] = {}
         for (end, base), way in ways.items():
-            for start, bucket in ((end + (base - end) % _ALIGNMENT, base), (end, end % _ALIGNMENT)):
+            for start, bucket in ((end + (base - end) % ALIGNMENT, base), (end, end % ALIGNMENT)):
                 key = (start + one.weight.numel, bucket)
-                if key[0] > length or not _rounds_to(_slice(masters, one, start), one.weight):
+                if key[0] > length or not rounds_to(_slice(masters, one, start), one.weight):
                     continue
                 if key in found and _listed(found[key]) != [start, *_listed(way)]:
                     raise Unproven(f"weights as equal as {one.key} do not tell where its state begins")
@@ -280,9 +280,11 @@ def _slice(flat: LazyTensor, one: _Parameter, start: int) -> LazyTensor:
     return replace(flat, shape=one.weight.shape, stride=tuple(strides[::-1]), offset=flat.offset + start)
 
 
-def _rounds_to(master: LazyTensor, weight: LazyTensor) -> bool:
-    """Whether rounding gives the weight; of large ones by samples of their rows."""
-    runs = samples(weight)
+def rounds_to(
+    master: StoredTensor, weight: StoredTensor, runs: Sequence[tuple[int, int]] | None = None
+) -> bool:
+    """Whether rounding gives the weight; by `runs` of rows, by default samples of a large one."""
+    runs = samples(weight) if runs is None else runs
     return all(torch.equal(master.rows(*run).to(weight.dtype), weight.rows(*run)) for run in runs)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,12 +18,27 @@ from megatune.errors import CheckpointError
 _COMPARED_WHOLE, _COMPARED_ROWS = 1 << 16, 64
 
 
+class StoredTensor(Protocol):
+    """A tensor of which rows are read, wherever it stands."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def numel(self) -> int: ...
+
+    def rows(self, start: int, stop: int) -> Tensor: ...
+
+
 @dataclass(frozen=True, eq=False)
 class Parts:
     """One tensor's parts in the files, by tensor parallel rank; one part: it is replicated or not cut."""
 
     tensor: MegatronTensor
-    parts: tuple[LazyTensor, ...]
+    parts: tuple[StoredTensor, ...]
     cut: int | None
 
     def rows(self, start: int, stop: int) -> Tensor:
@@ -113,15 +129,15 @@ def joined(tensor: MegatronTensor, found: list[tuple[RankFile, LazyTensor]]) -> 
     return Parts(tensor, parts[:1] if whole else parts, 0 if tensor.cut is None else tensor.cut)
 
 
-def samples(tensor: LazyTensor) -> list[tuple[int, int]]:
-    """Runs of rows (first, one past the last) by which a tensor is compared: all of them, or some of a large one."""
+def samples(tensor: StoredTensor, rows: int = _COMPARED_ROWS) -> list[tuple[int, int]]:
+    """Runs of rows (first, one past the last) by which a tensor is compared: all of them, or `rows` of a large one."""
     count = tensor.shape[0]
     if tensor.numel <= _COMPARED_WHOLE:
         return [(0, count)]
-    return [(row, row + 1) for row in range(0, count, -(-count // _COMPARED_ROWS))]
+    return [(row, row + 1) for row in range(0, count, -(-count // rows))]
 
 
-def are_equal(parts: list[LazyTensor]) -> bool:
+def are_equal(parts: Sequence[StoredTensor]) -> bool:
     """Whether replicas are; of large ones by samples of their rows."""
     return all(
         torch.equal(parts[0].rows(first, last), other.rows(first, last))

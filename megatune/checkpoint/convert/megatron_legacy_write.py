@@ -22,7 +22,11 @@ from megatune.checkpoint.convert.megatron_names import (
     MegatronTensor,
     ToMegatron,
 )
+from megatune.checkpoint.convert.megatron_order import in_order
+from megatune.checkpoint.convert.megatron_states import HALVES, UNSAID, Trained, plain_optimizer, scheduler
+from megatune.checkpoint.convert.names import Cast
 from megatune.checkpoint.convert.torch_zip import Instance, Streamed, torch_file_size, write_torch_file
+from megatune.checkpoint.sources import TensorSource
 from megatune.errors import ParallelError
 from megatune.models.registry import family_for
 
@@ -38,7 +42,8 @@ class _Rank:
 
 
 class LegacyTarget:
-    """A `release` (weights without a step) that Megatron-LM loads with `--ckpt-format torch`.
+    """What Megatron-LM loads with `--ckpt-format torch`: a `release` (weights without a step), or with optimizer states
+    a step of a run with the plain optimizer (without `--use-distributed-optimizer`).
 
     `backend`: names of a model with Transformer Engine (Megatron's default) or with Megatron's own layers.
     ParallelError for a layout that does not divide the model.
@@ -50,8 +55,12 @@ class LegacyTarget:
         self._spec = family_for(opened.hf_config).spec(opened.hf_config)
         self._table = MegatronTable(self._spec)
         self._table.check(opened.weights)
+        self._ordered = in_order(self._table.tensors.values(), backend)
         self._source = ToMegatron(self._table, opened.weights)
         self._dtype = options.dtype or self._source.dtype(EMBEDDING)
+        self._states = {slot: ToMegatron(self._table, one) for slot, one in self._slots().items()}
+        self._step = opened.step if self._states else None
+        self._folder = RELEASE if self._step is None else f"iter_{self._step:07d}"
         _check(self._table, options)
         self._args, notes = megatron_args(opened.hf_config, self._dtype, options)
         self._rows = padded_vocab(self._spec.vocab_size, options)
@@ -65,6 +74,16 @@ class LegacyTarget:
         if self._spec.tied_embeddings and options.pipeline > 1:
             self.report.append(Line(HEAD, "tied", "a copy of the embedding, on the last stage"))
 
+    def _slots(self) -> dict[str, TensorSource]:
+        """The optimizer's slots. Where the source has no masters, they are the weights."""
+        found = dict(self._opened.optimizer)
+        if found:
+            self.report.append(UNSAID)
+        if found and self._dtype in HALVES:
+            weights = self._opened.weights
+            found.setdefault("master", Cast(weights, dict.fromkeys(weights.names(), torch.float32)))
+        return found
+
     def jobs(self) -> list[Job]:
         return [Job(self._file(rank), self._size(rank)) for rank in self._ranks()]
 
@@ -72,22 +91,42 @@ class LegacyTarget:
         rank = next(rank for rank in self._ranks() if self._file(rank) == job.file)
         path = folder / job.file
         path.parent.mkdir(parents=True, exist_ok=True)
-        virtual = self._options.virtual
-        models = {
-            "model" if virtual == 1 else f"model{chunk}": dict(self._chunk(rank, chunk))
-            for chunk in range(virtual)
-        }
+        write_torch_file(path, self._content(rank))
+
+    def _content(self, rank: _Rank) -> dict[str, Any]:
+        """What one rank's file holds."""
+        virtual, ranks = self._options.virtual, self._options.tensor
+        chunks = [list(self._chunk(rank, number)) for number in range(virtual)]
         content: dict[str, Any] = {
-            "args": Instance("argparse.Namespace", state=self._args),
+            "args": Instance("argparse.Namespace", state=self._args | {"iteration": self._step or 0}),
             "checkpoint_version": _VERSION,
-            "iteration": 0,
-            **models,
+            "iteration": self._step or 0,
             "num_floating_point_operations_so_far": 0,
         }
-        write_torch_file(path, content)
+        for number, chunk in enumerate(chunks):
+            content["model" if virtual == 1 else f"model{number}"] = {
+                key: self._streamed(tensor, self._source, self._kind(tensor), rank.tensor, ranks)
+                for key, tensor in chunk
+            }
+        if self._step is not None:
+            weights = [
+                self._trained(key, one, rank) for chunk in chunks for key, one in chunk if not one.fp32
+            ]
+            apart = self._options.expert > 1 and self._spec.moe is not None
+            content["optimizer"] = plain_optimizer(weights, self._step, apart=apart)
+            content["opt_param_scheduler"] = scheduler()
+        return content
+
+    def _trained(self, key: str, tensor: MegatronTensor, rank: _Rank) -> Trained:
+        states = {
+            slot: self._streamed(tensor, source, torch.float32, rank.tensor, self._options.tensor)
+            for slot, source in self._states.items()
+        }
+        return Trained(key, len(tensor.shape) == 1, tensor.expert is not None, states)
 
     def finish(self, folder: Path) -> None:
-        (folder / TRACKER).write_text(RELEASE, encoding="utf-8")
+        text = RELEASE if self._step is None else str(self._step)
+        (folder / TRACKER).write_text(text, encoding="utf-8")
         if self._opened.extras is not None or self._opened.write_extras is not None:
             (folder / TOKENIZER).mkdir(exist_ok=True)
             copy_extras(self._opened, folder / TOKENIZER)
@@ -102,16 +141,16 @@ class LegacyTarget:
         name = f"mp_rank_{rank.tensor:02d}"
         name += f"_{rank.stage:03d}" if self._options.pipeline > 1 else ""
         name += f"_{rank.expert:03d}" if self._options.expert > 1 else ""
-        return f"{RELEASE}/{name}/{FILE}"
+        return f"{self._folder}/{name}/{FILE}"
 
     def _size(self, rank: _Rank) -> int:
-        tensors = [one for chunk in range(self._options.virtual) for _, one in self._chunk(rank, chunk)]
+        tensors = list(_tensors(self._content(rank)))
         return torch_file_size(
             sum(math.prod(one.shape) * one.dtype.itemsize for one in tensors), len(tensors)
         )
 
-    def _chunk(self, rank: _Rank, chunk: int) -> Iterator[tuple[str, Streamed]]:
-        """The state dict of one chunk of one rank."""
+    def _chunk(self, rank: _Rank, chunk: int) -> Iterator[tuple[str, MegatronTensor]]:
+        """The names in the state dict of one chunk of one rank, in the order of the model's modules."""
         options, spec = self._options, self._spec
         share = spec.num_layers // (options.pipeline * options.virtual)
         first = (chunk * options.pipeline + rank.stage) * share
@@ -120,16 +159,15 @@ class LegacyTarget:
         outside = ([EMBEDDING] if is_first else []) + (
             ["decoder.final_layernorm.weight", HEAD] if is_last else []
         )
-        for tensor in self._table.tensors.values():
+        for tensor in self._ordered:
             if tensor.layer is None and tensor.within in outside:
-                yield tensor.within, self._streamed(tensor, rank.tensor, options.tensor)
+                yield tensor.within, tensor
             elif tensor.layer is not None and first <= tensor.layer < first + share:
                 expert = self._local_expert(tensor, rank)
                 if tensor.expert is None or expert is not None:
-                    key = tensor.key(tensor.layer - first, expert, self._backend)
-                    yield key, self._streamed(tensor, rank.tensor, options.tensor)
+                    yield tensor.key(tensor.layer - first, expert, self._backend), tensor
         if is_last and not is_first and spec.tied_embeddings:
-            yield HEAD, self._streamed(self._table.tensors[EMBEDDING], rank.tensor, options.tensor)
+            yield HEAD, self._table.tensors[EMBEDDING]
 
     def _local_expert(self, tensor: MegatronTensor, rank: _Rank) -> int | None:
         """The expert's number on this rank, None where it is on another one."""
@@ -138,9 +176,14 @@ class LegacyTarget:
         owner, local = divmod(tensor.expert, self._spec.moe.num_experts // self._options.expert)
         return local if owner == rank.expert else None
 
-    def _streamed(self, tensor: MegatronTensor, rank: int, ranks: int) -> Streamed:
-        dtype = self._source.dtype(tensor.name) if tensor.fp32 else self._dtype
-        cut = _cut(tensor, self._backend)
+    def _kind(self, tensor: MegatronTensor) -> torch.dtype:
+        return self._source.dtype(tensor.name) if tensor.fp32 else self._dtype
+
+    def _streamed(
+        self, tensor: MegatronTensor, source: ToMegatron, dtype: torch.dtype, rank: int, ranks: int
+    ) -> Streamed:
+        """One rank's part of a tensor of `source`."""
+        cut = tensor.cut_with(self._backend)
         rows, *rest = (self._rows, *tensor.shape[1:]) if tensor.vocab else tensor.shape
         if cut == 1:
             width = rest[0] // ranks
@@ -152,35 +195,34 @@ class LegacyTarget:
 
         def chunks() -> Iterator[Tensor]:
             for first, count in runs:
-                yield from self._rows_of(tensor, first, count, columns, dtype)
+                for block in _rows_of(tensor, source, first, count, columns):
+                    yield block.to(dtype)
 
         return Streamed(dtype, shape, chunks)
 
-    def _rows_of(
-        self,
-        tensor: MegatronTensor,
-        first: int,
-        count: int,
-        columns: tuple[int, int] | None,
-        dtype: torch.dtype,
-    ) -> Iterator[Tensor]:
-        """Rows [first, first + count) in portions, zeros beyond the tensor's own."""
-        width = math.prod(tensor.shape[1:])
-        step = max(1, _PORTION_BYTES // (width * 4))
-        last = min(first + count, tensor.shape[0])
-        for start in range(first, last, step):
-            block = self._source.rows(tensor.name, start, min(start + step, last))
-            block = block if columns is None else block.narrow(1, *columns)
-            yield block.to(dtype)
-        padding = first + count - max(first, last)
-        for start in range(0, padding, step):
-            yield torch.zeros((min(step, padding - start), *tensor.shape[1:]), dtype=dtype)
+
+def _rows_of(
+    tensor: MegatronTensor, source: ToMegatron, first: int, count: int, columns: tuple[int, int] | None
+) -> Iterator[Tensor]:
+    """Rows [first, first + count) in portions, zeros beyond the tensor's own."""
+    width = math.prod(tensor.shape[1:])
+    step = max(1, _PORTION_BYTES // (width * 4))
+    last = min(first + count, tensor.shape[0])
+    for start in range(first, last, step):
+        block = source.rows(tensor.name, start, min(start + step, last))
+        yield block if columns is None else block.narrow(1, *columns)
+    padding = first + count - max(first, last)
+    for start in range(0, padding, step):
+        yield torch.zeros((min(step, padding - start), *tensor.shape[1:]))
 
 
-def _cut(tensor: MegatronTensor, backend: Backend) -> int | None:
-    """Without Transformer Engine the projections to the latents are cut too."""
-    latent = tensor.within.endswith("_down_proj.weight")
-    return 0 if latent and backend == "local" else tensor.cut
+def _tensors(value: Any) -> Iterator[Streamed]:
+    """All that will be written of one file."""
+    if isinstance(value, Streamed):
+        yield value
+    elif isinstance(value, dict | list):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(one)
 
 
 def _runs(tensor: MegatronTensor, rows: int, rank: int, ranks: int) -> list[tuple[int, int]]:

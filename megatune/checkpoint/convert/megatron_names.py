@@ -114,6 +114,11 @@ class MegatronTensor:
             within = f"{within}{expert}" if backend == "te" else _local_expert(within, expert)
         return within if layer is None else f"decoder.layers.{layer}.{within}"
 
+    def cut_with(self, backend: Backend) -> int | None:
+        """`cut`; Megatron's own layers also cut the projections to the latents."""
+        latent = self.within.endswith("_down_proj.weight")
+        return 0 if latent and backend == "local" else self.cut
+
     @property
     def fp32(self) -> bool:
         """Whether it is stored in fp32 whatever the model's dtype."""

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from megatune import __version__
@@ -45,6 +44,7 @@ from megatune.checkpoint.manifest import (
     file_to_json,
     read_manifest,
 )
+from megatune.checkpoint.manifest import read_json as read_own_json
 from megatune.checkpoint.mapping import Mapped
 from megatune.checkpoint.peft import adapter_config
 from megatune.checkpoint.peft_names import adapter_map
@@ -53,7 +53,8 @@ from megatune.checkpoint.resolve import ModelFolder, resolve_model
 from megatune.checkpoint.safetensors_file import DTYPES, header_of
 from megatune.checkpoint.sources import TensorSource, read_json
 from megatune.config.schema import LoraMethod
-from megatune.errors import CheckpointError
+from megatune.config.yaml_reader import read_yaml
+from megatune.errors import CheckpointError, ConfigError
 from megatune.models.build import build
 from megatune.models.registry import family_for
 from megatune.parallel.shard import Box
@@ -85,17 +86,17 @@ def open_run(path: Path, options: Options) -> Opened:
     mapped = base_map(base.spec)
     weights = StepTensors(step, manifest, "model/")
     trained = {name: item for name, item in mapped.items() if name in weights.names()}
-    optimizer = {"master": HfView(weights, trained)}
-    for slot in SLOTS[1:]:
-        states = StepTensors(step, manifest, f"optim/{slot}/")
-        there = {name: mapped[name] for name in states.names() if name in mapped}
-        optimizer[slot] = HfView(states, there)
+    optimizer = _moments(step, manifest, trained)
     own = base.tensors()
     dtype = wanted or main_dtype(own)
     view = HfView(weights, trained)
     dtypes = {name: torch.float32 if name.endswith(FP32) else dtype for name in view.names()}
     others = {n for item in mapped.values() for n in item.hf_shapes()} - view.names()
     lines = [Line(name, "mapped", f"not trained: from {base.path}") for name in sorted(others)]
+    if not optimizer:
+        name = config.get("optim", {}).get("name", "an optimizer")
+        why = f"are of {name} (optim.name) and not AdamW's two moments in fp32, which alone have a place elsewhere"
+        lines.append(Line("optimizer states", "skipped", why))
     return Opened(
         "megatune",
         step,
@@ -106,6 +107,24 @@ def open_run(path: Path, options: Options) -> Opened:
         base.path,
         lines,
     )
+
+
+def _moments(step: Path, manifest: Manifest, trained: Mapping[str, Mapped]) -> dict[str, TensorSource]:
+    """AdamW's states by slot; none where another optimizer trained any of the weights. Lion's `exp_avg` is no moment of
+    AdamW's, though it is called so."""
+    wanted = {
+        name
+        for name, item in trained.items()
+        if not all(hf_name.endswith(FP32) for hf_name in item.hf_shapes())
+    }
+    found: dict[str, TensorSource] = {"master": HfView(StepTensors(step, manifest, "model/"), trained)}
+    for slot in SLOTS[1:]:
+        states = StepTensors(step, manifest, _prefix(slot))
+        there = {name: trained[name] for name in states.names() if name in trained}
+        if not wanted <= there.keys():
+            return {}
+        found[slot] = HfView(states, there)
+    return found
 
 
 def _found(source: TensorSource, names: set[str], base: ModelFolder) -> TensorSource:
@@ -121,7 +140,12 @@ def _open_lora(step: Path, manifest: Manifest, base: ModelFolder, method: Mappin
     """A run that trained LoRA adapters: merged into its base."""
     from megatune.checkpoint.convert.peft import with_adapter
 
-    lora = LoraMethod.model_validate(method)
+    try:
+        lora = LoraMethod.model_validate(method)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{step}: the run's config.yaml describes no LoRA ({error}); restore it"
+        ) from error
     model = build(base.spec)
     attach(model, lora)
     adapters = StepTensors(step, manifest, "model/")
@@ -143,12 +167,17 @@ def _open_converted(step: Path, manifest: Manifest, notes: Mapping[str, Any], ro
     config = read_json(root / "config.json")
     mapped = base_map(family_for(config).spec(config))
     view = HfView(StepTensors(step, manifest, "model/"), mapped)
-    default, others = DTYPES[notes["dtype"]], {name: DTYPES[kind] for name, kind in notes["others"].items()}
+    try:
+        default = DTYPES[notes["dtype"]]
+        others = {name: DTYPES[kind] for name, kind in notes["others"].items()}
+        count = None if notes["step"] is None else int(notes["step"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{step / RUN}: does not say what was converted; convert again") from error
     weights = Cast(view, {name: others.get(name, default) for name in view.names()})
     optimizer = {}
     if any(name.startswith("optim/") for name in manifest.tensors):
         optimizer = {slot: HfView(StepTensors(step, manifest, _prefix(slot)), mapped) for slot in SLOTS}
-    return Opened("megatune", step, config, weights, optimizer, notes["step"], root)
+    return Opened("megatune", step, config, weights, optimizer, count, root)
 
 
 def digest_of(folder: Path) -> str:
@@ -186,20 +215,28 @@ def _extra(step: Path, manifest: Manifest) -> dict[str, Any]:
         for block in range(len(entry.checksums))
     ):
         raise CheckpointError(f"{step / RUN}: is damaged; use another checkpoint")
-    return json.loads(text)["extra"]
+    try:
+        extra = read_own_json(text)["extra"]
+        extra.keys()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{step / RUN}: is no description of a run; use another checkpoint") from error
+    return extra
 
 
 def _config(root: Path) -> dict[str, Any]:
-    """config.yaml of a run."""
+    """config.yaml of a run; it may come from anyone."""
     path = root / "config.yaml"
     try:
-        config = yaml.safe_load(path.read_text("utf-8"))
-        config["model"]["path"], config["method"].get("type")
+        config, _ = read_yaml(path.read_text("utf-8"), str(path))
+        model, kinds = config["model"], (config["method"], config.get("optim", {}))
+        is_one = isinstance(model["path"], str) and isinstance(model.get("dtype", ""), str)
+        if not is_one or not all(isinstance(one, dict) for one in kinds):
+            raise ValueError("other values than a configuration has")
     except OSError as error:
         raise CheckpointError(
             f"{path}: cannot be read ({error.strerror}); give the run's folder, or a step inside of it"
         ) from error
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+    except (ConfigError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: is no configuration of a run; restore it") from error
     return config
 

@@ -168,7 +168,8 @@ def adapter_only(opened: Opened, options: Options) -> Opened:
         raise CheckpointError(
             f"{opened.path}: has no adapter of its own, it is a whole model; choose --to hf"
         )
-    return replace(opened, weights=opened.adapter[1], optimizer={}, report=[])
+    lines = [line for line in opened.report if line.what == "skipped"]  # the rest is of the merged model
+    return replace(opened, weights=opened.adapter[1], optimizer={}, report=lines)
 
 
 def reopen(path: Path, options: Options) -> Opened:

@@ -7,7 +7,7 @@ a blob `common_state/shard_0_1` in newer versions. Both are read; `common.pt`, w
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,13 @@ from megatune.checkpoint.convert.base import Format, Line, Opened, Options
 from megatune.checkpoint.convert.dcp_files import DcpFolder
 from megatune.checkpoint.convert.dcp_metadata import METADATA
 from megatune.checkpoint.convert.megatron_config import hf_config, like_config
+from megatune.checkpoint.convert.megatron_legacy_optimizer import Unproven
 from megatune.checkpoint.convert.megatron_names import EMBEDDING, FromMegatron, MegatronTable
 from megatune.checkpoint.convert.pickles import Opaque, open_pickle
+from megatune.checkpoint.convert.torch_dist_buckets import bucket_keys, bucket_states
 from megatune.checkpoint.convert.torch_dist_keys import EXTRA, StoredMegatron, trained
 from megatune.checkpoint.convert.torch_dist_write import COMMON, LATEST, MARK, TorchDistTarget
-from megatune.checkpoint.sources import read_json
+from megatune.checkpoint.sources import TensorSource, read_json
 from megatune.errors import CheckpointError
 from megatune.models.registry import family_for
 
@@ -31,7 +33,9 @@ _SLOTS = {"fp32_param": "master", "param": "master", "exp_avg": "exp_avg", "exp_
 _OF_A_RUN = re.compile(
     r"^(chained_\d+\.)?(optimizer|opt_param_scheduler|rng_state|rerun_state_machine|common_state)\b"
 )
+_FLAT = re.compile(r"^(chained_\d+\.)?optimizer\.distributed\.")
 _MTP = re.compile(r"^mtp\.")
+_ADVICE = "save with --dist-ckpt-optim-fully-reshardable"
 
 
 def detect(path: Path) -> bool:
@@ -51,17 +55,18 @@ def open_torch_dist(path: Path, options: Options) -> Opened:
     family = family_for(config)
     table = MegatronTable(family.spec(config))
     weights = StoredMegatron(table, stored, (prefix,))
+    model = _Model(table, weights)
     lines += _padding(weights, table)
-    found = _optimizer(table, stored, prefix) if options.optimizer else {}
-    known = weights.keys | {key for view in found.values() for key in view.keys}
-    lines += _left(stored, known, prefix, bool(options.optimizer))
+    found, known = _states(table, weights, stored, prefix, options)
+    lines += _left(stored, weights.keys | known.keys(), prefix)
+    lines += [Line(name, "skipped", why) for name, why in sorted(known.items()) if why]
     step = common.get("iteration")
     number = _STEP.match(folder.name)
     return Opened(
         KIND,
         path,
         config,
-        _Model(table, weights),
+        model,
         {slot: FromMegatron(table, view) for slot, view in found.items()},
         step=int(number[1]) if number else step if isinstance(step, int) and step > 0 else None,
         extras=_extras(path, folder, options),
@@ -212,19 +217,31 @@ def _optimizer(table: MegatronTable, stored: DcpFolder, prefix: str) -> dict[str
     return found
 
 
-def _left(stored: DcpFolder, known: set[str], prefix: str, wanted: bool) -> list[Line]:
+def _states(
+    table: MegatronTable, weights: StoredMegatron, stored: DcpFolder, prefix: str, options: Options
+) -> tuple[Mapping[str, TensorSource], dict[str, str]]:
+    """(Slot -> states, the tensors of the folder that have to do with it -> why each is left out, or nothing)."""
+    states = {name for name in stored.names() if _STATE.match(name)}
+    flat = {name for name in stored.names() if _FLAT.match(name)}
+    if not options.optimizer:
+        return {}, dict.fromkeys(states | flat, "not asked for")
+    why = dict.fromkeys(states, "not stored in the shape of its weight, or not for every weight")
+    why |= dict.fromkeys(flat, f"flat buckets of one layout, of an old form: {_ADVICE}")
+    found: Mapping[str, TensorSource] = _optimizer(table, stored, prefix)
+    used = {key for view in found.values() for key in view.keys}
+    if not found and (buckets := bucket_keys(stored)):
+        try:
+            found, used = bucket_states(table, weights, stored), buckets
+        except Unproven as error:
+            why |= dict.fromkeys(buckets, f"flat buckets of one layout (dp_reshardable): {error}; {_ADVICE}")
+    return found, why | dict.fromkeys(used, "")
+
+
+def _left(stored: DcpFolder, known: Set[str], prefix: str) -> list[Line]:
     """A line for each tensor and blob that is not used; CheckpointError for one that may be a weight."""
     lines = []
     for name in sorted(stored.names() - known):
-        if name.startswith("optimizer.distributed") or ".optimizer.distributed" in name:
-            why = "flat buckets of one parallel layout (dp_reshardable): save with --dist-ckpt-optim-fully-reshardable"
-        elif _STATE.match(name):
-            why = (
-                "not stored in the shape of its weight, or not for every weight"
-                if wanted
-                else "not asked for"
-            )
-        elif _OF_A_RUN.match(name):
+        if _OF_A_RUN.match(name):
             why = "state of the run"
         elif _MTP.match(name.removeprefix(prefix)):
             why = "layers for multi-token prediction, which megatune's models have not"

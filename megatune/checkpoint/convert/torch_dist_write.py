@@ -22,6 +22,7 @@ from megatune.checkpoint.convert.dcp_files import (
 )
 from megatune.checkpoint.convert.megatron_args import megatron_args, padded_vocab
 from megatune.checkpoint.convert.megatron_names import MegatronTable, MegatronTensor, ToMegatron
+from megatune.checkpoint.convert.megatron_states import UNSAID, param_group, scheduler
 from megatune.checkpoint.convert.names import Cast, main_dtype
 from megatune.checkpoint.convert.torch_dist_keys import extra_states, trained, written_slot
 from megatune.checkpoint.convert.torch_zip import Instance, write_torch_file
@@ -52,11 +53,7 @@ class TorchDistTarget:
         self._args, lines = megatron_args(opened.hf_config, main_dtype(opened.weights), options)
         self.report += lines
         if opened.optimizer:
-            detail = (
-                "the source does not say AdamW's settings: Megatron's defaults are written (betas 0.9, 0.999, eps "
-                "1e-8); set yours after loading, and load with --override-opt-param-scheduler"
-            )
-            self.report.append(Line("optimizer.param_groups", "skipped", detail))
+            self.report.append(UNSAID)
         self._files = plan_files(self._items())
 
     def jobs(self) -> list[Job]:
@@ -150,28 +147,17 @@ class TorchDistTarget:
         if self._opened.optimizer:
             chained = self._options.expert > 1 and self._table.spec.moe is not None
             one = optimizer_state(self._step or 0)
+            common["opt_param_scheduler"] = scheduler()
             common["optimizer"] = {0: one, 1: optimizer_state(self._step or 0)} if chained else one
         return common
 
 
 def optimizer_state(step: int) -> dict[str, Any]:
-    """What Megatron's distributed optimizer has beside its tensors: groups of parameters, told apart by four numbers.
-    Sources do not say these hyperparameters, so Megatron's defaults stand there; the learning rate and weight decay are
-    set by its scheduler when training starts."""
+    """What Megatron's distributed optimizer has beside its tensors."""
     groups = [
-        {
-            "wd_mult": decay,
-            "lr_mult": 1.0,
-            "is_expert_parallel": expert,
-            "is_decoupled_lr": False,
-            "lr": 0.0,
-            "betas": (0.9, 0.999),
-            "eps": 1e-8,
-            "weight_decay": 0.01,
-            "step": step,
-        }
+        param_group(step, decays=decays, expert=expert)
         for expert in (False, True)
-        for decay in (1.0, 0.0)
+        for decays in (True, False)
     ]
     return {"optimizer": {"param_groups": groups}, "param_state_sharding_type": "fully_reshardable"}
 

@@ -1,0 +1,77 @@
+// The losses' CUDA kernels as implementations of the ops that megatune/ops/cross_entropy_rows.py defines.
+
+#include "cuda.h"
+#include "megatune/cuda_loss.h"
+
+namespace megatune::bind {
+namespace {
+
+void check_rows(const Tensor& tensor, ScalarType type, const Tensor& logits, const char* op, const char* what) {
+  check(tensor.dim() == 1 && tensor.is_contiguous() && tensor.size(0) == logits.size(0) && tensor.scalar_type() == type,
+        op, what);
+  check_devices(logits, {&tensor}, op);
+}
+
+// size 0: the whole vocabulary is here.
+cuda::CrossEntropy arguments(const Tensor& logits, const Tensor& labels, int64_t first, int64_t size, double softcap,
+                             const std::optional<Tensor>& weights, double z_loss, double smoothing, int64_t ignore,
+                             const char* op) {
+  check(logits.dim() == 2 && logits.size(1) > 0 && logits.size(1) < int64_t{1} << 31 &&
+            (logits.stride(1) == 1 || logits.size(1) == 1),
+        op, "logits must be [rows, vocab], each row contiguous");
+  check_rows(labels, ScalarType::Long, logits, op, "labels must be contiguous int64 [rows]");
+  if (weights) check_rows(*weights, ScalarType::Float, logits, op, "weights must be contiguous float32 [rows]");
+  return {type_of(logits, op),
+          const_cast<void*>(data(logits)),
+          logits.size(0),
+          logits.stride(0),
+          logits.size(1),
+          first,
+          size == 0 ? logits.size(1) : size,
+          static_cast<const int64_t*>(data(labels)),
+          ignore,
+          weights ? static_cast<const float*>(data(*weights)) : nullptr,
+          static_cast<float>(softcap),
+          static_cast<float>(z_loss),
+          static_cast<float>(smoothing)};
+}
+
+Tensor cross_entropy_rows(Tensor logits, const Tensor& labels, double softcap, bool write_grad,
+                          std::optional<Tensor> weights, double z_loss, double smoothing, int64_t ignore) {
+  const char* op = "cross_entropy_rows";
+  const cuda::CrossEntropy args = arguments(logits, labels, 0, 0, softcap, weights, z_loss, smoothing, ignore, op);
+  const OnDeviceOf device(logits);
+  Tensor loss = empty(logits, {logits.size(0)}, ScalarType::Float);
+  check_launch(cuda::cross_entropy(args, write_grad, static_cast<float*>(mutable_data(loss)), device.stream()), op);
+  return loss;
+}
+
+Tensor cross_entropy_sums(const Tensor& logits, const Tensor& labels, int64_t first, int64_t size, double softcap,
+                          bool with_sum, int64_t ignore) {
+  const char* op = "cross_entropy_sums";
+  const cuda::CrossEntropy args = arguments(logits, labels, first, size, softcap, std::nullopt, 0.0, 0.0, ignore, op);
+  const OnDeviceOf device(logits);
+  Tensor sums = empty(logits, {logits.size(0), with_sum ? 4 : 3}, ScalarType::Float);
+  check_launch(cuda::cross_entropy_sums(args, with_sum, static_cast<float*>(mutable_data(sums)), device.stream()), op);
+  return sums;
+}
+
+void cross_entropy_grad(Tensor logits, const Tensor& labels, int64_t first, int64_t size, double softcap,
+                        const Tensor& log_sum, std::optional<Tensor> weights, double z_loss, double smoothing,
+                        int64_t ignore) {
+  const char* op = "cross_entropy_grad";
+  const cuda::CrossEntropy args =
+      arguments(logits, labels, first, size, softcap, weights, z_loss, smoothing, ignore, op);
+  check_rows(log_sum, ScalarType::Float, logits, op, "log_sum must be contiguous float32 [rows]");
+  const OnDeviceOf device(logits);
+  check_launch(cuda::cross_entropy_grad(args, static_cast<const float*>(data(log_sum)), device.stream()), op);
+}
+
+}  // namespace
+}  // namespace megatune::bind
+
+STABLE_TORCH_LIBRARY_IMPL(megatune, CUDA, m) {
+  m.impl("cross_entropy_rows", TORCH_BOX(&megatune::bind::cross_entropy_rows));
+  m.impl("cross_entropy_sums", TORCH_BOX(&megatune::bind::cross_entropy_sums));
+  m.impl("cross_entropy_grad", TORCH_BOX(&megatune::bind::cross_entropy_grad));
+}

@@ -1,0 +1,27 @@
+#include "isa.h"
+
+#include "megatune/cpu_optim.h"
+
+// No fused multiply-add: the same result on every instruction set, in vectors and in what is left over.
+#if defined(__clang__)
+#pragma clang fp contract(off)
+#elif defined(__GNUC__)
+#pragma GCC optimize("fp-contract=off")
+#endif
+
+#define MEGATUNE_KERNEL "lion.inl"
+#include "each_isa.inl"
+
+namespace megatune::cpu {
+
+template <class G, class W>
+void lion(const Lion<G, W>& args, int64_t begin, int64_t end) {
+  MEGATUNE_DISPATCH(lion, args, begin, end)
+}
+
+template void lion(const Lion<float, float>&, int64_t, int64_t);
+template void lion(const Lion<float, bf16>&, int64_t, int64_t);
+template void lion(const Lion<bf16, float>&, int64_t, int64_t);
+template void lion(const Lion<bf16, bf16>&, int64_t, int64_t);
+
+}  // namespace megatune::cpu

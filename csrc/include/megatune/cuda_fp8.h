@@ -1,0 +1,64 @@
+// CUDA launchers that quantise to fp8; the conventions of cuda.h.
+//
+// Each gives up to two copies of a matrix [rows, width]: as it is, and transposed, so that each of a linear layer's three
+// products finds its inner dimension contiguous. `padded`: the rows with those of zeros that products need behind them.
+//
+// | scaling | a scale for | scales | scales_t |
+// | --- | --- | --- | --- |
+// | rowwise | each row of each copy | [padded] | [width] |
+// | blocks | each 128 numbers along a row of each copy | [width / 128, padded] | [padded / 128, width] |
+// | tiles | each 128 x 128 | [padded / 128, width / 128] | [width / 128, padded / 128] |
+//
+// The rows of the scales of tiles are padded to a multiple of four, with ones. blocks and tiles need a width and padded
+// rows that are multiples of 128, rowwise multiples of 16; a width is at most 2^30.
+#pragma once
+
+#include "megatune/cuda.h"
+
+namespace megatune::cuda {
+
+enum class Scaling { rowwise = 0, blocks = 1, tiles = 2 };
+
+struct Fp8 {
+  int64_t rows, padded, width;
+  Scaling scaling;
+  bool e5m2;         // else e4m3; only rowwise
+  uint8_t* codes;    // [padded, width]; null, with its scales: not wanted
+  float* scales;
+  uint8_t* codes_t;  // [width, padded]; null, with its scales: not wanted
+  float* scales_t;
+  float* peaks;  // [width], workspace; null unless a rowwise transposed copy is wanted
+};
+
+struct Fp8Quantise {
+  Type type;
+  const void* x;  // rows `row_stride` elements apart
+  int64_t row_stride;
+  Fp8 out;
+};
+int fp8_quantise(const Fp8Quantise& args, Stream stream);
+
+// What `rms_norm` makes of x, rounded to its type, then quantised.
+struct Fp8RmsNorm {
+  Type type, weight_type;
+  const void* x;
+  int64_t row_stride;
+  const void* weight;  // [width]
+  float offset, eps;
+  bool round_first;
+  float* rstd;  // [rows]
+  Fp8 out;
+};
+int fp8_rms_norm(const Fp8RmsNorm& args, Stream stream);
+
+// What `glu` makes of gate_up [rows, 2 * width], rounded to its type, then quantised.
+struct Fp8Glu {
+  Type type;
+  const void* gate_up;
+  int64_t row_stride;
+  Activation activation;
+  Fp8 out;
+};
+int fp8_glu(const Fp8Glu& args, Stream stream);
+
+}  // namespace megatune::cuda

@@ -1,0 +1,35 @@
+// Launchers of losses: plain pointers, as megatune/cuda.h.
+#pragma once
+
+#include <cstdint>
+
+#include "megatune/cuda.h"
+
+namespace megatune::cuda {
+
+// Cross-entropy of rows of logits, of which the columns [first, first + vocab) of a vocabulary of `size` are here. With z
+// the capped logits and l the logarithm of the sum of their exponentials, a row's loss is
+// weight * (l - (1 - smoothing) * z[label] - smoothing * mean(z) + z_loss * l^2).
+struct CrossEntropy {
+  Type type;
+  void* logits;  // rows of vocab, row_stride elements from row to row
+  int64_t rows, row_stride, vocab;
+  int64_t first, size;
+  const int64_t* labels;  // [rows], each in [0, size) or `ignore`: such a row has no loss; another label's loss is NaN
+  int64_t ignore;
+  const float* weights;  // [rows]; null: all 1
+  float softcap;         // 0: none
+  float z_loss, smoothing;
+};
+
+// The whole vocabulary is here. loss: [rows]. The logits become their gradient if write_grad.
+int cross_entropy(const CrossEntropy& args, bool write_grad, float* loss, Stream stream);
+
+// sums: [rows, 3], largest logit here, sum of exp(logit - largest), the label's logit (0: it is not here); with_sum: [rows,
+// 4], the sum of the logits too. Weights, z_loss and smoothing play no part.
+int cross_entropy_sums(const CrossEntropy& args, bool with_sum, float* sums, Stream stream);
+
+// The logits become their gradient. log_sums: [rows], l over the whole vocabulary.
+int cross_entropy_grad(const CrossEntropy& args, const float* log_sums, Stream stream);
+
+}  // namespace megatune::cuda

@@ -1,0 +1,264 @@
+"""What computes a cross-entropy from logits, for a whole vocabulary and for some columns of one: operators and bodies.
+
+With z the logits (after the cap) and l = logsumexp(z), a row's loss is
+
+    weight * (l - (1 - smoothing) * z[label] - smoothing * mean(z) + z_loss * l^2)
+
+and 0 where the label is `ignore`; its gradient, weight * ((1 + 2 * z_loss * l) * softmax(z) - (1 - smoothing) * [label]
+- smoothing / V) times the cap's slope, takes the place of the logits. Label smoothing: arXiv:1512.00567; the loss on l:
+arXiv:2204.02311, section 5.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatune.ops.checks import accumulate_dtype
+from megatune.ops.registry import Body, add_op, compiled_body, cpu_body, cuda_body, define, fuse
+
+IGNORED = -100  # the label that has no loss, as in PyTorch
+OPTIONS = f"Tensor? weights=None, float z_loss=0.0, float smoothing=0.0, int ignore={IGNORED}"
+
+
+def row_losses(
+    log_sum: Tensor,
+    target: Tensor,
+    mean: Tensor | None,
+    labels: Tensor,
+    weights: Tensor | None,
+    z_loss: float,
+    smoothing: float,
+    ignore: int,
+) -> Tensor:
+    """Loss [rows] from logsumexp, the label's logit and (for smoothing) the mean of the logits."""
+    loss = log_sum - target
+    if mean is not None:
+        loss = loss + smoothing * (target - mean)
+    if z_loss:
+        loss = loss + z_loss * log_sum.square()
+    if weights is not None:
+        loss = loss * weights
+    return torch.where(labels == ignore, 0.0, loss)
+
+
+def _factors(
+    log_sum: Tensor, labels: Tensor, weights: Tensor | None, z_loss: float, ignore: int
+) -> tuple[Tensor, Tensor]:
+    """What a row's probabilities, and what its targets are multiplied by in the gradient: [rows, 1] each."""
+    of_targets = (labels != ignore).to(log_sum.dtype)
+    if weights is not None:
+        of_targets = of_targets * weights
+    of_softmax = of_targets * (1 + 2 * z_loss * log_sum) if z_loss else of_targets
+    return of_softmax[:, None], of_targets[:, None]
+
+
+def _capped(x: Tensor, softcap: float) -> Tensor:
+    return softcap * torch.tanh(x / softcap) if softcap else x
+
+
+def _slope(capped: Tensor, softcap: float) -> Tensor:
+    """Derivative of `_capped`, from its value."""
+    return 1 - (capped / softcap).square()
+
+
+def _reference(
+    logits: Tensor,
+    labels: Tensor,
+    softcap: float,
+    write_grad: bool,
+    weights: Tensor | None = None,
+    z_loss: float = 0.0,
+    smoothing: float = 0.0,
+    ignore: int = IGNORED,
+) -> Tensor:
+    """logits [rows, V], labels int64 [rows], weights fp32 [rows] -> loss fp32 [rows]; with write_grad the logits become
+    their gradient. softcap 0: none; else logits count as cap * tanh(logit / cap)."""
+    capped = _capped(logits.to(accumulate_dtype(logits.dtype)), softcap)
+    index = torch.where(labels == ignore, 0, labels)[:, None]
+    log_sum = torch.logsumexp(capped, 1)
+    mean = capped.mean(1) if smoothing else None
+    target = capped.gather(1, index).squeeze(1)
+    if write_grad:
+        of_softmax, of_targets = _factors(log_sum, labels, weights, z_loss, ignore)
+        wanted = torch.full_like(capped, smoothing / logits.shape[1])
+        wanted.scatter_add_(1, index, torch.full_like(of_targets, 1 - smoothing))
+        grad = torch.exp(capped - log_sum[:, None]) * of_softmax - wanted * of_targets
+        if softcap:
+            grad = grad * _slope(capped, softcap)
+        logits.copy_(torch.where(labels[:, None] == ignore, 0.0, grad))
+    return row_losses(log_sum, target, mean, labels, weights, z_loss, smoothing, ignore)
+
+
+def _losses(
+    logits: Tensor,
+    labels: Tensor,
+    softcap: float,
+    write_grad: bool,
+    weights: Tensor | None,
+    z_loss: float,
+    smoothing: float,
+    ignore: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss [rows], gradient of the label's own logit [rows, 1], its column [rows, 1]); with write_grad the logits
+    become the gradient that they would have if they were not the label's: two passes over the logits and no more."""
+    wide = accumulate_dtype(logits.dtype)
+    index = torch.where(labels == ignore, 0, labels)[:, None]
+    capped = _capped(logits.to(wide), softcap)
+    target = _capped(logits.gather(1, index).to(wide), softcap)
+    log_sum = torch.logsumexp(capped, 1)
+    mean = capped.mean(1) if smoothing else None
+    of_softmax, of_targets = _factors(log_sum, labels, weights, z_loss, ignore)
+    even = smoothing / logits.shape[1]
+    own = torch.exp(target - log_sum[:, None]) * of_softmax - (1 - smoothing + even) * of_targets
+    if softcap:
+        own = own * _slope(target, softcap)
+    if write_grad:
+        grad = torch.exp(capped - log_sum[:, None]) * of_softmax
+        if smoothing:
+            grad = grad - even * of_targets
+        if softcap:
+            grad = grad * _slope(capped, softcap)
+        logits.copy_(torch.where(labels[:, None] == ignore, 0.0, grad))
+    loss = row_losses(log_sum, target.squeeze(1), mean, labels, weights, z_loss, smoothing, ignore)
+    return loss, torch.where(labels[:, None] == ignore, 0.0, own), index
+
+
+_FUSED_LOSSES = fuse(_losses)
+
+
+def _compiled(
+    logits: Tensor,
+    labels: Tensor,
+    softcap: float,
+    write_grad: bool,
+    weights: Tensor | None = None,
+    z_loss: float = 0.0,
+    smoothing: float = 0.0,
+    ignore: int = IGNORED,
+) -> Tensor:
+    loss, own, index = _FUSED_LOSSES(logits, labels, softcap, write_grad, weights, z_loss, smoothing, ignore)
+    if write_grad:
+        logits.scatter_(1, index, own.to(logits.dtype))
+    return loss
+
+
+def _fake(
+    logits: Tensor,
+    labels: Tensor,
+    softcap: float,
+    write_grad: bool,
+    weights: Tensor | None = None,
+    z_loss: float = 0.0,
+    smoothing: float = 0.0,
+    ignore: int = IGNORED,
+) -> Tensor:
+    return logits.new_empty(labels.shape, dtype=accumulate_dtype(logits.dtype))
+
+
+_ROWS = define(
+    f"cross_entropy_rows(Tensor(a!) logits, Tensor labels, float softcap, bool write_grad, {OPTIONS}) -> Tensor",
+    _reference,
+    _fake,
+)
+ROWS_OP = add_op(
+    "linear_cross_entropy",
+    [cpu_body(_ROWS), compiled_body(_compiled), cuda_body(_ROWS), Body("reference", (_reference,))],
+)
+
+
+def _split_sums(
+    logits: Tensor,
+    labels: Tensor,
+    first: int,
+    size: int,
+    softcap: float,
+    with_sum: bool = False,
+    ignore: int = IGNORED,
+) -> Tensor:
+    """What the other processes need of these columns, which are from `first` on in a vocabulary of `size`: fp32 [rows,
+    3], largest logit, sum of exp(logit - largest), the label's logit (0 where it is not here), and `with_sum` also the
+    sum of the logits [rows, 4]. A label that no process has is an index out of range, as on one process."""
+    wide = accumulate_dtype(logits.dtype)
+    capped, here = _capped(logits.to(wide), softcap), labels - first
+    mine = (here >= 0) & (here < logits.shape[1])
+    elsewhere = ~mine & (labels >= 0) & (labels < size) | (labels == ignore)
+    target = _capped(logits.gather(1, torch.where(elsewhere, 0, here)[:, None]).squeeze(1).to(wide), softcap)
+    largest = capped.amax(1)
+    total = torch.exp(capped - largest[:, None]).sum(1)
+    found = [largest, total, torch.where(mine, target, 0.0)]
+    return torch.stack([*found, capped.sum(1)] if with_sum else found, 1)
+
+
+def _split_grad(
+    logits: Tensor,
+    labels: Tensor,
+    first: int,
+    size: int,
+    softcap: float,
+    log_sum: Tensor,
+    weights: Tensor | None = None,
+    z_loss: float = 0.0,
+    smoothing: float = 0.0,
+    ignore: int = IGNORED,
+) -> None:
+    """The logits of these columns become their gradient, from the log of the sum over all columns [rows]."""
+    capped = _capped(logits.to(log_sum.dtype), softcap)
+    of_softmax, of_targets = _factors(log_sum, labels, weights, z_loss, ignore)
+    columns = torch.arange(logits.shape[1], device=logits.device)
+    wanted = ((labels - first)[:, None] == columns).to(log_sum.dtype)
+    if smoothing:
+        wanted = wanted * (1 - smoothing) + smoothing / size
+    grad = torch.exp(capped - log_sum[:, None]) * of_softmax - wanted * of_targets
+    if softcap:
+        grad = grad * _slope(capped, softcap)
+    logits.copy_(torch.where(labels[:, None] == ignore, 0.0, grad))
+
+
+def _fake_sums(
+    logits: Tensor,
+    labels: Tensor,
+    first: int,
+    size: int,
+    softcap: float,
+    with_sum: bool = False,
+    ignore: int = IGNORED,
+) -> Tensor:
+    return logits.new_empty((labels.shape[0], 4 if with_sum else 3), dtype=accumulate_dtype(logits.dtype))
+
+
+def _fake_grad(
+    logits: Tensor,
+    labels: Tensor,
+    first: int,
+    size: int,
+    softcap: float,
+    log_sum: Tensor,
+    weights: Tensor | None = None,
+    z_loss: float = 0.0,
+    smoothing: float = 0.0,
+    ignore: int = IGNORED,
+) -> None:
+    return None
+
+
+_SUMS = define(
+    "cross_entropy_sums(Tensor logits, Tensor labels, int first, int size, float softcap, bool with_sum=False, "
+    f"int ignore={IGNORED}) -> Tensor",
+    _split_sums,
+    _fake_sums,
+)
+_GRAD = define(
+    "cross_entropy_grad(Tensor(a!) logits, Tensor labels, int first, int size, float softcap, Tensor log_sum, "
+    f"{OPTIONS}) -> ()",
+    _split_grad,
+    _fake_grad,
+)
+SPLIT_OP = add_op(
+    "split_cross_entropy",
+    [
+        compiled_body(fuse(_split_sums), fuse(_split_grad)),
+        cuda_body(_SUMS, _GRAD),
+        Body("reference", (_split_sums, _split_grad)),
+    ],
+)
