@@ -85,7 +85,8 @@ def check(program: str, tool: str, script: list[str], out: Path, seconds: float)
     verdict = {0: "clean", FOUND: "ERRORS FOUND"}.get(code, f"failed with exit code {code}")
     print(f"{tool}: {verdict}, {time.monotonic() - began:.0f} s; {out / (tool + '.log')}")
     if code:
-        print("\n".join(said.splitlines()[:40]))
+        lines = said.splitlines()
+        print("\n".join(lines if len(lines) < 50 else [*lines[:30], "..", *lines[-15:]]))
     return code
 
 
