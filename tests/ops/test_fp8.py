@@ -241,7 +241,7 @@ def test_products_on_a_gpu_are_those_of_the_numbers(inner: int) -> None:
     a, b = torch.randn(256, inner, device="cuda"), torch.randn(384, inner, device="cuda")
     kinds = [("rowwise", "rowwise", False), ("rowwise", "rowwise", True)]
     kinds += (
-        [("blocks", "tiles", False), ("blocks", "blocks", False)] if "blockwise" in fp8.products() else []
+        [("blocks", "tiles", False), ("blocks", "blocks", False)] if "blockwise" in ops.fp8_products() else []
     )
     for left, right, e5m2 in kinds:
         factors = quantise(a, left, e5m2=e5m2).plain, quantise(b, right).plain
