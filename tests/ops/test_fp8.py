@@ -97,14 +97,15 @@ def test_each_number_is_the_nearest_under_its_scale(scaling: str, e5m2: bool) ->
 def test_what_is_not_finite_stays_so_and_zeros_have_scale_one(body: str, device: str) -> None:
     need_body("fp8_quantise", body, torch.float32, device)
     ops.configure({"fp8_quantise": body}, device)
-    x = torch.ones(6, 128, device=device)
+    x = torch.full((6, 128), 1000.0, device=device)
     x[1, 7], x[2, 9], x[3] = float("nan"), float("-inf"), 0.0
     x[4] = 2.0**-120
     for scaling in ("rowwise", "blocks"):
         plain = quantise(x, scaling).plain
         dense = plain.dense()[:6]
         scales = plain.scales.flatten()[:6]
-        assert dense[1].isnan().sum() == 1 and dense[1, 7].isnan()
+        assert dense[1, 7].isnan() and dense[0, 7] == dense[1, 8] == dense[0, 8]
+        assert dense[1].isnan().sum() == 1
         assert dense[2].isnan().all()
         assert (dense[3] == 0).all() and scales[3] == 1 and scales[4] == 1
         torch.testing.assert_close(dense[0], x[0], rtol=1e-6, atol=0)

@@ -37,6 +37,22 @@ def test_losses_stay_close_to_those_in_fp32(tiny_llama, tiny_data, tmp_path, mon
     assert 0 < difference.max() < 0.03
 
 
+@pytest.mark.gpu
+def test_losses_on_a_gpu_stay_close_to_those_in_bf16(tiny_llama, tiny_data, tmp_path) -> None:
+    if "rowwise" not in ops.fp8_products():
+        pytest.skip("this GPU has no fp8 products")
+    curves = []
+    for fp8 in (None, "rowwise"):
+        folder = tmp_path / str(fp8)
+        changes = {"model__fp8": fp8, "model__dtype": "bf16", "data__eval": None, "checkpoint__export": []}
+        megatune.train(
+            tiny_config(tiny_llama, tiny_data, folder, train__steps=8, parallel={"zero": 1}, **changes)
+        )
+        curves.append(torch.tensor(losses(folder)))
+    assert curves[0][-1] < curves[0][0] - 0.5
+    assert 0 < (curves[1] - curves[0]).abs().max() < 0.05
+
+
 def test_head_and_embeddings_stay_as_they_are(tiny_llama) -> None:
     spec = checkpoint.resolve_model(str(tiny_llama)).spec
     model = models.build(spec)
