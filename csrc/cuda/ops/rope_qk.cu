@@ -69,16 +69,31 @@ __device__ Vec<float, N> entered(const RopeQk& args, const T* x, int64_t column,
   return values;
 }
 
+// The angles of a token at one column.
+template <int N>
+struct Angles {
+  Vec<float, N> cos, sin;
+};
+
+template <int N, class Args>
+__device__ Angles<N> angles_at(const Args& args, int64_t token, int64_t column) {
+  return {load_any<N>(args.cos, Type::f32, token * args.half + column),
+          load_any<N>(args.sin, Type::f32, token * args.half + column)};
+}
+
 // threadIdx.x: columns, .y: heads, .z: tokens.
 template <class T, int N>
-__global__ void __launch_bounds__(THREADS) forward_kernel(const RopeQk args) {
+__global__ void __launch_bounds__(THREADS, 2) forward_kernel(const RopeQk args) {
   const Packed& packed = args.packed;
   const int64_t each = packed.queries + 1, heads = packed.groups * each;
   const int lanes = blockDim.x;
   // All threads of a block go through both loops equally often: lanes of a warp add up together.
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.z; first < packed.tokens;
        first += static_cast<int64_t>(gridDim.x) * blockDim.z) {
-    const int64_t token = first + threadIdx.z;
+    const int64_t token = first + threadIdx.z, own = static_cast<int64_t>(threadIdx.x) * N;
+    // Those of this lane's first columns, mostly all it has, serve all its heads.
+    Angles<N> first_angles{};
+    if (token < packed.tokens && own < args.half) first_angles = angles_at<N>(args, token, own);
     for (int64_t begin = 0; begin < heads; begin += blockDim.y) {
       const int64_t number = begin + threadIdx.y;
       const bool here = token < packed.tokens && number < heads;
@@ -107,15 +122,14 @@ __global__ void __launch_bounds__(THREADS) forward_kernel(const RopeQk args) {
       each_column<N>(
           args.half, packed.width,
           [&](int64_t column) {
-            const auto cos = load_any<N>(args.cos, Type::f32, token * args.half + column);
-            const auto sin = load_any<N>(args.sin, Type::f32, token * args.half + column);
+            const Angles<N> turn = column == own ? first_angles : angles_at<N>(args, token, column);
             const auto one = entered<T, N>(args, x, column, weight, rstd);
             const auto two = entered<T, N>(args, x, args.half + column, weight, rstd);
             Vec<float, N> low, high;
 #pragma unroll
             for (int i = 0; i < N; ++i) {
-              low.at[i] = one.at[i] * cos.at[i] - two.at[i] * sin.at[i];
-              high.at[i] = two.at[i] * cos.at[i] + one.at[i] * sin.at[i];
+              low.at[i] = one.at[i] * turn.cos.at[i] - two.at[i] * turn.sin.at[i];
+              high.at[i] = two.at[i] * turn.cos.at[i] + one.at[i] * turn.sin.at[i];
             }
             store(y + column, narrowed<T>(low));
             store(y + args.half + column, narrowed<T>(high));
@@ -127,15 +141,13 @@ __global__ void __launch_bounds__(THREADS) forward_kernel(const RopeQk args) {
 
 // The gradient before the rotation: turned back by the angles of the token.
 template <class T, int N>
-__device__ void turn_back(const RopeQkBackward& args, const T* grad, int64_t token, int64_t column, Vec<float, N>& one,
-                          Vec<float, N>& two) {
-  const auto cos = load_any<N>(args.cos, Type::f32, token * args.half + column);
-  const auto sin = load_any<N>(args.sin, Type::f32, token * args.half + column);
+__device__ void turn_back(const RopeQkBackward& args, const T* grad, const Angles<N>& turn, int64_t column,
+                          Vec<float, N>& one, Vec<float, N>& two) {
   const auto low = widened(load<N>(grad + column)), high = widened(load<N>(grad + args.half + column));
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    one.at[i] = low.at[i] * cos.at[i] + high.at[i] * sin.at[i];
-    two.at[i] = high.at[i] * cos.at[i] - low.at[i] * sin.at[i];
+    one.at[i] = low.at[i] * turn.cos.at[i] + high.at[i] * turn.sin.at[i];
+    two.at[i] = high.at[i] * turn.cos.at[i] - low.at[i] * turn.sin.at[i];
   }
 }
 
@@ -150,6 +162,9 @@ __global__ void __launch_bounds__(THREADS) backward_kernel(const RopeQkBackward 
   const int64_t each = packed.queries + 2, heads = packed.groups * each;
   for (int64_t token = static_cast<int64_t>(blockIdx.x) * blockDim.z + threadIdx.z; token < packed.tokens;
        token += static_cast<int64_t>(gridDim.x) * blockDim.z) {
+    const int64_t own = static_cast<int64_t>(threadIdx.x) * N;
+    Angles<N> first_angles{};
+    if (own < args.half) first_angles = angles_at<N>(args, token, own);
     for (int64_t number = threadIdx.y; number < heads; number += blockDim.y) {
       const Place place = place_of(number, each);
       T* to = static_cast<T*>(args.grad_qkv) + (token * heads + number) * packed.width;
@@ -166,7 +181,7 @@ __global__ void __launch_bounds__(THREADS) backward_kernel(const RopeQkBackward 
           args.half, packed.width,
           [&](int64_t column) {
             Vec<float, N> one, two;
-            turn_back(args, grad, token, column, one, two);
+            turn_back(args, grad, column == own ? first_angles : angles_at<N>(args, token, column), column, one, two);
             store(to + column, narrowed<T>(one));
             store(to + args.half + column, narrowed<T>(two));
           },
@@ -224,7 +239,7 @@ __global__ void __launch_bounds__(THREADS, KINDS == 2 ? 2 : 1) norm_backward_ker
 #pragma unroll
         for (int i = 0; i < PARTS; ++i) {
           const int64_t low = column_of<N>(half, width, i, 0);
-          if (low >= 0) turn_back(args, grad, token, low, scaled[i][0], scaled[i][1]);
+          if (low >= 0) turn_back(args, grad, angles_at<N>(args, token, low), low, scaled[i][0], scaled[i][1]);
           if constexpr (KINDS == 3) {
             const int64_t beyond = column_of<N>(half, width, i, 2);
             if (beyond >= 0) scaled[i][2] = widened(load<N>(grad + beyond));
@@ -321,7 +336,9 @@ Shape shape_of(const Packed& packed, int64_t half, Type type, int64_t heads, boo
   const int64_t step = vectors ? (type == Type::f32 ? 4 : 8) : 1;
   const int64_t pairs = std::max<int64_t>(half, packed.width - 2 * half) / step;
   const unsigned lanes = power_of_two(std::max<int64_t>(1, pairs), COLUMNS);
-  const unsigned rows = power_of_two(heads, THREADS / lanes);
+  unsigned rows = power_of_two(heads, THREADS / lanes);
+  // Fewer heads at a time, of more tokens, where many threads would have none in the last round.
+  while (rows > 1 && (heads + rows - 1) / rows * rows * 8 > heads * 9) rows /= 2;
   return {vectors, dim3(lanes, rows, std::min(THREADS / (lanes * rows), 64u))};
 }
 
