@@ -1,10 +1,10 @@
 // Cross-entropy of rows of logits: one pass for largest, sum and target, one for the gradient, in place.
 //
 // A block has a row. What fits stays on the multiprocessor between the passes: CACHED vectors of each thread in
-// registers, then as much as there is shared memory (together a vocabulary of 128,256 in bf16, 250 KB, on sm_90);
-// the rest of the row is read again, from its end, where the L2 cache still has it. Each thread keeps and reads only its
-// own vectors, so nobody waits for shared memory. A cluster of blocks with a part of the row each would save the second
-// read of longer rows, at two cluster-wide waits a row, and would be a kernel of its own for sm_80.
+// registers, then as much as there is shared memory (together a vocabulary of 128,256 in bf16, 250 KB, on sm_90); the
+// rest of the row is read again, from its end, where the L2 cache still has it. Each thread keeps and reads its own
+// vectors only, so nobody waits for shared memory. A cluster of blocks with a part of the row each would save the
+// second read of longer rows, at two cluster-wide waits a row, and would be a kernel of its own for sm_80.
 
 #include "../common/launch.cuh"
 #include "../common/vec.cuh"
@@ -370,8 +370,8 @@ template <class T, bool CAP, bool KNOWN>
 int launch(const CrossEntropy& args, Outputs out, Stream stream) {
   const auto kernel = cross_entropy_kernel<T, CAP, KNOWN>;
   const int64_t vectors = args.vocab / (16 / sizeof(T));
-  // Registers are for 1024 threads of a multiprocessor. Two blocks, one of which reads while the other waits, where both
-  // have their rows in shared memory.
+  // Registers are for 1024 threads of a multiprocessor. Two blocks, one of which reads while the other waits, where
+  // both have their rows in shared memory.
   const bool keeps = !KNOWN && out.write_grad;
   const int threads = keeps && vectors > 8192 ? 1024 : vectors > 1024 ? 512 : 128;
   int bytes = 0;
@@ -391,7 +391,8 @@ int launch(const CrossEntropy& args, const Outputs& out, Stream stream) {
   if (args.rows == 0) return 0;
   return with_type(args.type, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    return args.softcap == 0.0f ? launch<T, false, KNOWN>(args, out, stream) : launch<T, true, KNOWN>(args, out, stream);
+    if (args.softcap == 0.0f) return launch<T, false, KNOWN>(args, out, stream);
+    return launch<T, true, KNOWN>(args, out, stream);
   });
 }
 
