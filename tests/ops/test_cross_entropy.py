@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.library import opcheck
 
 from megatune import ops
-from megatune.ops.cross_entropy_rows import SPLIT_OP
 from tests.helpers.ops import compare, need_body, relative_error
 from tests.ops.bodies import DTYPES, TOLERANCE, bodies, repeats_bitwise
 
@@ -342,19 +341,21 @@ def test_opcheck_on_a_gpu() -> None:
 
 
 @pytest.mark.gpu
-def test_what_the_kernel_cannot_read_is_an_error() -> None:
+@pytest.mark.parametrize(
+    "wrong", ["layout", "dtype of labels", "length of labels", "device of labels", "dtype"]
+)
+def test_what_the_kernel_cannot_read_is_an_error(wrong: str) -> None:
     need_body(OP, "cuda", torch.float32, "cuda")
-    call = torch.ops.megatune.cross_entropy_rows
     logits, labels = torch.randn(4, 8, device="cuda"), labels_of(4, 8).cuda()
-    for wrong in (
-        (logits.t(), labels),
-        (logits, labels.int()),
-        (logits, labels[:3]),
-        (logits, labels.cpu()),
-        (logits.double(), labels),
-    ):
-        with pytest.raises(RuntimeError, match="megatune"):
-            call(*wrong, 0.0, True)
+    given = {
+        "layout": (torch.randn(8, 4, device="cuda").t(), labels),
+        "dtype of labels": (logits, labels.int()),
+        "length of labels": (logits, labels[:3]),
+        "device of labels": (logits, labels.cpu()),
+        "dtype": (logits.double(), labels),
+    }[wrong]
+    with pytest.raises(RuntimeError, match="megatune"):
+        torch.ops.megatune.cross_entropy_rows(*given, 0.0, True)
 
 
 @pytest.mark.gpu
@@ -372,9 +373,3 @@ def test_a_head_in_chunks_adds_products_to_fp32(body: str) -> None:
             "cuda",
             tolerance=1e-2,
         )
-
-
-def test_a_split_vocabulary_has_a_cuda_body_behind_the_compiled_one() -> None:
-    for op in (ops.OPS[OP], SPLIT_OP):
-        names = list(op.bodies)
-        assert names.index("compiled") < names.index("cuda") < names.index("reference")

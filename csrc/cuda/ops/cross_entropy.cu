@@ -1,12 +1,10 @@
 // Cross-entropy of rows of logits: one pass for largest, sum and target, one for the gradient, in place.
 //
 // A block has a row. What fits stays on the multiprocessor between the passes: CACHED vectors of each thread in
-// registers, then as much as there is shared memory (together a vocabulary of 128,256 in bf16, 250 KB, on sm_90);
-// the rest of the row is read again, from its end, where the L2 cache still has it. Each thread keeps and reads only its
-// own vectors, so nobody waits for shared memory. A cluster of blocks with a part of the row each would save the second
-// read of longer rows, at two cluster-wide waits a row, and would be a kernel of its own for sm_80.
-
-#include <cfloat>
+// registers, then as much as there is shared memory (together a vocabulary of 128,256 in bf16, 250 KB, on sm_90); the
+// rest of the row is read again, from its end, where the L2 cache still has it. Each thread keeps and reads its own
+// vectors only, so nobody waits for shared memory. A cluster of blocks with a part of the row each would save the
+// second read of longer rows, at two cluster-wide waits a row, and would be a kernel of its own for sm_80.
 
 #include "../common/launch.cuh"
 #include "../common/vec.cuh"
@@ -20,9 +18,9 @@ constexpr int MAX_THREADS = 1024;
 constexpr int CACHED = 2;  // vectors that a thread keeps in registers
 constexpr int WARP = 32;
 
-// Vectors that a thread has under way at a time; with a cap more do not fit into registers.
+// Vectors that a thread has under way at a time; more do not fit into registers.
 template <bool CAP>
-constexpr int GROUP = CAP ? 2 : 4;
+constexpr int GROUP = CAP ? 2 : 3;
 
 struct Outputs {
   float* loss;             // [rows]
@@ -38,11 +36,44 @@ struct Partial {
   float most, total, plain;
 };
 
+// exp(x - centre), of which there are two for each logit: for 16 bits as a power of two, one multiply-add and one
+// special function, with `shift` = shift_of(centre). As shift is rounded, it is exp(x - centre) / correction(centre).
 template <class T>
-__device__ inline float power(float x) {
-  // The faster one is off by a few units in the last place of fp32: nothing beside the rounding of 16 bits.
-  if constexpr (sizeof(T) == 4) return expf(x);
-  return __expf(x);
+constexpr bool FAST = sizeof(T) == 2;
+constexpr float LOG2_E = 1.4426950408889634f;
+constexpr float LOWEST = -1e30f;  // below all logits but -infinity, and finite in units of 1 / LOG2_E too
+
+__device__ inline float exp2_of(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+template <class T>
+__device__ inline float shift_of(float centre) {
+  return FAST<T> ? __fmul_rn(centre, LOG2_E) : centre;
+}
+
+template <class T>
+__device__ inline float power(float x, float shift) {
+  if constexpr (FAST<T>) return exp2_of(fmaf(x, LOG2_E, -shift));
+  return expf(x - shift);
+}
+
+template <class T>
+__device__ inline float correction(float centre) {
+  return FAST<T> ? exp2_of(-fmaf(centre, LOG2_E, -shift_of<T>(centre))) : 1.0f;
+}
+
+// Two numbers side by side: one instruction for two where the type has 16 bits.
+__device__ inline void put(float* to, float a, float b) { to[0] = a, to[1] = b; }
+__device__ inline void put(__nv_bfloat16* to, float a, float b) {
+  const __nv_bfloat162 both = __floats2bfloat162_rn(a, b);
+  to[0] = both.x, to[1] = both.y;
+}
+__device__ inline void put(__half* to, float a, float b) {
+  const __half2 both = __floats2half2_rn(a, b);
+  to[0] = both.x, to[1] = both.y;
 }
 
 template <class T>
@@ -57,25 +88,26 @@ __device__ inline float capped(float x, float cap) {
   return x;
 }
 
-// COUNT vectors of N logits more. They are rescaled together, once.
-template <class T, bool CAP, int COUNT, int N>
-__device__ inline void add(Partial& sums, const Vec<T, N>* x, const CrossEntropy& args, bool with_sum) {
-  float values[COUNT * N];
+// N logits more, rescaled together, once.
+template <class T, bool CAP, int N>
+__device__ inline void add(Partial& sums, const Vec<T, N>& x, const CrossEntropy& args, bool with_sum) {
+  float values[N];
   float most = sums.most;
 #pragma unroll
-  for (int i = 0; i < COUNT * N; ++i) {
-    values[i] = capped<T, CAP>(to_float(x[i / N].at[i % N]), args.softcap);
+  for (int i = 0; i < N; ++i) {
+    values[i] = capped<T, CAP>(to_float(x.at[i]), args.softcap);
     most = fmaxf(most, values[i]);
   }
+  const float shift = shift_of<T>(most), before = shift_of<T>(sums.most) - shift;
   float total = 0.0f;
 #pragma unroll
-  for (int i = 0; i < COUNT * N; ++i) total += power<T>(values[i] - most);
-  sums.total = sums.total * power<T>(sums.most - most) + total;
+  for (int i = 0; i < N; ++i) total += power<T>(values[i], shift);
+  sums.total = sums.total * (FAST<T> ? exp2_of(before) : expf(before)) + total;
   sums.most = most;
   if (with_sum) {
     float plain = 0.0f;
 #pragma unroll
-    for (int i = 0; i < COUNT * N; ++i) plain += values[i];
+    for (int i = 0; i < N; ++i) plain += values[i];
     sums.plain += plain;
   }
 }
@@ -103,30 +135,32 @@ __device__ inline Partial block_total(Partial mine, Partial* shared) {
   if (lane < warps) {
     mine = shared[lane];
   } else {
-    mine = {-FLT_MAX, 0.0f, 0.0f};
+    mine = {LOWEST, 0.0f, 0.0f};
   }
   return warp_total(mine);
 }
 
-// What a row's gradient is made of: exp(logit - centre) * of_softmax - of_all, and less by of_label for the label.
+// What a row's gradient is made of: power(logit, shift) * of_softmax - of_all, and less by of_label for the label.
 struct Slopes {
-  float centre, of_softmax, of_all, of_label;
+  float shift, of_softmax, of_all, of_label;
 };
 
 template <class T, bool CAP>
 __device__ inline float gradient(float x, const Slopes& slopes, float cap) {
   if constexpr (CAP) {
     const float part = tanh_of<T>(x / cap);
-    return (power<T>(cap * part - slopes.centre) * slopes.of_softmax - slopes.of_all) * (1.0f - part * part);
+    return (power<T>(cap * part, slopes.shift) * slopes.of_softmax - slopes.of_all) * (1.0f - part * part);
   }
-  return power<T>(x - slopes.centre) * slopes.of_softmax - slopes.of_all;
+  return power<T>(x, slopes.shift) * slopes.of_softmax - slopes.of_all;
 }
 
 template <class T, bool CAP, int N>
 __device__ inline Vec<T, N> gradients(const Vec<T, N>& x, const Slopes& slopes, float cap) {
   Vec<T, N> result;
 #pragma unroll
-  for (int i = 0; i < N; ++i) result.at[i] = from_float<T>(gradient<T, CAP>(to_float(x.at[i]), slopes, cap));
+  for (int i = 0; i < N; i += 2)
+    put(result.at + i, gradient<T, CAP>(to_float(x.at[i]), slopes, cap),
+        gradient<T, CAP>(to_float(x.at[i + 1]), slopes, cap));
   return result;
 }
 
@@ -166,8 +200,7 @@ __device__ void write_zeros(const Row<T, N>& row) {
 template <class T, bool CAP, int N>
 __device__ Partial sums_of(const Row<T, N>& row, const CrossEntropy& args, bool with_sum, Vec<T, N> (&cached)[CACHED],
                            Vec<T, N>* kept, int slots) {
-  constexpr int AT_ONCE = GROUP<CAP> / 2;
-  Partial sums{-FLT_MAX, 0.0f, 0.0f};
+  Partial sums{LOWEST, 0.0f, 0.0f};
   const int threads = blockDim.x, near = CACHED * threads + slots;
 #pragma unroll
   for (int i = 0; i < CACHED; ++i) {
@@ -176,11 +209,11 @@ __device__ Partial sums_of(const Row<T, N>& row, const CrossEntropy& args, bool 
   }
   if (row.edge >= 0) {
     const Vec<T, 1> one{{row.logits[row.edge]}};
-    add<T, CAP, 1>(sums, &one, args, with_sum);
+    add<T, CAP>(sums, one, args, with_sum);
   }
 #pragma unroll
   for (int i = 0; i < CACHED; ++i)
-    if (static_cast<int>(threadIdx.x) + i * threads < row.vectors) add<T, CAP, 1>(sums, &cached[i], args, with_sum);
+    if (static_cast<int>(threadIdx.x) + i * threads < row.vectors) add<T, CAP>(sums, cached[i], args, with_sum);
   int at = threadIdx.x + CACHED * threads;
   for (; at + (GROUP<CAP> - 1) * threads < row.vectors; at += GROUP<CAP> * threads) {
     Vec<T, N> x[GROUP<CAP>];
@@ -190,13 +223,14 @@ __device__ Partial sums_of(const Row<T, N>& row, const CrossEntropy& args, bool 
     for (int i = 0; i < GROUP<CAP>; ++i)
       if (at + i * threads < near) kept[at + (i - CACHED) * threads] = x[i];
 #pragma unroll
-    for (int i = 0; i < GROUP<CAP>; i += AT_ONCE) add<T, CAP, AT_ONCE>(sums, x + i, args, with_sum);
+    for (int i = 0; i < GROUP<CAP>; ++i) add<T, CAP>(sums, x[i], args, with_sum);
   }
   for (; at < row.vectors; at += threads) {
     const Vec<T, N> x = load<N>(row.body + at * N);
     if (at < near) kept[at - CACHED * threads] = x;
-    add<T, CAP, 1>(sums, &x, args, with_sum);
+    add<T, CAP>(sums, x, args, with_sum);
   }
+  if (sums.total > 0.0f) sums.total *= correction<T>(sums.most);  // else nothing was added, or NaN
   return sums;
 }
 
@@ -233,6 +267,14 @@ __device__ void write_grad(const Row<T, N>& row, const Slopes& slopes, float cap
     store(row.body + at * N, gradients<T, CAP>(load<N>(row.body + at * N), slopes, cap));
 }
 
+// The beginning of a row on its way to the L2 cache while the block still computes: a line for each thread, at 1024 of
+// them half of a row of 128,256 numbers of 16 bits, and for all multiprocessors together less than the cache holds.
+template <class T>
+__device__ inline void prefetch(const CrossEntropy& args, int64_t number) {
+  const T* at = static_cast<const T*>(args.logits) + number * args.row_stride + threadIdx.x * (128 / sizeof(T));
+  if (threadIdx.x * (128 / sizeof(T)) < args.vocab) asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
+}
+
 // KNOWN: the sums are, and the gradient alone is wanted.
 template <class T, bool CAP, bool KNOWN>
 __global__ void __launch_bounds__(MAX_THREADS) cross_entropy_kernel(const CrossEntropy args, const Outputs out) {
@@ -241,11 +283,13 @@ __global__ void __launch_bounds__(MAX_THREADS) cross_entropy_kernel(const CrossE
   __shared__ Partial shared[WARP];
   Vec<T, N>* kept = reinterpret_cast<Vec<T, N>*>(slots);
   const bool split = out.sums != nullptr, with_sum = split ? out.numbers == 4 : args.smoothing != 0.0f;
+  int64_t next = blockIdx.x < args.rows ? args.labels[blockIdx.x] : 0;
   // What is asked of a row is the same for all threads of the block: they meet at every barrier.
   for (int64_t number = blockIdx.x; number < args.rows; number += gridDim.x) {
     const Row<T, N> row(args, number);
-    const int64_t label = args.labels[number], column = label - args.first;
+    const int64_t label = next, column = label - args.first, after = number + gridDim.x;
     const bool here = column >= 0 && column < args.vocab;
+    if (after < args.rows) next = args.labels[after];  // it is there when it is needed
     if (label == args.ignore) {
       if (KNOWN || out.write_grad) write_zeros(row);
       if (threadIdx.x == 0 && !KNOWN) {
@@ -259,20 +303,26 @@ __global__ void __launch_bounds__(MAX_THREADS) cross_entropy_kernel(const CrossE
       }
       continue;
     }
-    // Read before the gradient takes its place. A label that is nowhere makes the loss NaN.
-    float target = label >= 0 && label < args.size ? 0.0f : nanf("");
-    if (here) target = capped<T, CAP>(to_float(row.logits[column]), args.softcap);
+    // Read before the gradient takes its place; used late, so that nobody waits for it.
+    const T own = here ? row.logits[column] : from_float<T>(0.0f);
     const float weight = args.weights == nullptr ? 1.0f : args.weights[number];
     const float even = args.smoothing / static_cast<float>(args.size);
-    Slopes slopes{0.0f, 0.0f, weight * even, weight * (1.0f - args.smoothing)};
+    Slopes slopes;
     Vec<T, N> cached[CACHED];
+    Partial sums;
+    float target;
     if constexpr (KNOWN) {
-      slopes.centre = out.log_sums[number];
-      slopes.of_softmax = weight * (1.0f + 2.0f * args.z_loss * slopes.centre);
+      const float log_sum = out.log_sums[number];
+      slopes.shift = shift_of<T>(log_sum);
+      slopes.of_softmax = weight * (1.0f + 2.0f * args.z_loss * log_sum) * correction<T>(log_sum);
+      target = capped<T, CAP>(to_float(own), args.softcap);
       __syncthreads();  // every thread has read the target
     } else {
-      const Partial sums =
-          block_total(sums_of<T, CAP>(row, args, with_sum, cached, kept, out.slots), shared);
+      sums = block_total(sums_of<T, CAP>(row, args, with_sum, cached, kept, out.slots), shared);
+      if (out.write_grad && after < args.rows) prefetch<T>(args, after);
+      // A label that is nowhere makes the loss NaN.
+      target = here ? capped<T, CAP>(to_float(own), args.softcap)
+                    : label >= 0 && label < args.size ? 0.0f : nanf("");
       const float log_total = logf(sums.total), log_sum = sums.most + log_total;
       if (threadIdx.x == 0 && split) {
         float* to = out.sums + number * out.numbers;
@@ -283,9 +333,11 @@ __global__ void __launch_bounds__(MAX_THREADS) cross_entropy_kernel(const CrossE
         if (with_sum) loss += even * (static_cast<float>(args.size) * target - sums.plain);
         out.loss[number] = weight * (loss + args.z_loss * log_sum * log_sum);
       }
-      slopes.centre = sums.most;
-      slopes.of_softmax = weight * (1.0f + 2.0f * args.z_loss * log_sum) / sums.total;
+      slopes.shift = shift_of<T>(sums.most);
+      slopes.of_softmax =
+          weight * (1.0f + 2.0f * args.z_loss * log_sum) / sums.total * correction<T>(sums.most);
     }
+    slopes.of_all = weight * even, slopes.of_label = weight * (1.0f - args.smoothing);
     if (KNOWN || out.write_grad) {
       float edge = 0.0f;
       if (row.edge >= 0) edge = to_float(row.logits[row.edge]);
@@ -298,8 +350,8 @@ __global__ void __launch_bounds__(MAX_THREADS) cross_entropy_kernel(const CrossE
     }
     __syncthreads();  // the gradient of every logit is written, `shared` is read
     if ((KNOWN || out.write_grad) && here && threadIdx.x == 0) {
-      // The label's own entry again, with full precision: probability - 1. Thread 0 has capped the target already.
-      float grad = power<float>(target - slopes.centre) * slopes.of_softmax - slopes.of_all - slopes.of_label;
+      // The label's own entry again, rounded once: probability - 1.
+      float grad = power<T>(target, slopes.shift) * slopes.of_softmax - slopes.of_all - slopes.of_label;
       if (CAP) grad *= 1.0f - (target / args.softcap) * (target / args.softcap);
       row.logits[column] = from_float<T>(grad);
     }
@@ -318,8 +370,8 @@ template <class T, bool CAP, bool KNOWN>
 int launch(const CrossEntropy& args, Outputs out, Stream stream) {
   const auto kernel = cross_entropy_kernel<T, CAP, KNOWN>;
   const int64_t vectors = args.vocab / (16 / sizeof(T));
-  // Registers are for 1024 threads of a multiprocessor. Two blocks, one of which reads while the other waits, where both
-  // have their rows in shared memory.
+  // Registers are for 1024 threads of a multiprocessor. Two blocks, one of which reads while the other waits, where
+  // both have their rows in shared memory.
   const bool keeps = !KNOWN && out.write_grad;
   const int threads = keeps && vectors > 8192 ? 1024 : vectors > 1024 ? 512 : 128;
   int bytes = 0;
@@ -339,7 +391,8 @@ int launch(const CrossEntropy& args, const Outputs& out, Stream stream) {
   if (args.rows == 0) return 0;
   return with_type(args.type, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    return args.softcap == 0.0f ? launch<T, false, KNOWN>(args, out, stream) : launch<T, true, KNOWN>(args, out, stream);
+    if (args.softcap == 0.0f) return launch<T, false, KNOWN>(args, out, stream);
+    return launch<T, true, KNOWN>(args, out, stream);
   });
 }
 

@@ -7,8 +7,8 @@
 
 namespace megatune::cuda {
 
-// Cross-entropy of rows of logits, of which the columns [first, first + vocab) of a vocabulary of `size` are here. With z
-// the capped logits and l the logarithm of the sum of their exponentials, a row's loss is
+// Cross-entropy of rows of logits, of which the columns [first, first + vocab) of a vocabulary of `size` are here. With
+// z the capped logits and l the logarithm of the sum of their exponentials, a row's loss is
 // weight * (l - (1 - smoothing) * z[label] - smoothing * mean(z) + z_loss * l^2).
 struct CrossEntropy {
   Type type;
@@ -25,8 +25,8 @@ struct CrossEntropy {
 // The whole vocabulary is here. loss: [rows]. The logits become their gradient if write_grad.
 int cross_entropy(const CrossEntropy& args, bool write_grad, float* loss, Stream stream);
 
-// sums: [rows, 3], largest logit here, sum of exp(logit - largest), the label's logit (0: it is not here); with_sum: [rows,
-// 4], the sum of the logits too. Weights, z_loss and smoothing play no part.
+// sums: [rows, 3], largest logit here, sum of exp(logit - largest), the label's logit (0: it is not here); with_sum:
+// [rows, 4], the sum of the logits too. Weights, z_loss and smoothing play no part.
 int cross_entropy_sums(const CrossEntropy& args, bool with_sum, float* sums, Stream stream);
 
 // The logits become their gradient. log_sums: [rows], l over the whole vocabulary.
