@@ -10,8 +10,8 @@
 // is value * (1 / scale), rounded to the nearest, never beyond the largest number; NaN stays NaN.
 //
 // blocks and tiles: one pass, a thread block for 128 x 128 values, both copies from registers (a norm's rows are read
-// shortly before, into the cache). rowwise: the first pass gives the rows and the largest magnitudes of the columns, the second one the transposed copy; it goes backwards, for
-// the end of the matrix is still in the cache.
+// shortly before, into the cache). rowwise: the first pass gives the rows and the largest magnitudes of the columns, the
+// second one the transposed copy; it goes backwards, for the end of the matrix is still in the cache.
 #pragma once
 
 #include <cfloat>
