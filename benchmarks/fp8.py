@@ -4,7 +4,7 @@
 
 Quantising: milliseconds, and the bytes that must move (the input once, each code and scale once) a second, as a share
 of what a copy reaches in the same run; where a kernel has to read its input twice (rowwise scales of the transposed
-copy need the whole column first; a norm its row), "moved" counts that too. Rivals: the same in plain PyTorch, and
+copy need the whole column first), "moved" counts that too. Rivals: the same in plain PyTorch, and
 that through torch.compile. Linear layers: forward and backward (both gradients) of fp8_linear, and of what takes the
 norm or the gated unit along, against F.linear in bf16, with the weight quantised each time.
 
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from benchmarks.common import RESULTS, device_name
 from megatune import ops
-from megatune.ops import Fp8Recipe, fp8
+from megatune.ops import Fp8Recipe
 from megatune.ops.fp8_quantise import BOTH, ROWS, Quantised, quantise, quantise_glu, quantise_rms_norm
 
 LAYERS = (("qkv", 4096, 6144), ("o", 4096, 4096), ("gate_up", 4096, 28672), ("down", 14336, 4096))
@@ -82,7 +82,7 @@ def quantising(tokens: int, width: int, scaling: str) -> list[tuple[str, str, li
             "norm",
             inputs,
             lambda x: quantise_rms_norm(x, weight, 1e-5, 0.0, scaling, copies=BOTH)[0],
-            2,
+            twice,
         ),
         ("fp8_glu", "gated unit", gate_ups, lambda x: quantise_glu(x, "silu", scaling), twice),
     ]
@@ -175,7 +175,7 @@ def fused_rows(tokens: int, repeats: int) -> list[dict[str, Any]]:
         if recipe is None:
             norm = lambda x, s, w: F.linear(ops.rms_norm(x, s, 1e-5), w)  # noqa: E731
             glu = lambda g, w: F.linear(ops.glu(g, "silu"), w)  # noqa: E731
-        elif label in fp8.products():
+        elif label in ops.fp8_products():
             norm = lambda x, s, w, r=recipe: ops.fp8_norm_linear(x, s, 1e-5, w, recipe=r)  # noqa: E731
             glu = lambda g, w, r=recipe: ops.fp8_glu_linear(g, "silu", w, recipe=r)  # noqa: E731
         else:
@@ -201,7 +201,7 @@ def facts() -> dict[str, Any]:
         "driver": driver,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "products": fp8.products(),
+        "products": ops.fp8_products(),
     }
 
 
@@ -218,7 +218,7 @@ def main() -> None:
     options = parser.parse_args()
     copy = copy_rate(options.repeats)
     print(f"copy: {copy / 1e12:.3f} TB/s")
-    recipes = {name: recipe for name, recipe in RECIPES.items() if recipe.scaling in fp8.products()}
+    recipes = {name: recipe for name, recipe in RECIPES.items() if recipe.scaling in ops.fp8_products()}
     content = facts() | {"tokens": options.tokens, "copy_gb_per_second": round(copy / 1e9)}
     content["quantise"] = quantise_rows(options.tokens, copy, options.repeats, not options.quick)
     content["linear"] = linear_rows(options.tokens, options.repeats, recipes)

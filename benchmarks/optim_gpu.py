@@ -209,7 +209,7 @@ def configured(op: str, body: str, step: Step, norm: str | None = None) -> Step:
     def run() -> None:
         step()
 
-    run.bodies = {op: body} | ({"square_sum": norm} if norm else {})
+    run.bodies = {op: body} | ({"square_sum": norm} if norm in bodies("square_sum") else {})
     return run
 
 

@@ -122,7 +122,7 @@ cpu::AdamWStep adamw_step(const Tensor& scale, double lr, double beta1, double b
           static_cast<float>(1.0 - beta2),
           static_cast<float>(eps),
           static_cast<float>(lr / (1.0 - std::pow(beta1, steps))),
-          static_cast<float>(std::sqrt(1.0 - std::pow(beta2, steps))),
+          static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(beta2, steps))),
           stream};
 }
 

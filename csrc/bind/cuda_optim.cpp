@@ -69,7 +69,7 @@ cuda::AdamWStep adamw_step(const Tensor& scale, double lr, double beta1, double 
           static_cast<float>(1.0 - beta2),
           static_cast<float>(eps),
           static_cast<float>(lr / (1.0 - std::pow(beta1, steps))),
-          static_cast<float>(std::sqrt(1.0 - std::pow(beta2, steps)))};
+          static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(beta2, steps)))};
 }
 
 void adamw(Tensors masters, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors grads, Tensors weights, Tensor scale,

@@ -10,7 +10,7 @@ template <bool has_weight, class G, class W>
                          args.grad + begin, weight, count);
 }
 
-constexpr int64_t ADAMW_BLOCK = 256;  // elements
+constexpr int64_t ADAMW_BLOCK = 64;  // elements: few enough that asking for so many at once does not hold up the rest
 constexpr int64_t ADAMW_AHEAD = 1024;  // elements: how far ahead memory is asked for
 
 template <class T>

@@ -26,7 +26,7 @@ template <bool has_weight, class G, class W>
     const float g = wide(grad[i]) * scale;
     const float m = beta1 * exp_avg[i] + rest1 * g;
     const float v = beta2 * exp_avg_sq[i] + rest2 * (g * g);
-    const float p = master[i] * keep - step_size * m / (__builtin_sqrtf(v) / root + eps);
+    const float p = master[i] * keep - step_size * m / (__builtin_sqrtf(v) * root + eps);
     exp_avg[i] = m;
     exp_avg_sq[i] = v;
     master[i] = p;

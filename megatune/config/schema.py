@@ -25,6 +25,11 @@ class ModelConfig(Section):
         description="Keep the frozen weights of the decoder layers' linear layers in few bits, for method lora "
         "(QLoRA): nf4 (4 bits, scales in 8) or int8. Each process has all of its share under every ZeRO stage.",
     )
+    fp8: Literal["rowwise", "blockwise"] | None = Field(
+        None,
+        description="Compute the decoder layers' linear layers in 8 bit floating point, for method full: scales for "
+        "each row, or for blocks of 128 (finer; compute capability 9.0 only). CPUs imitate it, slowly.",
+    )
     cache: str | None = Field(
         None, description="Folder for converted models. Default: $MEGATUNE_CACHE or ~/.cache/megatune."
     )

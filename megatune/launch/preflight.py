@@ -83,7 +83,12 @@ def check_layout(config: Config, processes: int) -> None:
     layout = layout_of(config.parallel, processes)
     check_batch(config, layout)
     plain = {"zero", "replicate", "recompute", "offload", "overlap"}
-    asks = config.parallel.model_fields_set - plain or config.moe.model_fields_set or config.model.quantise
+    asks = (
+        config.parallel.model_fields_set - plain
+        or config.moe.model_fields_set
+        or config.model.quantise
+        or config.model.fp8
+    )
     if not asks:
         return  # nothing there that could be wrong
     # What follows imports torch, which takes seconds.
@@ -122,11 +127,12 @@ def dry_run(config: Config) -> int:
     from megatune import adapters, checkpoint, models, plan
     from megatune.training.layout import check as check_model
     from megatune.training.layout import describe
-    from megatune.training.precision import compute_dtype
+    from megatune.training.precision import check_fp8, compute_dtype
 
     processes = world_size(config)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     dtype = compute_dtype(config.model.dtype, device)
+    check_fp8(config.model.fp8, device)
     source = checkpoint.resolve_model(config.model.path, config.model.cache)
     layout = check_model(config, source.spec, processes)
     model = models.build(source.spec)

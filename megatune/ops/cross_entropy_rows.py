@@ -163,7 +163,7 @@ _ROWS = define(
 )
 ROWS_OP = add_op(
     "linear_cross_entropy",
-    [cpu_body(_ROWS), compiled_body(_compiled), cuda_body(_ROWS), Body("reference", (_reference,))],
+    [cpu_body(_ROWS), cuda_body(_ROWS), compiled_body(_compiled), Body("reference", (_reference,))],
 )
 
 
@@ -257,8 +257,8 @@ _GRAD = define(
 SPLIT_OP = add_op(
     "split_cross_entropy",
     [
-        compiled_body(fuse(_split_sums), fuse(_split_grad)),
         cuda_body(_SUMS, _GRAD),
+        compiled_body(fuse(_split_sums), fuse(_split_grad)),
         Body("reference", (_split_sums, _split_grad)),
     ],
 )

@@ -109,7 +109,7 @@ def products_problem() -> str | None:
     return None
 
 
-def products() -> tuple[str, ...]:
+def fp8_products() -> tuple[str, ...]:
     """The scalings of `Fp8Recipe` that the current device has products for."""
     return () if products_problem() is not None else _products(torch.cuda.current_device())
 
@@ -142,7 +142,7 @@ def _dense_mm(a: Factor, b: Factor, dtype: torch.dtype, fast: bool) -> Tensor:
 _OP = add_op(
     "fp8_mm",
     [
-        Body("scaled_mm", (_scaled_mm,), ("cuda",), CUDA_DTYPES, products, products_problem),
+        Body("scaled_mm", (_scaled_mm,), ("cuda",), CUDA_DTYPES, fp8_products, products_problem),
         Body("reference", (_dense_mm,)),
     ],
 )

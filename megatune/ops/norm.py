@@ -157,8 +157,8 @@ _ADD_OP = add_op(
     "add_rms_norm",
     [
         cpu_body(_add_split, _add_split_backward),
-        compiled_body(fuse(_add_reference), fuse(_add_reference_backward)),
         cuda_body(_ADD_FORWARD, _ADD_BACKWARD),
+        compiled_body(fuse(_add_reference), fuse(_add_reference_backward)),
         Body("reference", (_add_reference, _add_reference_backward)),
     ],
 )

@@ -225,8 +225,8 @@ _OP = add_op(
     "adamw",
     [
         cpu_body(_ADAMW),
+        cuda_body(_ADAMW),
         Body("torch", (_adamw_torch,), ("cuda",), LOW_AND_SINGLE),
-        cuda_body(_ADAMW),  # ours; behind torch's until it has been measured on a GPU
         Body("reference", (_adamw_reference,)),
     ],
 )

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from megatune.ops.checks import accumulate_dtype, floating, same_device
 from megatune.ops.norm import rms_norm
-from megatune.ops.registry import OPS, Body, add_op, compiled_body, cpu_body, cuda_body, define, fuse
+from megatune.ops.registry import OPS, Body, add_op, compiled_body, cpu_body, cuda_body, define
 from megatune.ops.rope import rope
 
 # Elements of a head with a norm that are turned by cos, or not turned: more the CUDA kernel does not keep.
@@ -145,7 +145,7 @@ _OP = add_op(
     "rope_qk",
     [
         cpu_body(*_composition("cpu")),
-        compiled_body(fuse(_REFERENCE), fuse(_REFERENCE_BACKWARD)),
+        compiled_body(*_composition("compiled")),
         cuda_body(_FORWARD, _BACKWARD),
         Body("reference", (_REFERENCE, _REFERENCE_BACKWARD)),
     ],

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from megatune import ops
 from megatune.ops import Segments
+from megatune.ops.glu import Activation
 from megatune.parallel import linear
 from megatune.parallel.collectives import gather, gather_rows, scatter_sum, sum_
 from megatune.parallel.linear import LowRank
@@ -81,6 +82,7 @@ class Linear(nn.Module):
     `fused`: order of the rows where the weight joins several matrices; `local_fused`: of those that are here.
     `vocab`: the outputs count the vocabulary. `adapter`: None, or a module called as `adapter(x, self, segments)` in
     place of the plain product, which adds its change by `self.product`; its parameters live below this module's name.
+    `fp8`: None, or how the product is computed in 8 bits: without an adapter, and where nothing is cut.
     """
 
     def __init__(
@@ -109,6 +111,7 @@ class Linear(nn.Module):
         shape = self.weight.shape[:1]
         self.register_parameter("bias", nn.Parameter(torch.empty(shape)) if bias else None)
         self.register_module("adapter", None)
+        self.fp8: ops.Fp8Recipe | None = None
 
     def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
         """`segments`: of the tokens, for an adapter whose dropout depends on them."""
@@ -118,6 +121,8 @@ class Linear(nn.Module):
 
     def product(self, x: Tensor, change: LowRank | None = None) -> Tensor:
         """x (W + change)^T + b. `self.weight` may also be an `ops.FrozenWeight` of its shape (`models.quantise`)."""
+        if self.fp8 is not None:
+            return ops.fp8_linear(x, self.weight, self.bias, self.fp8)
         if self.axis.size == 1 or self.shard == "replicated":
             return linear.product(x, self.weight, self.bias, change, self.splits)
         if _whole_tokens:
@@ -125,6 +130,10 @@ class Linear(nn.Module):
         if self.shard == "column":
             return linear.column(x, self.weight, self.bias, change, self.axis, self.overlap)
         return linear.row(x, self.weight, self.bias, change, self.axis, self.splits, self.overlap)
+
+    def of_glu(self, gate_up: Tensor, activation: Activation) -> Tensor:
+        """self(ops.glu(gate_up, activation)) for a layer with `fp8`: what stands between is in 8 bits only."""
+        return ops.fp8_glu_linear(gate_up, activation, self.weight, self.bias, recipe=self.fp8)
 
     def _whole(self, x: Tensor, change: LowRank | None) -> Tensor:
         if self.shard == "column":

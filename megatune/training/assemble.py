@@ -41,6 +41,8 @@ def outline(spec: DecoderSpec, config: Config, world: parallel.World, dtype: tor
     models.set_dtypes(model, dtype)
     if config.model.quantise:
         models.quantise(model, config.model.quantise)
+    if config.model.fp8:
+        models.use_fp8(model, config.model.fp8)
     model.recompute, model.offload = config.parallel.recompute, config.parallel.offload
     if config.train.compile:
         compile_layers(model)

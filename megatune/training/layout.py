@@ -5,6 +5,7 @@ from __future__ import annotations
 from megatune.config.layout import Layout, check_batch, layout_of
 from megatune.config.schema import Config
 from megatune.errors import ConfigError, ParallelError
+from megatune.models.fp8 import check_fp8
 from megatune.models.layout import check_tensor, stage_costs
 from megatune.models.spec import DecoderSpec
 from megatune.parallel.context import check_context
@@ -21,6 +22,8 @@ def check(config: Config, spec: DecoderSpec, world_size: int) -> Layout:
     check_tensor(spec, layout.tp)
     check_context(spec.num_heads, spec.num_kv_heads, layout.tp, layout.cp, parallel.context_method)
     _check_experts(config, spec, layout)
+    if config.model.fp8:
+        check_fp8(spec, config.model.fp8)
     every = parallel.recompute
     if isinstance(every, int) and every > len(spec.layers):
         raise ConfigError(
@@ -64,10 +67,37 @@ def check_options(config: Config, layout: Layout) -> None:
                 f"train.compile: true is not proven with parallel.{key}: {size}; set train.compile to false, or "
                 f"parallel.{key} to 1"
             )
+    _check_fp8(config, layout)
     if parallel.expert_tensor is not None and layout.tp == 1:
         raise ConfigError(
             "parallel.expert_tensor does nothing without tensor parallelism; set parallel.tensor above 1, or leave it "
             "out"
+        )
+
+
+def _check_fp8(config: Config, layout: Layout) -> None:
+    """What linear layers in fp8 go with."""
+    what = f"model.fp8: {config.model.fp8}"
+    if not config.model.fp8:
+        return
+    if config.method.type != "full":
+        raise ConfigError(f"{what} is for method full; leave it out with method.type: {config.method.type}")
+    if layout.tp > 1:
+        raise ConfigError(
+            f"{what} does not go with parallel.tensor: {layout.tp}; set that to 1, or leave fp8 out"
+        )
+    parallel = config.parallel
+    if parallel.schedule in ("zb-h1", "zbv"):
+        raise ConfigError(
+            f"{what} does not go with parallel.schedule: {parallel.schedule}; use 1f1b, or leave fp8 out"
+        )
+    if parallel.offload:
+        raise ConfigError(
+            f"{what} is not proven with parallel.offload: true; set that to false, or leave fp8 out"
+        )
+    if config.train.compile:
+        raise ConfigError(
+            f"{what} is not proven with train.compile: true; set that to false, or leave fp8 out"
         )
 
 

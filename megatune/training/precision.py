@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from megatune import ops
 from megatune.errors import ConfigError
 from megatune.models import Decoder
 
@@ -43,6 +44,19 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "bf16":
         return torch.bfloat16
     return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
+
+
+def check_fp8(scaling: str | None, device: torch.device) -> None:
+    """ConfigError where `model.fp8` asks for products that the GPU does not have."""
+    if scaling is None or device.type != "cuda" or scaling in ops.fp8_products():
+        return
+    major, minor = torch.cuda.get_device_capability(device)
+    has = f"{torch.cuda.get_device_name(device)} has {major}.{minor}"
+    if scaling == "blockwise" and "rowwise" in ops.fp8_products():
+        raise ConfigError(f"model.fp8: blockwise needs a GPU of compute capability 9.0; {has}: use rowwise")
+    raise ConfigError(
+        f"model.fp8: {scaling} needs a GPU of compute capability 8.9 or newer; {has}: leave it out"
+    )
 
 
 def can_compile() -> bool:

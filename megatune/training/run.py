@@ -25,7 +25,7 @@ from megatune.training.folder import RunFolder, goal, read_json, write_atomicall
 from megatune.training.layout import check as check_layout
 from megatune.training.layout import describe as describe_layout
 from megatune.training.loop import Loop, Progress
-from megatune.training.precision import compute_dtype, peak_flops
+from megatune.training.precision import check_fp8, compute_dtype, peak_flops
 from megatune.training.samples import answers
 from megatune.training.siblings import neighbours_watched
 from megatune.training.signals import stop_requests
@@ -67,6 +67,7 @@ class _Run:
         self.world = world
         self.folder = RunFolder(config.checkpoint.folder)
         self.dtype = compute_dtype(config.model.dtype, world.device)
+        check_fp8(config.model.fp8, world.device)
 
     def run(self) -> TrainResult:
         config, world = self.config, self.world

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatune import ops
 from megatune.ops import LoraLayout
@@ -88,6 +89,38 @@ def test_a_frozen_weight_costs_no_gradient_and_no_saved_input() -> None:
     assert weight.grad is None and bias.grad is None
     # The dropped input, low-rank activations [10, 2 * 3], weight and the two matrices: not x as well.
     assert sorted(saved) == sorted([dropped.shape, (10, 6), weight.shape, a.shape, b.shape])
+
+
+class Made(TorchDispatchMode):
+    """Shapes of the tensors that operators make, one for each storage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: dict[int, torch.Size] = {}
+        self.alive: list[torch.Tensor] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        before = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
+        if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() not in before:
+            self.alive.append(result)  # no address is used twice
+            self.shapes.setdefault(result.untyped_storage().data_ptr(), result.shape)
+        return result
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_nothing_of_full_size_but_the_results_and_nothing_for_a_frozen_weight(layout: str) -> None:
+    layout = LAYOUTS[layout]
+    x, a = torch.randn(400, 40, requires_grad=True), torch.randn(layout.adapters * 3, 40, requires_grad=True)
+    b, weight = torch.randn(layout.adapted_rows, 3, requires_grad=True), torch.randn(48, 40)
+    with Made() as forward:
+        out = ops.lora_linear(x, weight, None, a, b, layout, 1.7)
+    grad = torch.randn(400, 48)
+    with Made() as backward:
+        torch.autograd.grad(out, (x, a, b), grad)
+    for made, result in ((forward, out.shape), (backward, x.shape)):
+        assert [shape for shape in made.shapes.values() if shape.numel() >= 400 * 40] == [result]
+        assert weight.shape not in made.shapes.values()
 
 
 def test_first_layer_without_a_gradient_for_its_input() -> None:

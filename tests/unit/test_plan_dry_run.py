@@ -187,6 +187,18 @@ def test_recompute_and_offload_lower_the_activations(shapes: dict[str, Path]) ->
     assert found["full", False].sent["tp"] > found["none", False].sent["tp"]
 
 
+def test_an_offloaded_optimizer_takes_no_memory_of_the_gpu(shapes: dict[str, Path]) -> None:
+    reports = []
+    for offload in (False, True):
+        config = config_for(shapes["llama"], 4, parallel={"zero": 1, "offload_optimizer": offload})
+        reports.append(plan(config, "dp2", "first")[0])
+    plain, offloaded = reports
+    assert plain.masters and plain.optimizer == 2 * plain.masters
+    assert (offloaded.masters, offloaded.optimizer) == (0, 0)
+    for what in ("weights", "gradients", "activations", "sent"):
+        assert getattr(plain, what) == getattr(offloaded, what), what
+
+
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_zero_stages_shard_what_they_say(shapes: dict[str, Path], zero: int) -> None:
     dp, count = 8, 4

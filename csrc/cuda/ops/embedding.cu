@@ -15,8 +15,17 @@ namespace {
 
 constexpr int THREADS = 128;
 constexpr int CHUNK = 32;
+constexpr int AT_ONCE = 4;  // loads of a thread that are under way together
 
 __device__ inline bool in_table(int32_t id, int64_t rows) { return id >= 0 && id < rows; }
+
+template <class T, int N>
+__device__ Vec<T, N> rounded(const Vec<float, N>& sum) {
+  Vec<T, N> result;
+#pragma unroll
+  for (int i = 0; i < N; ++i) result.at[i] = from_float<T>(sum.at[i]);
+  return result;
+}
 
 // Blocks (piece, columns).
 template <class T, int N>
@@ -34,11 +43,18 @@ __global__ void __launch_bounds__(THREADS) pieces_kernel(const EmbeddingBackward
       Vec<float, N> sum;
 #pragma unroll
       for (int i = 0; i < N; ++i) sum.at[i] = 0.0f;
-#pragma unroll 4
-      for (int64_t row = at; row < stop; ++row) {
-        const auto part = load<N>(static_cast<const T*>(args.grad) + args.order[row] * args.grad_stride + column);
+      const T* grad = static_cast<const T*>(args.grad) + column;
+      for (int64_t row = at; row < stop; row += AT_ONCE) {
+        Vec<T, N> parts[AT_ONCE];
 #pragma unroll
-        for (int i = 0; i < N; ++i) sum.at[i] += to_float(part.at[i]);
+        for (int j = 0; j < AT_ONCE; ++j)
+          if (row + j < stop) parts[j] = load<N>(grad + args.order[row + j] * args.grad_stride);
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; ++j) {
+          if (row + j >= stop) continue;
+#pragma unroll
+          for (int i = 0; i < N; ++i) sum.at[i] += to_float(parts[j].at[i]);
+        }
       }
       const bool goes_on = stop == end && end < args.count && args.ids[end] == id;
       if (is_first_run && continues) {
@@ -46,10 +62,7 @@ __global__ void __launch_bounds__(THREADS) pieces_kernel(const EmbeddingBackward
       } else if (goes_on) {
         store(args.partials + (piece * 2 + 1) * args.width + column, sum);
       } else {
-        Vec<T, N> rounded;
-#pragma unroll
-        for (int i = 0; i < N; ++i) rounded.at[i] = from_float<T>(sum.at[i]);
-        store(static_cast<T*>(args.grad_weight) + id * args.width + column, rounded);
+        store(static_cast<T*>(args.grad_weight) + id * args.width + column, rounded<T>(sum));
       }
     }
     is_first_run = false;
@@ -75,10 +88,7 @@ __global__ void __launch_bounds__(THREADS) crossing_kernel(const EmbeddingBackwa
 #pragma unroll
     for (int i = 0; i < N; ++i) sum.at[i] += part.at[i];
   }
-  Vec<T, N> rounded;
-#pragma unroll
-  for (int i = 0; i < N; ++i) rounded.at[i] = from_float<T>(sum.at[i]);
-  store(static_cast<T*>(args.grad_weight) + id * args.width + column, rounded);
+  store(static_cast<T*>(args.grad_weight) + id * args.width + column, rounded<T>(sum));
 }
 
 }  // namespace

@@ -15,7 +15,7 @@ __device__ inline void adamw_element(const AdamWStep& s, float keep, float scale
   g = __fmul_rn(g, scale);
   m = __fadd_rn(__fmul_rn(s.beta1, m), __fmul_rn(s.rest1, g));
   v = __fadd_rn(__fmul_rn(s.beta2, v), __fmul_rn(s.rest2, __fmul_rn(g, g)));
-  const float below = __fadd_rn(__fdiv_rn(__fsqrt_rn(v), s.root), s.eps);
+  const float below = __fadd_rn(__fmul_rn(__fsqrt_rn(v), s.root), s.eps);
   p = __fsub_rn(__fmul_rn(p, keep), __fdiv_rn(__fmul_rn(s.step_size, m), below));
 }
 

@@ -14,7 +14,7 @@ struct AdamWStep {
   float beta2, rest2;
   float eps;
   float step_size;  // lr / (1 - beta1^step)
-  float root;       // sqrt(1 - beta2^step)
+  float root;       // 1 / sqrt(1 - beta2^step)
   bool stream;      // write the weights past the caches: there are more of them than these hold
 };
 

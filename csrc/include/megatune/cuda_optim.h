@@ -25,7 +25,7 @@ struct AdamWStep {
   float beta2, rest2;
   float eps;
   float step_size;  // lr / (1 - beta1^step)
-  float root;       // sqrt(1 - beta2^step)
+  float root;       // 1 / sqrt(1 - beta2^step)
 };
 
 // One launch for each 500 tensors.

@@ -143,9 +143,7 @@ class _Weight:
         for half in range(halves):
             low, high = max(start, half * share), min(stop, (half + 1) * share)
             if low < high:
-                before = (
-                    half * spot.ranks + spot.rank - half
-                ) * share  # rows of ranks before, of both halves
+                before = (half * spot.ranks + spot.rank - half) * share  # rows of other ranks
                 found.append(self.whole.rows(spot.weight, before + low, before + high))
         return torch.cat(found)
 
