@@ -1,7 +1,7 @@
 """What the op benchmarks time: every op at the sizes of three models, and what people write for it in plain PyTorch.
 
-A new op is one function here, `@case(MODEL, ..)`, that makes a `Case`; other libraries' kernels for it are in
-`ops_rivals`, how time and limits are taken in `ops_timing`.
+A new op is one function, `@case(MODEL, ..)`, that makes a `Case`: here those of the dense layers, in `ops_cases_more`
+the others. Other libraries' kernels are in `ops_rivals`, how time and limits are taken in `ops_timing`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatune import ops
-from megatune.ops import LoraLayout, Segments, moe, quant
+from megatune.ops import LoraLayout, Segments
 from megatune.ops.glu import Activation
 
 Tensors = tuple[Tensor, ...]
@@ -50,7 +50,7 @@ MODELS = {
     "llama-70b-tp8": Sizes(16384, 8192, 3584, 8, 1, 128, 16032, document=4096),
 }
 SMOLLM2_135M = Sizes(1024, 576, 1536, 9, 3, 64, 49152, document=256)
-_TINY = {"T": 24, "H": 16, "I": 24, "Q": 4, "K": 2, "D": 8, "V": 40, "document": 8, "rank": 2}
+_TINY = {"T": 32, "H": 16, "I": 32, "Q": 4, "K": 2, "D": 8, "V": 40, "document": 8, "rank": 2}
 TINY = {
     "llama-8b": Sizes(**_TINY, trained=(300, 7)),
     "qwen3-30b-a3b": Sizes(**_TINY, experts=5, choices=2),
@@ -203,18 +203,27 @@ def qk_norm(s: Sizes, new: New) -> Case:
     )
 
 
-@case()
-def rope(s: Sizes, new: New) -> Case:
+def angles(s: Sizes, new: New) -> Tensors:
+    """(cos, sin), fp32 [T, D / 2], of packed documents."""
     segments = Segments.from_lengths([s.document] * (s.T // s.document), new.device)
     angle = segments.positions[:, None] / 10000 ** (torch.arange(s.D // 2, device=new.device) * 2 / s.D)
-    cos, sin = angle.cos().float(), angle.sin().float()
+    return angle.cos().float(), angle.sin().float()
+
+
+def turned_by(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """As transformers' apply_rotary_pos_emb."""
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat((-second, first), -1) * sin
+
+
+@case()
+def rope(s: Sizes, new: New) -> Case:
+    cos, sin = angles(s, new)
     whole_cos, whole_sin = (torch.cat((part, part), -1).to(new.dtype) for part in (cos, sin))
 
     def turned(x: Tensor) -> Tensor:
-        """As transformers' apply_rotary_pos_emb."""
         shape = (s.T, *(1,) * (x.dim() - 2), s.D)
-        first, second = x.chunk(2, -1)
-        return x * whole_cos.view(shape) + torch.cat((-second, first), -1) * whole_sin.view(shape)
+        return turned_by(x, whole_cos.view(shape), whole_sin.view(shape))
 
     size = 2 * s.T * (s.Q + s.K) * s.D * new.width + cos.nbytes + sin.nbytes
     return Case(
@@ -226,6 +235,35 @@ def rope(s: Sizes, new: New) -> Case:
         Work(size),
         Work(size),
         facts={"cos": whole_cos, "sin": whole_sin},
+    )
+
+
+@case()
+def rope_qk(s: Sizes, new: New) -> Case:
+    """Queries and keys out of the fused projection in one op; with norms of heads for the model that has them."""
+    normed, group = bool(s.experts), s.Q // s.K
+    cos, sin = angles(s, new)
+    whole_cos, whole_sin = (torch.cat((part, part), -1).to(new.dtype)[:, None] for part in (cos, sin))
+
+    def plain(qkv: Tensor, *weights: Tensor) -> Tensors:
+        q, k, v = qkv.split((group, 1, 1), 2)
+        if weights:
+            q, k = (plain_norm(x, weight) for x, weight in zip((q, k), weights, strict=True))
+        q, k = (turned_by(x.flatten(1, 2), whole_cos, whole_sin) for x in (q, k))
+        return q.unflatten(1, (s.K, group)), k, v.squeeze(2)
+
+    head = s.T * s.K * s.D * new.width
+    return Case(
+        "rope_qk",
+        f"{s.T} x {s.K} groups of {group} + 2 heads of {s.D}" + (", with norms" if normed else ""),
+        lambda: (
+            new.leaf(s.T, s.K, group + 2, s.D),
+            *((new.leaf(s.D), new.leaf(s.D)) if normed else ()),
+        ),
+        lambda qkv, *weights: ops.rope_qk(qkv, cos, sin, *weights, eps=1e-5),
+        Other(plain),
+        Work(2 * head * (group + 1) + 2 * cos.nbytes),
+        Work((3 if normed else 2) * head * (group + 1) + 2 * head + 2 * cos.nbytes),
     )
 
 
@@ -312,198 +350,5 @@ def lora_linear(s: Sizes, new: New) -> Case:
         ),
         Work(flops=product + low, products=(("NT", s.T, 2 * s.I, s.H),)),
         Work(flops=product + 2 * low, products=(("NN", s.T, s.H, 2 * s.I),)),
-        compiled=False,
-    )
-
-
-@case("llama-8b")
-def embedding(s: Sizes, new: New) -> Case:
-    tokens = new.whole(s.V, s.T)
-    rows = s.T * s.H * new.width
-    return Case(
-        "embedding",
-        f"{s.T} of {s.V} x {s.H}",
-        lambda: (new.leaf(s.V, s.H),),
-        lambda weight: F.embedding(tokens, weight),
-        None,  # it is PyTorch's
-        Work(2 * rows),
-        Work(rows + s.V * s.H * new.width),
-    )
-
-
-def _order(s: Sizes, new: New) -> moe.Order:
-    experts = torch.rand(s.T, s.experts, device=new.device).topk(s.choices).indices
-    return moe.sort_by_expert(experts, s.experts)
-
-
-@case("qwen3-30b-a3b")
-def moe_permute(s: Sizes, new: New) -> Case:
-    order = _order(s, new)
-    tokens = order.tokens
-    size = s.T * s.H * new.width
-    return Case(
-        "moe_permute",
-        f"{s.T} x {s.H}, {s.choices} of {s.experts} experts",
-        lambda: (new.leaf(s.T, s.H),),
-        lambda x: moe.permute(x, order),
-        Other(lambda x: x.index_select(0, tokens)),
-        Work((1 + s.choices) * size),
-        Work((1 + s.choices) * size),
-        registry="expert_rows",
-    )
-
-
-@case("qwen3-30b-a3b")
-def moe_combine(s: Sizes, new: New) -> Case:
-    order = _order(s, new)
-    place = order.place
-
-    def plain(rows: Tensor, weights: Tensor) -> Tensor:
-        picked = rows.index_select(0, place.flatten()).view(s.T, s.choices, s.H)
-        return (picked * weights[:, :, None]).sum(1).to(rows.dtype)
-
-    size = s.T * s.H * new.width
-    return Case(
-        "moe_combine",
-        f"{s.mlp_rows} x {s.H}, {s.choices} of {s.experts} experts",
-        lambda: (
-            new.leaf(s.mlp_rows, s.H),
-            torch.rand(s.T, s.choices, device=new.device).requires_grad_(),
-        ),
-        lambda rows, weights: moe.combine(rows, weights, order),
-        Other(plain),
-        Work((1 + s.choices) * size),
-        Work((1 + 2 * s.choices) * size),
-        registry="expert_rows",
-    )
-
-
-@case("qwen3-30b-a3b")
-def grouped_linear(s: Sizes, new: New) -> Case:
-    groups = _order(s, new).groups
-    slices = groups.slices()
-
-    def plain(x: Tensor, weight: Tensor) -> Tensor:
-        return torch.cat([x[rows] @ weight[expert].t() for expert, rows in slices])
-
-    return Case(
-        "grouped_linear",
-        f"{s.mlp_rows} x {s.H} x {2 * s.I}, {s.experts} experts",
-        lambda: (new.normal(s.mlp_rows, s.H), new.normal(s.experts, 2 * s.I, s.H, scale=0.02)),
-        lambda x, weight: moe.grouped_linear(x, weight, None, groups),
-        Other(plain),
-        Work(flops=4 * s.mlp_rows * s.H * s.I, products=(("NT", s.mlp_rows, 2 * s.I, s.H),)),
-        compiled=False,
-    )
-
-
-_STEP = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "step": 10}
-
-
-@case("llama-8b")
-def adamw(s: Sizes, new: New) -> Case:
-    """fp32 gradients, moments and masters, the new weights in bf16, a clip factor on the device: 30 bytes."""
-    count = len(s.trained)
-    decays = [0.1] * count
-
-    def make() -> Tensors:
-        def lists(dtype: torch.dtype) -> list[Tensor]:
-            return [new.normal(size, dtype=dtype, scale=0.1) for size in s.trained]
-
-        masters, moments, grads = (lists(torch.float32) for _ in range(3))
-        squares = [torch.rand(size, device=new.device) for size in s.trained]
-        scale = torch.full((), 0.7, device=new.device)
-        return (*masters, *moments, *squares, *grads, *lists(torch.bfloat16), scale)
-
-    def run(*leaves: Tensor) -> list[Tensor]:
-        parts = [list(leaves[i * count : (i + 1) * count]) for i in range(5)]
-        ops.adamw_(*parts[:4], weights=parts[4], scale=leaves[-1], decays=decays, **_STEP)
-        return [*parts[0], *parts[1], *parts[2], *parts[4]]
-
-    def plain(*leaves: Tensor) -> list[Tensor]:
-        """torch's fused kernel, with the clipping before and the copy after it."""
-        masters, moments, squares, grads, weights = (
-            list(leaves[i * count : (i + 1) * count]) for i in range(5)
-        )
-        torch._foreach_mul_(grads, leaves[-2])
-        torch._fused_adamw_(
-            masters, grads, moments, squares, [], [leaves[-1]] * count, lr=_STEP["lr"], beta1=0.9, beta2=0.95,
-            weight_decay=0.1, eps=_STEP["eps"], amsgrad=False, maximize=False,
-        )  # fmt: skip
-        torch._foreach_copy_(weights, masters)
-        return [*masters, *moments, *squares, *weights]
-
-    steps = torch.full((), float(_STEP["step"]), device=new.device)
-    return Case(
-        "adamw",
-        f"{sum(s.trained)} elements in {count} tensors",
-        make,
-        run,
-        Other(plain, prepare=lambda leaves: (*leaves, steps)),
-        Work(30 * sum(s.trained)),
-        plain_name="torch fused, clip, copy",
-        compiled=False,
-    )
-
-
-@case("llama-8b")
-def square_sum(s: Sizes, new: New) -> Case:
-    def plain(*grads: Tensor) -> Tensor:
-        return torch.nn.utils.get_total_norm(grads).square()
-
-    return Case(
-        "square_sum",
-        f"{sum(s.trained)} elements in {len(s.trained)} tensors",
-        lambda: tuple(new.normal(size, dtype=torch.float32) for size in s.trained),
-        lambda *grads: ops.square_sum(grads)[0],
-        Other(plain),
-        Work(4 * sum(s.trained)),
-        plain_name="torch foreach norm",
-        compiled=False,
-    )
-
-
-@case("llama-8b")
-def nf4_dequantise(s: Sizes, new: New) -> Case:
-    shape = (2 * s.I, s.H)
-    code = torch.tensor(quant.NF4, device=new.device)
-
-    def plain(packed: Tensor, scales: Tensor, nested: Tensor, offset: Tensor) -> Tensor:
-        numbers = code[torch.stack((packed >> 4, packed & 15), -1).int()].view(-1, quant.BLOCK)
-        return (numbers * quant.nf4_scales(scales, nested, offset)[:, None]).to(new.dtype).view(shape)
-
-    elements = shape[0] * shape[1]
-    return Case(
-        "nf4_dequantise",
-        f"{shape[0]} x {shape[1]}",
-        lambda: quant.quantise_nf4(new.normal(*shape, scale=0.02)),
-        lambda *parts: quant.dequantise_nf4(*parts, shape, new.dtype),
-        Other(plain),
-        Work(elements * (new.width + 0.5 + 1 / quant.BLOCK)),
-        facts={"shape": shape, "dtype": new.dtype},
-    )
-
-
-@case("llama-8b", "qwen3-30b-a3b")
-def attention(s: Sizes, new: New) -> Case:
-    """Documents of one length, so that PyTorch can have them as a batch."""
-    documents = s.T // s.document
-    segments = Segments.from_lengths([s.document] * documents, new.device)
-
-    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        parts = (part.unflatten(0, (documents, s.document)).transpose(1, 2) for part in (q, k, v))
-        out = F.scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=True)
-        return out.transpose(1, 2).flatten(0, 1)
-
-    flops = 2 * documents * s.document**2 * s.Q * s.D
-    return Case(
-        "attention",
-        f"{documents} x {s.document}, {s.Q} / {s.K} heads of {s.D}",
-        lambda: (new.leaf(s.T, s.Q, s.D), new.leaf(s.T, s.K, s.D), new.leaf(s.T, s.K, s.D)),
-        lambda q, k, v: ops.attention(q, k, v, segments, scale=s.D**-0.5),
-        Other(plain),
-        Work(flops=flops),
-        Work(flops=2.5 * flops),
-        plain_name="torch SDPA, one batch",
         compiled=False,
     )

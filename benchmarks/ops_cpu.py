@@ -20,6 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
+from benchmarks import ops_cases_more  # noqa: F401 - registers its cases
 from benchmarks.common import RESULTS, device_name
 from benchmarks.ops_cases import SMOLLM2_135M, Case, Other, Tensors, cases
 from benchmarks.ops_timing import tensors_in

@@ -25,7 +25,7 @@ NO_USE = {
     "transformer_engine": "transformer-engine-torch is source only and wants cuDNN's headers and the 277 MB wheel "
     "transformer-engine-cu13",
     "apex": "PyPI's package apex is another project, and NVIDIA's has no wheels",
-    "torchao": "0.18 has no kernel for any of these ops",
+    "torchao": "0.18 has no kernel for any of these ops but the 8-bit optimizer, which it makes with torch.compile",
 }
 
 Maker = Callable[[Case], Other]
@@ -157,6 +157,15 @@ def liger_loss(case: Case) -> Other:
         return Loss.apply(x, head, labels, *options)[0]
 
     return Other(run)
+
+
+@rival("cross_entropy", package="liger_kernel")
+def liger_given_logits(case: Case) -> Other:
+    """It too writes the gradient over the logits."""
+    from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction as Loss
+
+    labels = case.facts["labels"]
+    return Other(lambda logits: Loss.apply(logits, labels, None, -100, 0.0, 0.0, "sum")[0])
 
 
 @rival("linear_cross_entropy", package="cut_cross_entropy")

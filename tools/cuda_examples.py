@@ -206,6 +206,6 @@ def optimizers_in_fewer_bits(sizes: list[int]) -> Iterator[Example]:
         arguments = (lists(), *moments, lists(grads), lists(weights), *common)
         yield "adamw_8bit_", (*arguments, *step), low
         yield "lion_", (lists(), lists(), lists(grads), lists(weights), *common, 0.01, 0.9, 0.95), low
-    squares = [x.square().to(low) for x in lists()]
-    arguments = (lists(low), lists(low), squares, lists(low), *common, [*range(count)], [7] * count)
+    squares = [x.square() for x in lists()]
+    arguments = (lists(low), lists(), squares, lists(low), *common, [*range(count)], [7] * count)
     yield "adamw_bf16_", (*arguments, *step), low
