@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import benchmarks.ops_cases_more  # noqa: F401  (its cases)
 from benchmarks.common import RESULTS, device_name
 from benchmarks.ops_cases import MODELS, TINY, Case, Other, Work, cases
 from benchmarks.ops_rivals import absent, present, rivals

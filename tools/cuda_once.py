@@ -3,15 +3,13 @@
     python tools/cuda_once.py [--list]
 
 For compute-sanitizer (tools/sanitize.py), which slows everything down: no torch.compile, no random numbers made on the
-GPU, inputs copied to it so that whatever was not written is known. Each kernel of an operator is reached: all dtypes,
-rows that are whole vectors and rows that are not, one row and none, strided views. Exit code 1 where values differ.
-Operators with a CUDA kernel that have no example here are named.
+GPU, inputs copied to it so that whatever was not written is known. The arguments are those of tools/cuda_examples.py;
+operators with a CUDA kernel that have none there are named. Exit code 1 where values differ.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,81 +20,9 @@ from torch import Tensor
 
 from megatune import ops
 from megatune.ops import _load
+from tools.cuda_examples import examples
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
-Example = tuple[str, tuple[Any, ...], torch.dtype]  # operator, arguments on the CPU, what it computes in
-
-
-def examples() -> Iterator[Example]:
-    torch.manual_seed(0)
-    for dtype in DTYPES:
-        yield from norms(dtype)
-        yield from rotations(dtype)
-        yield from gates(dtype)
-    yield from optimizers()
-
-
-def norms(dtype: torch.dtype) -> Iterator[Example]:
-    """Rows of some lanes of a warp, of a block, longer than what a block keeps in registers; views; two offsets."""
-    sizes = ((5, 7, 0.0), (37, 64, 1.0), (1, 129, 0.0), (3, 2056, 0.0), (2, 33001, 1.0), (0, 16, 0.0))
-    for rows, width, offset in sizes:
-        x, residual, grad, grad_sum = (torch.randn(rows, width).to(dtype) for _ in range(4))
-        weight = torch.randn(width).to(dtype if rows % 2 else torch.float32)
-        rstd = torch.rand(rows) + 0.5
-        yield "rms_norm", (x, weight, 1e-5, offset), dtype
-        yield "add_rms_norm", (x, residual, weight, 1e-5, offset), dtype
-        for weight_grad in (True, False):
-            yield "rms_norm_backward", (grad, x, weight, rstd, offset, weight_grad), dtype
-            yield "add_rms_norm_backward", (grad, grad_sum, x, weight, rstd, offset, weight_grad), dtype
-    heads = torch.randn(9, 3, 5, 40).to(dtype)[:, :, 1:3]
-    yield "rms_norm", (heads, torch.randn(40), 1e-5, 0.0), dtype
-
-
-def rotations(dtype: torch.dtype) -> Iterator[Example]:
-    """Whole vectors and single elements; some dimensions that are not turned; a view of a fused projection."""
-    for shape, half in (((9, 3, 64), 32), ((7, 2, 10), 3), ((1, 1, 128), 64), ((5, 2, 40), 16)):
-        angle = torch.randn(shape[0], half)
-        for inverse in (False, True):
-            yield "rope", (torch.randn(shape).to(dtype), angle.cos(), angle.sin(), inverse), dtype
-    angle = torch.randn(9, 16)
-    qkv = torch.randn(9, 3, 5, 32).to(dtype)
-    yield "rope", (qkv[:, :, 1:4], angle.cos(), angle.sin(), False), dtype
-
-
-def gates(dtype: torch.dtype) -> Iterator[Example]:
-    for activation in range(3):
-        for rows, width in ((3, 7), (5, 64), (1, 1), (130, 24), (0, 8)):
-            x, grad = torch.randn(rows, 2 * width).to(dtype), torch.randn(rows, width).to(dtype)
-            yield "glu", (x, activation), dtype
-            yield "glu_backward", (grad, x, activation), dtype
-        yield "glu", (torch.randn(4, 36).to(dtype)[:, :20], activation), dtype
-
-
-def optimizers() -> Iterator[Example]:
-    """More tensors than one launch takes, of odd sizes, longer than a chunk; bf16 and fp32 beside each other."""
-    sizes = [1, 3, 4096, 9001, 17, *[5] * 150]
-
-    def lists(dtype: torch.dtype = torch.float32) -> list[Tensor]:
-        return [torch.randn(size).to(dtype) for size in sizes]
-
-    low = torch.bfloat16
-    for grad_type, weight_type in ((low, low), (torch.float32, low), (low, torch.float32)):
-        squares = [x.square() for x in lists()]
-        step = (0.01, 0.9, 0.95, 1e-8, 3)
-        weights = lists(weight_type)
-        weights[2] = torch.empty(0)  # not wanted
-        arguments = (
-            lists(),
-            lists(),
-            squares,
-            lists(grad_type),
-            weights,
-            torch.tensor(0.7),
-            [0.1] * len(sizes),
-        )
-        yield "adamw_", (*arguments, *step), weight_type
-        yield "square_sum", (lists(grad_type),), torch.float32
 
 
 def to(value: Any, device: str) -> Any:
@@ -114,24 +40,20 @@ def to(value: Any, device: str) -> Any:
     return whole.clone().to(device).as_strided(value.shape, value.stride(), value.storage_offset())
 
 
-def outputs(result: Any, arguments: tuple[Any, ...]) -> list[Tensor]:
-    """What an operator gives or, where that is nothing, what it changes."""
-    if result is None:
-        return [
-            tensor
-            for value in arguments
-            if isinstance(value, list)
-            for tensor in value
-            if torch.is_tensor(tensor)
-        ]
-    return [result] if isinstance(result, Tensor) else list(result)
+def outputs(operator: Any, result: Any, arguments: tuple[Any, ...]) -> list[Tensor]:
+    """What an operator gives, and what it changes."""
+    found = [result] if isinstance(result, Tensor) else list(result or ())
+    for argument, value in zip(operator._schema.arguments, arguments, strict=False):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            found += [value] if isinstance(value, Tensor) else value
+    return found
 
 
 def difference(name: str, arguments: tuple[Any, ...], device: str = "cuda") -> float:
     """The largest relative difference (of norms) between the operator on the device and on the CPU."""
     operator = getattr(torch.ops.megatune, name).default
     here, there = (tuple(to(value, place) for value in arguments) for place in ("cpu", device))
-    expected, found = (outputs(operator(*values), values) for values in (here, there))
+    expected, found = (outputs(operator, operator(*values), values) for values in (here, there))
     worst = 0.0
     for one, two in zip(found, expected, strict=True):
         one, two = one.cpu().double(), two.double()
@@ -169,7 +91,7 @@ def main() -> int:
         print(f"{name}: {count} calls")
     missing = [name for name in operators_on_cuda() if name not in called]
     if missing:
-        print(f"no example in tools/cuda_once.py: {', '.join(missing)}")
+        print(f"no example in tools/cuda_examples.py: {', '.join(missing)}")
     print("\n".join(wrong) or "values as on the CPU")
     return 1 if wrong else 0
 
