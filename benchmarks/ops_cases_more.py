@@ -289,6 +289,22 @@ def square_sum(s: Sizes, new: New) -> Case:
 
 
 @case("llama-8b")
+def int8_dequantise(s: Sizes, new: New) -> Case:
+    def plain(numbers: Tensor, scales: Tensor) -> Tensor:
+        return (numbers * scales[:, None] * quant._INT8_STEP).to(new.dtype)
+
+    rows, columns = 2 * s.I, s.H
+    return Case(
+        "int8_dequantise",
+        f"{rows} x {columns}",
+        lambda: quant.quantise_int8(new.normal(rows, columns, scale=0.02)),
+        lambda numbers, scales: quant.dequantise_int8(numbers, scales, new.dtype),
+        Other(plain),
+        Work(rows * columns * (new.width + 1)),
+    )
+
+
+@case("llama-8b")
 def nf4_dequantise(s: Sizes, new: New) -> Case:
     shape = (2 * s.I, s.H)
     code = torch.tensor(quant.NF4, device=new.device)

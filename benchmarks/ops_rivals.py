@@ -17,6 +17,7 @@ from torch import Tensor
 
 from benchmarks.ops_cases import Case, Other, Tensors, halves
 from megatune.ops import quant
+from megatune.ops.optim import code_values
 
 # Looked for and not used here, in the versions of November 2026. Those of `RIVALS` are left out where they import.
 NO_USE = {
@@ -192,6 +193,57 @@ def bitsandbytes_nf4(case: Case) -> Other:
         inner = QuantState(absmax=nested, code=dynamic, blocksize=quant.NESTED, dtype=torch.float32)
         state = QuantState(scales, shape, nf4, quant.BLOCK, "nf4", dtype, offset, inner)
         return dequantize_4bit(packed, state)
+
+    tables: dict[str, Tensors] = {}
+    return Other(run)
+
+
+@rival("cross_entropy", package="liger_kernel")
+def liger_cross_entropy(case: Case) -> Other:
+    """In place too."""
+    from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction as Loss
+
+    labels = case.facts["labels"]
+    return Other(lambda logits: Loss.apply(logits, labels, None, -100, 0.0, 0.0, "sum")[0])
+
+
+@rival("lion", package="bitsandbytes")
+def bitsandbytes_lion(case: Case) -> Other:
+    """A call for each tensor; without the clip factor, which it wants on the host, and with a copy to bf16."""
+    from bitsandbytes.functional import optimizer_update_32bit
+
+    def run(*leaves: Tensor) -> Tensors:
+        count = (len(leaves) - 1) // 4
+        masters, moments, grads, weights = (leaves[i * count : (i + 1) * count] for i in range(4))
+        for p, m, grad in zip(masters, moments, grads, strict=True):
+            optimizer_update_32bit(
+                "lion", grad, p, m, 0.9, 0.0, 10, 1e-3, None, 0.95, weight_decay=0.1, gnorm_scale=0.7
+            )
+        torch._foreach_copy_(weights, masters)
+        return (*masters, *moments, *weights)
+
+    return Other(run)
+
+
+@rival("adamw_8bit", package="bitsandbytes")
+def bitsandbytes_adamw_8bit(case: Case) -> Other:
+    """As bitsandbytes' Lion here."""
+    from bitsandbytes.functional import optimizer_update_8bit_blockwise
+
+    def run(*leaves: Tensor) -> Tensors:
+        count = case.facts["tensors"]
+        lists = [leaves[i * count : (i + 1) * count] for i in range(7)]
+        device = leaves[0].device
+        if "codes" not in tables:
+            tables["codes"] = tuple(code_values(signed, device)[0] for signed in (True, False))
+        signed, unsigned = tables["codes"]
+        for p, m, v, m_scales, v_scales, grad in zip(*lists[:6], strict=True):
+            optimizer_update_8bit_blockwise(
+                "adam", grad, p, m, v, 0.9, 0.95, 0.0, 0.0, 1e-8, 10, 1e-3, signed, unsigned, m_scales, v_scales,
+                weight_decay=0.1, gnorm_scale=0.7,
+            )  # fmt: skip
+        torch._foreach_copy_(lists[6], lists[0])
+        return (*lists[0], *lists[6])
 
     tables: dict[str, Tensors] = {}
     return Other(run)

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatune.ops import quant
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Example = tuple[str, tuple[Any, ...], torch.dtype]  # operator, arguments, what it computes in
 
@@ -34,6 +36,7 @@ def _all() -> Iterator[Example]:
         yield from projections(dtype)
         yield from rows_of_tokens(dtype)
         yield from eight_bits(dtype)
+        yield from frozen_weights(dtype)
     yield from routers()
     yield from optimizers()
 
@@ -140,6 +143,21 @@ def eight_bits(dtype: torch.dtype) -> Iterator[Example]:
             for scaling in range(2):
                 yield "fp8_rms_norm", (x, torch.rand(width).to(dtype), 1e-5, 0.0, scaling, copies), dtype
                 yield "fp8_glu", (gate_up, 0, scaling, copies), dtype
+
+
+def frozen_weights(dtype: torch.dtype) -> Iterator[Example]:
+    """Parts of a block of numbers, of what a warp has, and more numbers than share the scale of their scales."""
+    number = DTYPES.index(dtype)
+    for rows, columns in ((1, 1), (7, 90), (32, 64), (3, 683), (33, 512), (0, 8)):
+        size = rows * columns
+        blocks = -(-size // quant.BLOCK)
+        packed, scales = (torch.randint(256, (n,), dtype=torch.uint8) for n in (-(-size // 2) + 1, blocks))
+        nested, offset = torch.rand(-(-blocks // quant.NESTED)), torch.tensor(0.04)
+        for codes in (packed[:-1], packed[1:]):  # the second is where no word can be loaded
+            parts = codes, scales, nested, offset, quant.dynamic_code()
+            yield "nf4_dense", (*parts, rows, columns, number), dtype
+        numbers = torch.randint(-127, 128, (rows, columns), dtype=torch.int8)
+        yield "int8_dense", (numbers, torch.rand(rows), 1 / 127, number), dtype
 
 
 def routers() -> Iterator[Example]:

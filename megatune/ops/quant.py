@@ -16,6 +16,7 @@ inputs in 8 bits, which are for inference.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from megatune.ops.checks import floating, same_device
-from megatune.ops.registry import Body, add_op, compiled_body, cpu_body, define, fuse
+from megatune.ops.registry import Body, add_op, compiled_body, cpu_body, cuda_body, define, fuse
 
 Kind = Literal["nf4", "int8"]
 KINDS: tuple[Kind, ...] = ("nf4", "int8")
@@ -106,7 +107,11 @@ def _scaled(weight: Tensor, block: int, *, divides_rest: bool) -> tuple[Tensor, 
 
 def nf4_scales(scales: Tensor, nested: Tensor, offset: Tensor) -> Tensor:
     """The scales that 8 bit ones stand for: uint8 [blocks], fp32 [blocks / 256], fp32 [] -> fp32 [blocks]."""
-    values = _tables(scales.device)[2][scales.int()]
+    return _wide_scales(scales, nested, offset, _tables(scales.device)[2])
+
+
+def _wide_scales(scales: Tensor, nested: Tensor, offset: Tensor, code: Tensor) -> Tensor:
+    values = code[scales.int()]
     values = F.pad(values, (0, -len(values) % NESTED)).view(-1, NESTED) * nested.unsqueeze(1)
     return values.view(-1)[: len(scales)] + offset
 
@@ -122,13 +127,84 @@ def _fake(packed: Tensor, scales: Tensor, rows: int, columns: int, dtype: int) -
     return packed.new_empty((rows, columns), dtype=_DTYPES[dtype])
 
 
+def _whole(
+    packed: Tensor,
+    scales: Tensor,
+    nested: Tensor,
+    offset: Tensor,
+    code: Tensor,
+    rows: int,
+    columns: int,
+    dtype: int,
+) -> Tensor:
+    """`code`: that of the scales, `dynamic_code()`."""
+    return _reference(packed, _wide_scales(scales, nested, offset, code), rows, columns, dtype)
+
+
+def _fake_whole(
+    packed: Tensor,
+    scales: Tensor,
+    nested: Tensor,
+    offset: Tensor,
+    code: Tensor,
+    rows: int,
+    columns: int,
+    dtype: int,
+) -> Tensor:
+    return _fake(packed, scales, rows, columns, dtype)
+
+
+def _after_scales(dense: Callable) -> Callable:
+    """A body from what makes numbers dense whose scales are in fp32."""
+
+    def run(
+        packed: Tensor,
+        scales: Tensor,
+        nested: Tensor,
+        offset: Tensor,
+        code: Tensor,
+        rows: int,
+        columns: int,
+        dtype: int,
+    ) -> Tensor:
+        return dense(packed, _wide_scales(scales, nested, offset, code), rows, columns, dtype)
+
+    return run
+
+
+def _int8_reference(numbers: Tensor, scales: Tensor, step: float, dtype: int) -> Tensor:
+    return (numbers * scales.unsqueeze(1)).mul_(step).to(_DTYPES[dtype])
+
+
+def _fake_int8(numbers: Tensor, scales: Tensor, step: float, dtype: int) -> Tensor:
+    return numbers.new_empty(numbers.shape, dtype=_DTYPES[dtype])
+
+
 _DENSE = define(
     "nf4_dequantise(Tensor packed, Tensor scales, int rows, int columns, int dtype) -> Tensor",
     _reference,
     _fake,
 )
-_FUSED = fuse(_reference)
-_OP = add_op("nf4_dequantise", [cpu_body(_DENSE), compiled_body(_FUSED), Body("reference", (_reference,))])
+# The scales' own scales in the same pass.
+_NF4 = define(
+    "nf4_dense(Tensor packed, Tensor scales, Tensor nested, Tensor offset, Tensor code, int rows, int columns, "
+    "int dtype) -> Tensor",
+    _whole,
+    _fake_whole,
+)
+_INT8 = define(
+    "int8_dense(Tensor numbers, Tensor scales, float step, int dtype) -> Tensor", _int8_reference, _fake_int8
+)
+_OP = add_op(
+    "nf4_dequantise",
+    [
+        cpu_body(_after_scales(_DENSE)),
+        compiled_body(_after_scales(fuse(_reference))),
+        cuda_body(_NF4),
+        Body("reference", (_whole,)),
+    ],
+)
+_OP_INT8 = add_op("int8_dequantise", [cuda_body(_INT8), Body("reference", (_int8_reference,))])
 
 
 def dequantise_nf4(
@@ -155,7 +231,8 @@ def dequantise_nf4(
             )
     same_device(op, packed, scales=scales, nested=nested, offset=offset)
     body = _OP.pick(packed.device.type, dtype)
-    return body.run[0](packed, nf4_scales(scales, nested, offset), *shape, _DTYPES.index(dtype))
+    code = _tables(packed.device)[2]
+    return body.run[0](packed, scales, nested, offset, code, *shape, _DTYPES.index(dtype))
 
 
 def quantise_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,7 +261,8 @@ def dequantise_int8(numbers: Tensor, scales: Tensor, dtype: torch.dtype) -> Tens
             f"{op}: scales {scales.dtype} {tuple(scales.shape)} must be fp32 [{numbers.shape[0]}]"
         )
     same_device(op, numbers, scales=scales)
-    return (numbers * scales.unsqueeze(1)).mul_(_INT8_STEP).to(dtype)
+    body = _OP_INT8.pick(numbers.device.type, dtype)
+    return body.run[0](numbers.contiguous(), scales.contiguous(), _INT8_STEP, _DTYPES.index(dtype))
 
 
 class FrozenWeight(nn.Module):
