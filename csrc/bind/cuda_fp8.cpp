@@ -30,7 +30,8 @@ Copies copies_of(const Tensor& like, int64_t rows, int64_t width, int64_t scalin
   const auto four = [](int64_t count) { return (count + 3) / 4 * 4; };
   std::vector<int64_t> scales{padded}, scales_t{width};
   if (kind == cuda::Scaling::blocks) scales = {width / 128, padded}, scales_t = {padded / 128, width};
-  if (kind == cuda::Scaling::tiles) scales = {padded / 128, four(width / 128)}, scales_t = {width / 128, four(padded / 128)};
+  if (kind == cuda::Scaling::tiles)
+    scales = {padded / 128, four(width / 128)}, scales_t = {width / 128, four(padded / 128)};
   const bool first = copies & ROWS, second = copies & TRANSPOSED;
   const std::vector<int64_t> none{0};
   Copies made{empty(like, first ? std::vector<int64_t>{padded, width} : none, ScalarType::Byte),

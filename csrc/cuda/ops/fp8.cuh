@@ -10,8 +10,8 @@
 // is value * (1 / scale), rounded to the nearest, never beyond the largest number; NaN stays NaN.
 //
 // blocks and tiles: one pass, a thread block for 128 x 128 values, both copies from registers (a norm's rows are read
-// shortly before, into the cache). rowwise: the first pass gives the rows and the largest magnitudes of the columns, the
-// second one the transposed copy; it goes backwards, for the end of the matrix is still in the cache.
+// shortly before, into the cache). rowwise: the first pass gives the rows and the largest magnitudes of the columns,
+// the second one the transposed copy; it goes backwards, for the end of the matrix is still in the cache.
 #pragma once
 
 #include <cfloat>
@@ -397,7 +397,7 @@ __global__ void __launch_bounds__(THREADS, LIGHT<Source> && SCALING == Scaling::
 
 constexpr uint32_t PIECES = TILE / WARPS;  // of a band's rows, whose rstd a block computes, a warp for each row
 
-// A norm's blocks in one launch. The thread blocks take tickets: those of rows, `lead` bands ahead, and those of tiles,
+// A norm's blocks in one launch. The thread blocks take tickets: of rows, `lead` bands ahead, and of tiles,
 // which wait until the band's rows are done and then find them in the cache, so that memory is read once. Who waits does
 // so for lower tickets only, and these are held by thread blocks that run and do not wait. `counts`: the tickets taken,
 // and for each band the pieces that are done; zeros at first.
@@ -480,7 +480,8 @@ template <class Source>
 int launch_norm_tiles(const Source& source, const Fp8& out, Stream stream) {
   const uint32_t across = out.width / TILE, down = out.padded / TILE;
   auto* counts = reinterpret_cast<uint32_t*>(out.workspace);
-  if (const auto error = cudaMemsetAsync(counts, 0, (1 + down) * sizeof(uint32_t), stream)) return static_cast<int>(error);
+  const auto error = cudaMemsetAsync(counts, 0, (1 + down) * sizeof(uint32_t), stream);
+  if (error != cudaSuccess) return static_cast<int>(error);
   // One and a half times as many tickets ahead as are held at a time, two thread blocks on a multiprocessor.
   const uint32_t lead = 1 + 3 * multiprocessors() / (PIECES + across);
   norm_tiles_kernel<Source>

@@ -1,7 +1,7 @@
 // CUDA launchers that quantise to fp8; the conventions of cuda.h.
 //
-// Each gives up to two copies of a matrix [rows, width]: as it is, and transposed, so that each of a linear layer's three
-// products finds its inner dimension contiguous. `padded`: the rows with those of zeros that products need behind them.
+// Each gives up to two copies of a matrix [rows, width]: as it is, and transposed, so that each of a linear layer's
+// three products finds its inner dimension contiguous. `padded`: the rows with those of zeros that products need behind.
 //
 // | scaling | a scale for | scales | scales_t |
 // | --- | --- | --- | --- |
