@@ -9,7 +9,8 @@ namespace {
 
 constexpr int THREADS = 256;
 constexpr int WARPS = THREADS / 32;
-constexpr int CHUNK = 16384;  // elements
+constexpr int RESIDENT = 3;  // blocks of threads of a multiprocessor
+constexpr int CHUNK = 8192;  // elements
 constexpr int EACH = codes::BLOCK / 32;  // elements of a thread: two times four in line
 
 struct Table : Batch<AdamW8bitTensor, 380> {
@@ -19,64 +20,59 @@ static_assert(sizeof(Table) <= 32764, "a kernel's arguments have at most this ma
 
 // What codes stand for and how they are found, one copy for each block of threads.
 struct alignas(16) Lookup {
-  codes::Map<true> first;
-  codes::Map<false> second;
+  float first[256], second[256];
+  codes::Cells<true> first_cells;
+  codes::Cells<false> second_cells;
 };
-__device__ const Lookup lookup_table = {codes::make<true>(), codes::make<false>()};
-static_assert(codes::make<true>().good && codes::make<false>().good, "two borders in one cell");
 
-__device__ inline float value_of(const codes::Map<true>& map, uint32_t code) {
-  const int place = static_cast<int>(code) - 127;
-  const float value = map.values[abs(place)];
-  return place < 0 ? -value : value;
+constexpr Lookup make_lookup() {
+  Lookup lookup{};
+  constexpr auto first = codes::make<true>();
+  constexpr auto second = codes::make<false>();
+  for (int i = 0; i < 256; ++i) {
+    lookup.first[i] = i < 127 ? -first.values[127 - i] : first.values[i - 127];
+    lookup.second[i] = second.values[i];
+  }
+  lookup.first_cells = codes::make_cells<true>();
+  lookup.second_cells = codes::make_cells<false>();
+  return lookup;
 }
-
-__device__ inline float value_of(const codes::Map<false>& map, uint32_t code) { return map.values[code]; }
+__device__ const Lookup lookup_table = make_lookup();
 
 template <bool is_signed>
-__device__ inline int cell_of(uint32_t bits) {
-  using Map = codes::Map<is_signed>;
-  const int cell = static_cast<int>(bits >> (23 - Map::BITS)) - Map::FIRST_CELL + 1;
-  return min(max(cell, 0), Map::CELLS + 1);
-}
-
-__device__ inline uint32_t code_of(const codes::Map<true>& map, float x) {
-  const float size = fabsf(x);
-  const int first = map.first[cell_of<true>(__float_as_uint(size))];
-  const float border = map.borders[first];
-  if (x < 0.0f) return 127 - min(first + (size >= border ? 1 : 0), 127);
-  return 127 + first + (size <= border ? 0 : 1);
-}
-
-__device__ inline uint32_t code_of(const codes::Map<false>& map, float x) {
-  const int first = map.first[cell_of<false>(__float_as_uint(x))];
-  return first + (x <= map.borders[first] ? 0 : 1);
-}
-
-// The largest of the warp's numbers >= 0 (as bits they are in the same order, any NaN above all).
-__device__ inline float largest(float x) {
-  unsigned bits = __float_as_uint(x);
-  for (int lane = 16; lane > 0; lane /= 2) bits = max(bits, __shfl_xor_sync(0xffffffffu, bits, lane));
-  return __uint_as_float(bits);
+__device__ inline uint32_t code_of(const codes::Cells<is_signed>& cells, float x) {
+  using C = codes::Cells<is_signed>;
+  const uint32_t raw = __float_as_uint(x);
+  uint32_t bits = raw & 0x7fffffffu;
+  // A border belongs to the lower code: for a negative number, to the one of the larger magnitude.
+  if (is_signed) bits += raw >> 31;
+  bits = min(max(bits, C::FIRST << C::SHIFT), 0x3f800000u);
+  const int place = static_cast<int>((cells.at[(bits >> C::SHIFT) - C::FIRST] + bits) >> C::SHIFT);
+  if (!is_signed) return place;
+  return max(127 + (x < 0.0f ? -place : place), 0);
 }
 
 // New codes and scale of a warp's 256 numbers.
 template <bool is_signed>
-__device__ inline void encode(const codes::Map<is_signed>& map, const float (&x)[EACH], uint32_t (&packed)[2],
+__device__ inline void encode(const codes::Cells<is_signed>& cells, float (&x)[EACH], uint32_t (&packed)[2],
                               float* scale) {
-  float most = 0.0f;
+  // As bits, numbers >= 0 are in the same order, any NaN above all.
+  uint32_t bits = 0;
 #pragma unroll
-  for (int k = 0; k < EACH; ++k) {
-    // fmaxf would lose a NaN.
-    most = __uint_as_float(max(__float_as_uint(most), __float_as_uint(fabsf(x[k]))));
-  }
-  most = largest(most);
+  for (int k = 0; k < EACH; ++k) bits = max(bits, __float_as_uint(fabsf(x[k])));
+  const float most = __uint_as_float(__reduce_max_sync(0xffffffffu, bits));
   // x / scale by multiplications, which is the same but for the rounding. 1 / scale must not be infinite.
-  const float up = most < 1e-30f ? 0x1p64f : 1.0f;
-  const float inverse = most > 0.0f ? __frcp_rn(__fmul_rn(most, up)) : 1.0f;
+  float inverse = 1.0f;
+  if (most < 1e-30f) {
+#pragma unroll
+    for (int k = 0; k < EACH; ++k) x[k] = __fmul_rn(x[k], 0x1p64f);
+    if (most > 0.0f) inverse = __frcp_rn(__fmul_rn(most, 0x1p64f));
+  } else if (most > 0.0f) {
+    inverse = __frcp_rn(most);
+  }
 #pragma unroll
   for (int k = 0; k < EACH; ++k) {
-    const uint32_t code = code_of(map, __fmul_rn(__fmul_rn(x[k], up), inverse));
+    const uint32_t code = code_of(cells, __fmul_rn(x[k], inverse));
     packed[k / 4] = k % 4 == 0 ? code : packed[k / 4] | code << (8 * (k % 4));
   }
   if (threadIdx.x % 32 == 0) *scale = most;
@@ -116,13 +112,17 @@ __device__ inline void block_of(const AdamW8bitTensor& t, const AdamWStep& step,
   }
 #pragma unroll
   for (int k = 0; k < EACH; ++k) {
-    m[k] = __fmul_rn(value_of(lookup.first, m_codes[k / 4] >> (8 * (k % 4)) & 0xffu), m_scale);
-    v[k] = __fmul_rn(value_of(lookup.second, v_codes[k / 4] >> (8 * (k % 4)) & 0xffu), v_scale);
-    adamw_element(step, t.keep, scale, g[k], p[k], m[k], v[k]);
-    if (!fits && k / 4 * 128 + lane * 4 + k % 4 >= count) m[k] = v[k] = 0.0f;
+    m[k] = __fmul_rn(lookup.first[m_codes[k / 4] >> (8 * (k % 4)) & 0xffu], m_scale);
+    v[k] = __fmul_rn(lookup.second[v_codes[k / 4] >> (8 * (k % 4)) & 0xffu], v_scale);
   }
-  encode(lookup.first, m, m_codes, t.exp_avg_scale + at / codes::BLOCK);
-  encode(lookup.second, v, v_codes, t.exp_avg_sq_scale + at / codes::BLOCK);
+  adamw_elements(step, t.keep, scale, g, p, m, v);
+  if constexpr (!fits) {
+#pragma unroll
+    for (int k = 0; k < EACH; ++k)
+      if (k / 4 * 128 + lane * 4 + k % 4 >= count) m[k] = v[k] = 0.0f;
+  }
+  encode(lookup.first_cells, m, m_codes, t.exp_avg_scale + at / codes::BLOCK);
+  encode(lookup.second_cells, v, v_codes, t.exp_avg_sq_scale + at / codes::BLOCK);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int from = half * 128 + lane * 4;
@@ -146,25 +146,27 @@ __device__ inline void block_of(const AdamW8bitTensor& t, const AdamWStep& step,
   }
 }
 
-__global__ void __launch_bounds__(THREADS, 2) adamw_8bit_kernel(const __grid_constant__ Table table) {
+__global__ void __launch_bounds__(THREADS, RESIDENT) adamw_8bit_kernel(const __grid_constant__ Table table) {
   __shared__ Lookup lookup;
   static_assert(sizeof(Lookup) % 16 == 0);
   for (int i = threadIdx.x; i < static_cast<int>(sizeof(Lookup) / 16); i += THREADS)
     reinterpret_cast<uint4*>(&lookup)[i] = reinterpret_cast<const uint4*>(&lookup_table)[i];
   __syncthreads();
-  const int chunk = blockIdx.x;
-  const int low = table.holder(chunk);
-  const AdamW8bitTensor& t = table.tensors[low];
   const float scale = *table.step.scale;
-  const int64_t begin = static_cast<int64_t>(chunk - table.first[low]) * CHUNK;
-  const int64_t end = min(begin + CHUNK, t.n);
-  const bool fits = at_16_bytes(t.master, t.exp_avg, t.exp_avg_sq, t.grad, t.weight);
-  for (int64_t at = begin + threadIdx.x / 32 * codes::BLOCK; at < end; at += WARPS * codes::BLOCK) {
-    const int count = static_cast<int>(min(end - at, static_cast<int64_t>(codes::BLOCK)));
-    if (fits && count == codes::BLOCK) {
-      block_of<true>(t, table.step, lookup, scale, at, count);
-    } else {
-      block_of<false>(t, table.step, lookup, scale, at, count);
+  const int chunks = table.chunks();
+  for (int chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
+    const int low = table.holder(chunk);
+    const AdamW8bitTensor& t = table.tensors[low];
+    const int64_t begin = static_cast<int64_t>(chunk - table.first[low]) * CHUNK;
+    const int64_t end = min(begin + CHUNK, t.n);
+    const bool fits = at_16_bytes(t.master, t.exp_avg, t.exp_avg_sq, t.grad, t.weight);
+    for (int64_t at = begin + threadIdx.x / 32 * codes::BLOCK; at < end; at += WARPS * codes::BLOCK) {
+      const int count = static_cast<int>(min(end - at, static_cast<int64_t>(codes::BLOCK)));
+      if (fits && count == codes::BLOCK) {
+        block_of<true>(t, table.step, lookup, scale, at, count);
+      } else {
+        block_of<false>(t, table.step, lookup, scale, at, count);
+      }
     }
   }
 }
@@ -177,7 +179,8 @@ int adamw_8bit(const AdamW8bitTensor* tensors, int64_t count, const AdamWStep& s
   for (int64_t at = 0; at < count;) {
     at = table.fill(tensors, at, count, CHUNK);
     if (table.count == 0) break;
-    adamw_8bit_kernel<<<table.chunks(), THREADS, 0, stream>>>(table);
+    const int blocks = std::min(table.chunks(), multiprocessors() * RESIDENT);
+    adamw_8bit_kernel<<<blocks, THREADS, 0, stream>>>(table);
     const int error = launched();
     if (error != 0) return error;
   }

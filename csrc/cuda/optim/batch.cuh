@@ -26,7 +26,7 @@ struct Batch {
     return at;
   }
 
-  int chunks() const { return first[count]; }
+  __host__ __device__ int chunks() const { return first[count]; }
 
   // The tensor of this chunk.
   __device__ int holder(int chunk) const {

@@ -19,6 +19,65 @@ __device__ inline void adamw_element(const AdamWStep& s, float keep, float scale
   p = __fsub_rn(__fmul_rn(p, keep), __fdiv_rn(__fmul_rn(s.step_size, m), below));
 }
 
+// Root and quotient as the compiler makes them where nothing is subnormal, infinite or 0, without its branch for the
+// rest: several elements at a time can be under way.
+__device__ inline float plain_root(float x) {
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  const float g = __fmul_rn(x, y), h = __fmul_rn(y, 0.5f);
+  return __fmaf_rn(__fmaf_rn(-g, g, x), h, g);
+}
+
+__device__ inline float plain_quotient(float a, float b) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(b));
+  y = __fmaf_rn(y, __fmaf_rn(-b, y, 1.0f), y);
+  float q = __fmul_rn(a, y);
+  q = __fmaf_rn(__fmaf_rn(-b, q, a), y, q);
+  return __fmaf_rn(__fmaf_rn(-b, q, a), y, q);
+}
+
+// Whether roots and divisors of numbers in [2^-100, 2^20] are in reach of the plain versions.
+__device__ inline bool is_plain(const AdamWStep& s) { return s.root >= 1.0f && s.root < 0x1p20f && s.eps < 0x1p20f; }
+
+// `adamw_element` for several.
+template <int N>
+__device__ inline void adamw_elements(const AdamWStep& s, float keep, float scale, const float (&g)[N], float (&p)[N],
+                                      float (&m)[N], float (&v)[N]) {
+  bool plain = is_plain(s);
+  float step[N];
+#pragma unroll
+  for (int k = 0; k < N; ++k) {
+    const float grad = __fmul_rn(g[k], scale);
+    m[k] = __fadd_rn(__fmul_rn(s.beta1, m[k]), __fmul_rn(s.rest1, grad));
+    v[k] = __fadd_rn(__fmul_rn(s.beta2, v[k]), __fmul_rn(s.rest2, __fmul_rn(grad, grad)));
+    step[k] = __fmul_rn(s.step_size, m[k]);
+    plain = plain && v[k] >= 0x1p-100f && v[k] <= 0x1p20f && fabsf(step[k]) >= 0x1p-90f && fabsf(step[k]) <= 0x1p60f;
+  }
+  if (plain) {
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      const float below = __fadd_rn(__fmul_rn(plain_root(v[k]), s.root), s.eps);
+      p[k] = __fsub_rn(__fmul_rn(p[k], keep), plain_quotient(step[k], below));
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int k = 0; k < N; ++k) {
+    // One copy of the code: the element is picked, so that all stay in registers.
+    float root = v[0], taken = step[0];
+#pragma unroll
+    for (int j = 1; j < N; ++j) {
+      if (j == k) root = v[j], taken = step[j];
+    }
+    taken = __fdiv_rn(taken, __fadd_rn(__fmul_rn(__fsqrt_rn(root), s.root), s.eps));
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      if (j == k) p[j] = __fsub_rn(__fmul_rn(p[j], keep), taken);
+    }
+  }
+}
+
 __device__ inline float4 load_low(const __nv_bfloat16* from) {
   const uint2 bits = *reinterpret_cast<const uint2*>(from);
   return make_float4(__uint_as_float(bits.x << 16), __uint_as_float(bits.x & 0xffff0000u),

@@ -61,4 +61,31 @@ constexpr Map<is_signed> make() {
   return map;
 }
 
+// The same in one look: the place of a number of these bits, at least 2^LOWEST and at most 1, is
+// (at[cell] + bits) >> SHIFT, as the part of the bits within the cell carries behind the cell's border.
+template <bool is_signed>
+struct Cells {
+  static constexpr int SHIFT = 23 - Map<is_signed>::BITS;
+  static constexpr uint32_t FIRST = static_cast<uint32_t>(Map<is_signed>::FIRST_CELL);
+  uint32_t at[Map<is_signed>::CELLS + 1];
+};
+
+template <bool is_signed>
+constexpr Cells<is_signed> make_cells() {
+  constexpr Map<is_signed> map = make<is_signed>();
+  static_assert(map.good, "two borders in one cell");
+  using C = Cells<is_signed>;
+  C cells{};
+  constexpr uint32_t size = 1u << C::SHIFT;
+  uint32_t below = 0;
+  for (uint32_t cell = 0; cell <= static_cast<uint32_t>(Map<is_signed>::CELLS); ++cell) {
+    const uint32_t low = (C::FIRST + cell) << C::SHIFT;
+    while (below < Map<is_signed>::COUNT && __builtin_bit_cast(uint32_t, map.borders[below]) < low) ++below;
+    const uint32_t border =
+        below < Map<is_signed>::COUNT ? __builtin_bit_cast(uint32_t, map.borders[below]) - low : size;
+    cells.at[cell] = (below << C::SHIFT) - low + (border < size ? size - 1 - border : 0);
+  }
+  return cells;
+}
+
 }  // namespace megatune::codes
