@@ -28,6 +28,31 @@ __device__ inline void store(T* to, const Vec<T, N>& values) {
   *reinterpret_cast<Vec<T, N>*>(to) = values;
 }
 
+// The same of 16 bytes that are not needed again soon, if ONCE: the first to leave the caches.
+template <int N, bool ONCE, class T>
+__device__ inline Vec<T, N> load_once(const T* from) {
+  if constexpr (!ONCE || sizeof(Vec<T, N>) != 16) return load<N>(from);
+  const int4 words = __ldcs(reinterpret_cast<const int4*>(from));
+  Vec<T, N> result;
+  memcpy(&result, &words, sizeof words);
+  return result;
+}
+
+template <bool ONCE, class T, int N>
+__device__ inline void store_once(T* to, const Vec<T, N>& values) {
+  if constexpr (ONCE && sizeof(values) == 16) {
+    int4 words;
+    memcpy(&words, &values, sizeof words);
+    __stcs(reinterpret_cast<int4*>(to), words);
+  } else if constexpr (ONCE && sizeof(values) == 8) {
+    int2 words;
+    memcpy(&words, &values, sizeof words);
+    __stcs(reinterpret_cast<int2*>(to), words);
+  } else {
+    store(to, values);
+  }
+}
+
 __device__ inline float to_float(float value) { return value; }
 __device__ inline float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
 __device__ inline float to_float(__half value) { return __half2float(value); }

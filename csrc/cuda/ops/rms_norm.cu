@@ -54,8 +54,8 @@ __device__ Vec<T, N> normalised(const RmsNorm& args, const Vec<T, N>& x, float r
 }
 
 // FAR: rows may be longer than what the threads keep.
-template <class T, int N, int KEPT, bool FAR>
-__global__ void __launch_bounds__(FORWARD_THREADS) forward_kernel(const RmsNorm args, int64_t rows) {
+template <class T, int N, int KEPT, bool FAR, int MOST = FORWARD_THREADS, int LEAST = 1, bool ONCE = false>
+__global__ void __launch_bounds__(MOST, LEAST) forward_kernel(const RmsNorm args, int64_t rows) {
   __shared__ float shared[32];
   const int vectors = static_cast<int>(args.width / N);
   const int threads = blockDim.x, lane = threadIdx.x;
@@ -76,17 +76,17 @@ __global__ void __launch_bounds__(FORWARD_THREADS) forward_kernel(const RmsNorm 
     float total = 0.0f;
 #pragma unroll
     for (int i = 0; i < KEPT; ++i)
-      if (lane + i * threads < mine) cached[i] = load<N>(x + (lane + i * threads) * N);
+      if (lane + i * threads < mine) cached[i] = load_once<N, ONCE>(x + (lane + i * threads) * N);
     if (residual != nullptr) {
       Vec<T, N> more[KEPT];
 #pragma unroll
       for (int i = 0; i < KEPT; ++i)
-        if (lane + i * threads < mine) more[i] = load<N>(residual + (lane + i * threads) * N);
+        if (lane + i * threads < mine) more[i] = load_once<N, ONCE>(residual + (lane + i * threads) * N);
 #pragma unroll
       for (int i = 0; i < KEPT; ++i) {
         if (lane + i * threads < mine) {
           cached[i] = added(cached[i], more[i]);
-          store(sum + (lane + i * threads) * N, cached[i]);
+          store_once<ONCE>(sum + (lane + i * threads) * N, cached[i]);
         }
       }
     }
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(FORWARD_THREADS) forward_kernel(const RmsNorm 
     for (int i = 0; i < KEPT; ++i) {
       const int column = (lane + i * threads) * N;
       if (lane + i * threads < mine)
-        store(y + column, normalised(args, cached[i], rstd,
+        store_once<ONCE>(y + column, normalised(args, cached[i], rstd,
                                      load_any<N>(args.weight, args.weight_type, column)));
     }
     // What this thread wrote to `sum` it may read again; nobody else's.
