@@ -5,7 +5,9 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <cstring>
 #include <initializer_list>
+#include <type_traits>
 
 #include "megatune/cuda.h"
 
@@ -26,6 +28,31 @@ __device__ inline void store(T* to, const Vec<T, N>& values) {
   *reinterpret_cast<Vec<T, N>*>(to) = values;
 }
 
+// The same of 16 bytes that are not needed again soon, if ONCE: the first to leave the caches.
+template <int N, bool ONCE, class T>
+__device__ inline Vec<T, N> load_once(const T* from) {
+  if constexpr (!ONCE || sizeof(Vec<T, N>) != 16) return load<N>(from);
+  const int4 words = __ldcs(reinterpret_cast<const int4*>(from));
+  Vec<T, N> result;
+  memcpy(&result, &words, sizeof words);
+  return result;
+}
+
+template <bool ONCE, class T, int N>
+__device__ inline void store_once(T* to, const Vec<T, N>& values) {
+  if constexpr (ONCE && sizeof(values) == 16) {
+    int4 words;
+    memcpy(&words, &values, sizeof words);
+    __stcs(reinterpret_cast<int4*>(to), words);
+  } else if constexpr (ONCE && sizeof(values) == 8) {
+    int2 words;
+    memcpy(&words, &values, sizeof words);
+    __stcs(reinterpret_cast<int2*>(to), words);
+  } else {
+    store(to, values);
+  }
+}
+
 __device__ inline float to_float(float value) { return value; }
 __device__ inline float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
 __device__ inline float to_float(__half value) { return __half2float(value); }
@@ -38,6 +65,53 @@ template <>
 __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float value) { return __float2bfloat16_rn(value); }
 template <>
 __device__ inline __half from_float<__half>(float value) { return __float2half_rn(value); }
+
+// As fp32. Elements of 16 bits are taken as words of two: one by one, each would be held in a register of its own.
+template <class T, int N>
+__device__ inline Vec<float, N> widen(const Vec<T, N>& values) {
+  Vec<float, N> result;
+  if constexpr (N % 2 == 0 && sizeof(T) == 2) {
+#pragma unroll
+    for (int i = 0; i < N; i += 2) {
+      uint32_t word;
+      memcpy(&word, values.at + i, sizeof word);
+      if constexpr (std::is_same_v<T, __half>) {
+        __half2 both;
+        memcpy(&both, &word, sizeof both);
+        const float2 wide = __half22float2(both);
+        result.at[i] = wide.x, result.at[i + 1] = wide.y;
+      } else {
+        result.at[i] = __uint_as_float(word << 16), result.at[i + 1] = __uint_as_float(word & 0xffff0000u);
+      }
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) result.at[i] = to_float(values.at[i]);
+  }
+  return result;
+}
+
+// Rounded to the nearest; elements of 16 bits two at a time, which is one instruction.
+template <class T, int N>
+__device__ inline Vec<T, N> narrow(const Vec<float, N>& values) {
+  Vec<T, N> result;
+  if constexpr (N % 2 == 0 && sizeof(T) == 2) {
+#pragma unroll
+    for (int i = 0; i < N; i += 2) {
+      if constexpr (std::is_same_v<T, __half>) {
+        const __half2 both = __floats2half2_rn(values.at[i], values.at[i + 1]);
+        memcpy(result.at + i, &both, sizeof both);
+      } else {
+        const __nv_bfloat162 both = __floats2bfloat162_rn(values.at[i], values.at[i + 1]);
+        memcpy(result.at + i, &both, sizeof both);
+      }
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) result.at[i] = from_float<T>(values.at[i]);
+  }
+  return result;
+}
 
 // N elements of a vector whose type is known at run time only (a weight: read again by every row, so from the cache).
 template <int N>
@@ -53,13 +127,9 @@ __device__ inline Vec<float, N> load_any(const void* from, Type type, int64_t in
       for (int j = 0; j < step; ++j) result.at[i + j] = part.at[j];
     }
   } else if (type == Type::bf16) {
-    const auto part = load<N>(static_cast<const __nv_bfloat16*>(from) + index);
-#pragma unroll
-    for (int i = 0; i < N; ++i) result.at[i] = to_float(part.at[i]);
+    result = widen(load<N>(static_cast<const __nv_bfloat16*>(from) + index));
   } else {
-    const auto part = load<N>(static_cast<const __half*>(from) + index);
-#pragma unroll
-    for (int i = 0; i < N; ++i) result.at[i] = to_float(part.at[i]);
+    result = widen(load<N>(static_cast<const __half*>(from) + index));
   }
   return result;
 }

@@ -9,26 +9,40 @@ namespace megatune::cuda {
 namespace {
 
 constexpr int THREADS = 256;
+constexpr int LOADS = 4;  // of 16 bytes that a thread has on their way, forward
 
-// N pairs a thread at a time: two loads, one store.
-template <class T, int N>
+// N pairs (gate, up) one after the other. One pair may begin anywhere.
+template <class T, int N, bool ONCE>
+__device__ Vec<T, 2 * N> load_pairs(const T* from) {
+  if constexpr (N == 1) return {from[0], from[1]};
+  else return load_once<2 * N, ONCE>(from);
+}
+
+// Each thread takes LOADS times N pairs, THREADS * N pairs from each other, so that a warp reads without gaps.
+template <class T, int N, int LOADS, bool FAST, bool ONCE = false>
 __global__ void __launch_bounds__(THREADS) glu_kernel(const Glu args) {
-  const int64_t step = static_cast<int64_t>(gridDim.x) * THREADS * N;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * THREADS * N * LOADS + threadIdx.x * N;
   for (int64_t row = blockIdx.y; row < args.rows; row += gridDim.y) {
     const T* from = static_cast<const T*>(args.gate_up) + row * args.row_stride;
     T* to = static_cast<T*>(args.y) + row * args.width;
-    for (int64_t column = (static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x) * N; column < args.width;
-         column += step) {
-      const Vec<T, N> part[2] = {load<N>(from + 2 * column), load<N>(from + 2 * column + N)};
-      Vec<T, N> y;
+    for (int64_t begin = first; begin < args.width; begin += static_cast<int64_t>(gridDim.x) * THREADS * N * LOADS) {
+      Vec<T, 2 * N> part[LOADS];
 #pragma unroll
-      for (int i = 0; i < N; ++i) {
-        // Pair i of both vectors put together; constant indices, so all of it stays in registers.
-        const float gate = to_float(part[2 * i / N].at[2 * i % N]);
-        const float up = to_float(part[(2 * i + 1) / N].at[(2 * i + 1) % N]);
-        y.at[i] = from_float<T>(activate<false>(gate, args.activation).x * up);
+      for (int i = 0; i < LOADS; ++i) {
+        const int64_t column = begin + i * THREADS * N;
+        if (column < args.width) part[i] = load_pairs<T, N, ONCE>(from + 2 * column);
       }
-      store(to + column, y);
+#pragma unroll
+      for (int i = 0; i < LOADS; ++i) {
+        const int64_t column = begin + i * THREADS * N;
+        if (column >= args.width) break;
+        const auto pairs = widen(part[i]);
+        Vec<float, N> y;
+#pragma unroll
+        for (int j = 0; j < N; ++j)
+          y.at[j] = activate<false, FAST>(pairs.at[2 * j], args.activation).x * pairs.at[2 * j + 1];
+        store_once<ONCE>(to + column, narrow<T>(y));
+      }
     }
   }
 }
@@ -67,7 +81,7 @@ bool in_vectors(int64_t rows, int64_t row_stride, int64_t width, std::initialize
 }
 
 dim3 grid_of(int64_t rows, int64_t width, int elements) {
-  // A block for every 256 vectors of a row; more rows than the grid takes are looped over.
+  // A block for what 256 threads take of a row at a time; more rows than the grid takes are looped over.
   return dim3(grid(width, static_cast<int64_t>(THREADS) * elements), static_cast<unsigned>(std::min<int64_t>(rows, 65535)));
 }
 
@@ -85,11 +99,12 @@ int glu(const Glu& given, Stream stream) {
   const Glu args = joined(given);
   with_type(args.type, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
+    constexpr bool FAST = sizeof(T) == 2;
     if (in_vectors<T>(args.rows, args.row_stride, args.width, {args.gate_up, args.y})) {
-      constexpr int N = 16 / sizeof(T);
-      glu_kernel<T, N><<<grid_of(args.rows, args.width, N), THREADS, 0, stream>>>(args);
+      constexpr int N = 8 / sizeof(T);
+      glu_kernel<T, N, LOADS, FAST><<<grid_of(args.rows, args.width, N * LOADS), THREADS, 0, stream>>>(args);
     } else {
-      glu_kernel<T, 1><<<grid_of(args.rows, args.width, 1), THREADS, 0, stream>>>(args);
+      glu_kernel<T, 1, LOADS, FAST><<<grid_of(args.rows, args.width, LOADS), THREADS, 0, stream>>>(args);
     }
   });
   return launched();

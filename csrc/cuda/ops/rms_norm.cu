@@ -1,7 +1,8 @@
 // Root-mean-square norm, forward and backward, with the residual's addition in the same pass if asked for.
 //
-// A row is shared by some lanes of a warp (short rows, several in a block) or by a whole block. Each thread keeps up to
-// CACHED vectors of its row in registers; of rows longer than that the rest is read a second time, from the cache.
+// A row is shared by some lanes of a warp (short rows, several in a block) or by a whole block. Each thread keeps some
+// vectors of its row in registers; of rows longer than that the rest is read a second time, from the cache. All that a
+// thread reads is asked for before anything is written: the compiler moves no load before a store.
 
 #include "../common/launch.cuh"
 #include "../common/reduce.cuh"
@@ -11,51 +12,59 @@ namespace megatune::cuda {
 
 namespace {
 
-constexpr int CACHED = 4;
-constexpr int SHORT_THREADS = 256;    // of a block that has several rows
+constexpr int SHORT_THREADS = 256;  // of a block that has several rows
 constexpr int FORWARD_THREADS = 1024;
-constexpr int BACKWARD_THREADS = 384;  // it keeps three values of each element: up to 168 registers a thread
+constexpr int FORWARD_KEPT = 2, FORWARD_LONG_KEPT = 4;
+// Backward of most rows: 16 bytes a thread, the next row's on their way while this one's are summed; 64 registers.
+constexpr int AHEAD_THREADS = 1024;
+constexpr int AHEAD_KEPT = 1;
+// Of rows that this is too few for, and of single elements: up to 168 registers.
+constexpr int LONG_THREADS = 384;
+constexpr int LONG_KEPT = 4;
 
 // x + residual as it is stored, which is what the norm is of.
 template <class T, int N>
 __device__ Vec<T, N> added(const Vec<T, N>& x, const Vec<T, N>& residual) {
-  Vec<T, N> sum;
+  Vec<float, N> sum = widen(x);
+  const auto more = widen(residual);
 #pragma unroll
-  for (int i = 0; i < N; ++i) sum.at[i] = from_float<T>(to_float(x.at[i]) + to_float(residual.at[i]));
-  return sum;
+  for (int i = 0; i < N; ++i) sum.at[i] += more.at[i];
+  return narrow<T>(sum);
 }
 
 template <class T, int N>
 __device__ float squares(const Vec<T, N>& x) {
+  const auto wide = widen(x);
   float sum = 0.0f;
 #pragma unroll
-  for (int i = 0; i < N; ++i) sum += to_float(x.at[i]) * to_float(x.at[i]);
+  for (int i = 0; i < N; ++i) sum += wide.at[i] * wide.at[i];
   return sum;
 }
 
+// weight: N elements from `column` on.
 template <class T, int N>
-__device__ Vec<T, N> normalised(const RmsNorm& args, const Vec<T, N>& x, float rstd, int column) {
-  const Vec<float, N> weight = load_any<N>(args.weight, args.weight_type, column);
-  Vec<T, N> y;
+__device__ Vec<T, N> normalised(const RmsNorm& args, const Vec<T, N>& x, float rstd, const Vec<float, N>& weight) {
+  Vec<float, N> y = widen(x);
 #pragma unroll
-  for (int i = 0; i < N; ++i) {
-    float value = to_float(x.at[i]) * rstd;
-    if (args.round_first) value = to_float(from_float<T>(value));
-    y.at[i] = from_float<T>(value * (args.offset + weight.at[i]));
-  }
-  return y;
+  for (int i = 0; i < N; ++i) y.at[i] *= rstd;
+  if (args.round_first) y = widen(narrow<T>(y));
+#pragma unroll
+  for (int i = 0; i < N; ++i) y.at[i] *= args.offset + weight.at[i];
+  return narrow<T>(y);
 }
 
-template <class T, int N>
-__global__ void __launch_bounds__(FORWARD_THREADS) forward_kernel(const RmsNorm args, int64_t rows) {
+// FAR: rows may be longer than what the threads keep.
+template <class T, int N, int KEPT, bool FAR, int MOST = FORWARD_THREADS, int LEAST = 1, bool ONCE = false>
+__global__ void __launch_bounds__(MOST, LEAST) forward_kernel(const RmsNorm args, int64_t rows) {
   __shared__ float shared[32];
   const int vectors = static_cast<int>(args.width / N);
-  const int threads = blockDim.x;
+  const int threads = blockDim.x, lane = threadIdx.x;
   // All threads of a block go through the loop equally often: they add up together.
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y; first < rows;
        first += static_cast<int64_t>(gridDim.x) * blockDim.y) {
     const int64_t row = first + threadIdx.y;
     const bool here = row < rows;
+    const int mine = here ? vectors : 0;
     const T* x = static_cast<const T*>(args.x) + offset_of(args.rows, here ? row : 0);
     T* y = static_cast<T*>(args.y) + row * args.width;
     const T* residual = nullptr;
@@ -63,157 +72,217 @@ __global__ void __launch_bounds__(FORWARD_THREADS) forward_kernel(const RmsNorm 
       residual = static_cast<const T*>(args.residual) + offset_of(args.residual_rows, here ? row : 0);
     T* sum = static_cast<T*>(args.sum) + row * args.width;
 
-    Vec<T, N> cached[CACHED];
+    Vec<T, N> cached[KEPT];
     float total = 0.0f;
 #pragma unroll
-    for (int i = 0; i < CACHED; ++i) {
-      const int at = threadIdx.x + i * threads;
-      if (here && at < vectors) cached[i] = load<N>(x + at * N);
-    }
+    for (int i = 0; i < KEPT; ++i)
+      if (lane + i * threads < mine) cached[i] = load_once<N, ONCE>(x + (lane + i * threads) * N);
     if (residual != nullptr) {
+      Vec<T, N> more[KEPT];
 #pragma unroll
-      for (int i = 0; i < CACHED; ++i) {
-        const int at = threadIdx.x + i * threads;
-        if (here && at < vectors) {
-          cached[i] = added(cached[i], load<N>(residual + at * N));
-          store(sum + at * N, cached[i]);
+      for (int i = 0; i < KEPT; ++i)
+        if (lane + i * threads < mine) more[i] = load_once<N, ONCE>(residual + (lane + i * threads) * N);
+#pragma unroll
+      for (int i = 0; i < KEPT; ++i) {
+        if (lane + i * threads < mine) {
+          cached[i] = added(cached[i], more[i]);
+          store_once<ONCE>(sum + (lane + i * threads) * N, cached[i]);
         }
       }
     }
 #pragma unroll
-    for (int i = 0; i < CACHED; ++i)
-      if (here && static_cast<int>(threadIdx.x) + i * threads < vectors) total += squares(cached[i]);
-    if (here) {
-      for (int at = threadIdx.x + CACHED * threads; at < vectors; at += threads) {
-        Vec<T, N> values = load<N>(x + at * N);
-        if (residual != nullptr) {
-          values = added(values, load<N>(residual + at * N));
-          store(sum + at * N, values);
-        }
-        total += squares(values);
+    for (int i = 0; i < KEPT; ++i)
+      if (lane + i * threads < mine) total += squares(cached[i]);
+    for (int at = lane + KEPT * threads; FAR && at < mine; at += threads) {
+      Vec<T, N> values = load<N>(x + at * N);
+      if (residual != nullptr) {
+        values = added(values, load<N>(residual + at * N));
+        store(sum + at * N, values);
       }
+      total += squares(values);
     }
     total = row_sum(total, threads, shared);
     if (!here) continue;
     const float rstd = rsqrtf(total / static_cast<float>(args.width) + args.eps);
-    if (threadIdx.x == 0) args.rstd[row] = rstd;
+    if (lane == 0) args.rstd[row] = rstd;
 #pragma unroll
-    for (int i = 0; i < CACHED; ++i) {
-      const int at = threadIdx.x + i * threads;
-      if (at < vectors) store(y + at * N, normalised(args, cached[i], rstd, at * N));
+    for (int i = 0; i < KEPT; ++i) {
+      const int column = (lane + i * threads) * N;
+      if (lane + i * threads < mine)
+        store_once<ONCE>(y + column, normalised(args, cached[i], rstd,
+                                     load_any<N>(args.weight, args.weight_type, column)));
     }
     // What this thread wrote to `sum` it may read again; nobody else's.
     const T* again = residual != nullptr ? sum : x;
-    for (int at = threadIdx.x + CACHED * threads; at < vectors; at += threads)
-      store(y + at * N, normalised(args, load<N>(again + at * N), rstd, at * N));
+    for (int at = lane + KEPT * threads; FAR && at < mine; at += threads) {
+      const auto far = load_any<N>(args.weight, args.weight_type, at * N);
+      store(y + at * N, normalised(args, load<N>(again + at * N), rstd, far));
+    }
   }
 }
 
-// grad_x = rstd * (g - h * mean(g * h)), with h = x * rstd and g = grad * (offset + weight).
-template <class T, int N>
-__device__ float products(const RmsNormBackward& args, const Vec<T, N>& grad, const Vec<T, N>& x, float rstd,
-                          int column) {
-  const Vec<float, N> weight = load_any<N>(args.weight, args.weight_type, column);
-  float sum = 0.0f;
+// offset + weight, of N columns.
+template <int N>
+__device__ Vec<float, N> factors(const RmsNormBackward& args, int column) {
+  Vec<float, N> result = load_any<N>(args.weight, args.weight_type, column);
 #pragma unroll
-  for (int i = 0; i < N; ++i) sum += to_float(grad.at[i]) * (args.offset + weight.at[i]) * (to_float(x.at[i]) * rstd);
-  return sum;
+  for (int i = 0; i < N; ++i) result.at[i] += args.offset;
+  return result;
 }
 
-template <class T, int N>
-__device__ void write_grad(const RmsNormBackward& args, const Vec<T, N>& grad, const Vec<T, N>& x, float rstd,
-                           float mean, int64_t row, int column) {
-  const Vec<float, N> weight = load_any<N>(args.weight, args.weight_type, column);
-  const int64_t place = row * args.width + column;
+// What a thread has of a row.
+template <class T, int N, int KEPT>
+struct Part {
+  Vec<T, N> x[KEPT], grad[KEPT];
+  float rstd;
+};
+
+// mine: vectors of the row, 0 of one that is not there.
+template <class T, int N, int KEPT>
+__device__ void fetch(const RmsNormBackward& args, int64_t row, int mine, Part<T, N, KEPT>& part) {
+  part.rstd = 0.0f;
+  if (mine == 0) return;
+  const int threads = blockDim.x, lane = threadIdx.x;
+  const T* x = static_cast<const T*>(args.x) + offset_of(args.rows, row);
+  const T* grad = static_cast<const T*>(args.grad) + row * args.width;
+  part.rstd = args.rstd[row];
+#pragma unroll
+  for (int i = 0; i < KEPT; ++i) {
+    const int at = lane + i * threads;
+    if (at < mine) {
+      part.x[i] = load<N>(x + at * N);
+      part.grad[i] = load<N>(grad + at * N);
+    }
+  }
+}
+
+// grad_x = rstd * (g - h * mean(g * h)) + more, with h = x * rstd and g = grad * factor.
+template <class T, int N, bool MORE>
+__device__ Vec<T, N> input_grad(const Vec<T, N>& grad, const Vec<T, N>& x, const Vec<T, N>& more,
+                                const Vec<float, N>& factor, float rstd, float mean) {
+  const auto wide_grad = widen(grad), wide_x = widen(x);
   Vec<float, N> result;
 #pragma unroll
-  for (int i = 0; i < N; ++i) {
-    const float scaled = to_float(grad.at[i]) * (args.offset + weight.at[i]);
-    result.at[i] = (scaled - to_float(x.at[i]) * rstd * mean) * rstd;
-  }
-  if (args.grad_sum != nullptr) {
-    const auto more = load<N>(static_cast<const T*>(args.grad_sum) + place);
+  for (int i = 0; i < N; ++i) result.at[i] = (wide_grad.at[i] * factor.at[i] - wide_x.at[i] * rstd * mean) * rstd;
+  if constexpr (MORE) {
+    const auto wide_more = widen(more);
 #pragma unroll
-    for (int i = 0; i < N; ++i) result.at[i] += to_float(more.at[i]);
+    for (int i = 0; i < N; ++i) result.at[i] += wide_more.at[i];
   }
-  Vec<T, N> rounded;
+  return narrow<T>(result);
+}
+
+// The columns beyond those that threads keep: their part of sum(g * h).
+template <class T, int N>
+__device__ float far_total(const RmsNormBackward& args, int64_t row, int first, int mine, float rstd) {
+  if (first >= mine) return 0.0f;
+  const T* x = static_cast<const T*>(args.x) + offset_of(args.rows, row);
+  const T* grad = static_cast<const T*>(args.grad) + row * args.width;
+  float total = 0.0f;
+  for (int at = first; at < mine; at += blockDim.x) {
+    const auto far_x = widen(load<N>(x + at * N)), far_grad = widen(load<N>(grad + at * N));
+    const auto factor = factors<N>(args, at * N);
 #pragma unroll
-  for (int i = 0; i < N; ++i) rounded.at[i] = from_float<T>(result.at[i]);
-  store(static_cast<T*>(args.grad_x) + place, rounded);
+    for (int j = 0; j < N; ++j) total += far_grad.at[j] * factor.at[j] * (far_x.at[j] * rstd);
+  }
+  return total;
+}
+
+// Their gradients. The sums for the weight do not fit into registers; the thread has them for itself in the block's row.
+template <class T, int N, bool MORE>
+__device__ void far_grads(const RmsNormBackward& args, int64_t row, int first, int mine, float rstd, float mean,
+                          float* partial, bool begun) {
+  if (first >= mine) return;
+  const T* x = static_cast<const T*>(args.x) + offset_of(args.rows, row);
+  const int64_t begin = row * args.width;
+  for (int at = first; at < mine; at += blockDim.x) {
+    const auto far_x = load<N>(x + at * N), far_grad = load<N>(static_cast<const T*>(args.grad) + begin + at * N);
+    Vec<T, N> more;
+    if constexpr (MORE) more = load<N>(static_cast<const T*>(args.grad_sum) + begin + at * N);
+    store(static_cast<T*>(args.grad_x) + begin + at * N,
+          input_grad<T, N, MORE>(far_grad, far_x, more, factors<N>(args, at * N), rstd, mean));
+    if (partial == nullptr) continue;
+    const auto wide_x = widen(far_x), wide_grad = widen(far_grad);
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      const float product = wide_grad.at[j] * (wide_x.at[j] * rstd);
+      partial[at * N + j] = begun ? partial[at * N + j] + product : product;
+    }
+  }
 }
 
 // Each block takes every gridDim.x-th group of rows and leaves its sum of grad * h in one row of `partials`.
-template <class T, int N>
-__global__ void __launch_bounds__(BACKWARD_THREADS) backward_kernel(const RmsNormBackward args, int64_t rows) {
-  __shared__ float shared[32];
+// AHEAD: the next row is read before this one is worked on, and the weight is kept; for rows that threads keep. LEAST: blocks of a multiprocessor.
+template <class T, int N, int KEPT, int MOST, bool AHEAD, bool MORE, int LEAST = 1>
+__global__ void __launch_bounds__(MOST, LEAST) backward_kernel(const RmsNormBackward args, int64_t rows) {
+  __shared__ float shared[2][32];
   extern __shared__ float of_groups[];  // [blockDim.y, width] where a block has several rows
   const int vectors = static_cast<int>(args.width / N);
-  const int threads = blockDim.x;
+  const int threads = blockDim.x, lane = threadIdx.x;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.y;
   float* partial = args.partials == nullptr ? nullptr : args.partials + blockIdx.x * args.width;
-  Vec<float, N> sums[CACHED];
+  Vec<float, N> sums[KEPT], factor[KEPT];
 #pragma unroll
-  for (int i = 0; i < CACHED; ++i)
+  for (int i = 0; i < KEPT; ++i) {
 #pragma unroll
     for (int j = 0; j < N; ++j) sums[i].at[j] = 0.0f;
+    if (AHEAD && lane + i * threads < vectors) factor[i] = factors<N>(args, (lane + i * threads) * N);
+  }
 
-  bool begun = false;
-  for (int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y; first < rows;
-       first += static_cast<int64_t>(gridDim.x) * blockDim.y) {
-    const int64_t row = first + threadIdx.y;
-    const bool here = row < rows;
-    const T* x = static_cast<const T*>(args.x) + offset_of(args.rows, here ? row : 0);
-    const T* grad = static_cast<const T*>(args.grad) + row * args.width;
-    const float rstd = here ? args.rstd[row] : 0.0f;
-    Vec<T, N> cached_x[CACHED], cached_grad[CACHED];
+  int turn = 0;
+  Part<T, N, KEPT> next;
+  int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  if constexpr (AHEAD) fetch(args, row, row < rows ? vectors : 0, next);
+  for (int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y; first < rows; first += step, row += step) {
+    const int mine = row < rows ? vectors : 0;
+    Part<T, N, KEPT> part;
+    if constexpr (AHEAD) {
+      part = next;
+      fetch(args, row + step, row + step < rows ? vectors : 0, next);
+    } else {
+      fetch(args, row, mine, part);
+    }
+    Vec<T, N> more[MORE ? KEPT : 1];
+    if constexpr (MORE) {
+#pragma unroll
+      for (int i = 0; i < KEPT; ++i)
+        if (lane + i * threads < mine)
+          more[i] = load<N>(static_cast<const T*>(args.grad_sum) + row * args.width + (lane + i * threads) * N);
+    }
+    const float rstd = part.rstd;
     float total = 0.0f;
 #pragma unroll
-    for (int i = 0; i < CACHED; ++i) {
-      const int at = threadIdx.x + i * threads;
-      if (here && at < vectors) {
-        cached_x[i] = load<N>(x + at * N);
-        cached_grad[i] = load<N>(grad + at * N);
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < CACHED; ++i) {
-      const int at = threadIdx.x + i * threads;
-      if (here && at < vectors) {
-        total += products(args, cached_grad[i], cached_x[i], rstd, at * N);
-#pragma unroll
-        for (int j = 0; j < N; ++j)
-          sums[i].at[j] += to_float(cached_grad[i].at[j]) * (to_float(cached_x[i].at[j]) * rstd);
-      }
-    }
-    if (here) {
-      for (int at = threadIdx.x + CACHED * threads; at < vectors; at += threads)
-        total += products(args, load<N>(grad + at * N), load<N>(x + at * N), rstd, at * N);
-    }
-    const float mean = row_sum(total, threads, shared) / static_cast<float>(args.width);
-    if (!here) continue;
-#pragma unroll
-    for (int i = 0; i < CACHED; ++i) {
-      const int at = threadIdx.x + i * threads;
-      if (at < vectors) write_grad(args, cached_grad[i], cached_x[i], rstd, mean, row, at * N);
-    }
-    for (int at = threadIdx.x + CACHED * threads; at < vectors; at += threads) {
-      const auto far_x = load<N>(x + at * N), far_grad = load<N>(grad + at * N);
-      write_grad(args, far_grad, far_x, rstd, mean, row, at * N);
-      if (partial != nullptr) {
-        // These sums do not fit into registers; the thread has them for itself in the block's row.
+    for (int i = 0; i < KEPT; ++i) {
+      if (lane + i * threads < mine) {
+        if constexpr (!AHEAD) factor[i] = factors<N>(args, (lane + i * threads) * N);
+        const auto wide_x = widen(part.x[i]), wide_grad = widen(part.grad[i]);
 #pragma unroll
         for (int j = 0; j < N; ++j) {
-          const float product = to_float(far_grad.at[j]) * (to_float(far_x.at[j]) * rstd);
-          partial[at * N + j] = begun ? partial[at * N + j] + product : product;
+          const float product = wide_grad.at[j] * (wide_x.at[j] * rstd);
+          sums[i].at[j] += product;
+          total += product * factor[i].at[j];
         }
       }
     }
-    begun = true;
+    if constexpr (!AHEAD) total += far_total<T, N>(args, row, lane + KEPT * threads, mine, rstd);
+    const float mean = row_sum<true>(total, threads, shared[turn % 2]) / static_cast<float>(args.width);
+#pragma unroll
+    for (int i = 0; i < KEPT; ++i) {
+      const int column = (lane + i * threads) * N;
+      if (lane + i * threads >= mine) continue;
+      if constexpr (!AHEAD) factor[i] = factors<N>(args, column);  // again: no registers for it in between
+      store(static_cast<T*>(args.grad_x) + row * args.width + column,
+            input_grad<T, N, MORE>(part.grad[i], part.x[i], more[MORE ? i : 0], factor[i], rstd, mean));
+    }
+    if constexpr (!AHEAD)
+      far_grads<T, N, MORE>(args, row, lane + KEPT * threads, mine, rstd, mean, partial, turn > 0);
+    ++turn;
   }
   if (partial == nullptr) return;
   float* to = blockDim.y == 1 ? partial : of_groups + threadIdx.y * args.width;
 #pragma unroll
-  for (int i = 0; i < CACHED; ++i) {
-    const int at = threadIdx.x + i * threads;
+  for (int i = 0; i < KEPT; ++i) {
+    const int at = lane + i * threads;
     if (at < vectors) {
 #pragma unroll
       for (int j = 0; j < N; ++j) to[at * N + j] = sums[i].at[j];
@@ -221,16 +290,16 @@ __global__ void __launch_bounds__(BACKWARD_THREADS) backward_kernel(const RmsNor
   }
   if (blockDim.y == 1) return;
   __syncthreads();
-  for (int64_t column = threadIdx.y * threads + threadIdx.x; column < args.width; column += blockDim.y * threads) {
+  for (int64_t column = threadIdx.y * threads + lane; column < args.width; column += blockDim.y * threads) {
     float sum = 0.0f;
     for (int group = 0; group < blockDim.y; ++group) sum += of_groups[group * args.width + column];
     partial[column] = sum;
   }
 }
 
-constexpr int COLUMNS = 32, SLICES = 16;
+constexpr int COLUMNS = 32, SLICES = 32;
 
-// Second stage: the sum over the rows of `partials`, for 32 columns in a block; 16 threads share a column.
+// Second stage: the sum over the rows of `partials`, for 32 columns in a block; 32 threads share a column.
 __global__ void __launch_bounds__(COLUMNS * SLICES) columns_kernel(const float* partials, int64_t count, int64_t width,
                                                                    float* sums) {
   __shared__ float shared[SLICES][COLUMNS + 1];
@@ -238,8 +307,10 @@ __global__ void __launch_bounds__(COLUMNS * SLICES) columns_kernel(const float* 
        first += static_cast<int64_t>(gridDim.x) * COLUMNS) {
     const int64_t column = first + threadIdx.x;
     float sum = 0.0f;
-    if (column < width)
+    if (column < width) {
+#pragma unroll 8
       for (int64_t row = threadIdx.y; row < count; row += SLICES) sum += partials[row * width + column];
+    }
     __syncthreads();
     shared[threadIdx.y][threadIdx.x] = sum;
     __syncthreads();
@@ -253,32 +324,50 @@ __global__ void __launch_bounds__(COLUMNS * SLICES) columns_kernel(const float* 
 struct Shape {
   int elements;  // of a vector
   dim3 block;    // threads of a row, rows of a block
+  bool whole;    // the kernel for rows that threads keep
 };
 
-Shape shape_of(Type type, bool vectors, int64_t width, int most) {
-  const int elements = !vectors ? 1 : type == Type::f32 ? 4 : 8;
-  const int64_t count = width / elements;
-  if (count <= 32 * CACHED) {
+// For `kept` vectors a thread.
+dim3 block_of(int64_t vectors, int kept, int most) {
+  if (vectors <= 32 * kept) {
     unsigned lanes = 1;
-    while (lanes < 32 && lanes < count) lanes *= 2;
-    return {elements, dim3(lanes, SHORT_THREADS / lanes)};
+    while (lanes < 32 && lanes < vectors) lanes *= 2;
+    return dim3(lanes, SHORT_THREADS / lanes);
   }
-  const int64_t threads = (count + CACHED * 32 - 1) / (CACHED * 32) * 32;
-  return {elements, dim3(static_cast<unsigned>(std::min<int64_t>(threads, most)), 1)};
+  return dim3(static_cast<unsigned>(std::min<int64_t>((vectors + kept * 32 - 1) / (kept * 32) * 32, most)));
 }
 
 Shape forward_shape(const RmsNorm& args) {
   const int step = args.type == Type::f32 ? 4 : 8;
   const bool vectors = args.width % step == 0 && in_steps(args.rows, step) && in_steps(args.residual_rows, step) &&
                        aligned({args.x, args.residual, args.sum, args.weight, args.y});
-  return shape_of(args.type, vectors, args.width, FORWARD_THREADS);
+  const int elements = vectors ? step : 1;
+  const int64_t count = args.width / elements;
+  const bool whole = vectors && count <= FORWARD_THREADS * FORWARD_KEPT;
+  return {elements, block_of(count, whole ? FORWARD_KEPT : FORWARD_LONG_KEPT, FORWARD_THREADS), whole};
 }
 
 Shape backward_shape(const RmsNormBackward& args) {
   const int step = args.type == Type::f32 ? 4 : 8;
   const bool vectors = args.width % step == 0 && in_steps(args.rows, step) &&
                        aligned({args.grad, args.x, args.grad_sum, args.weight, args.grad_x});
-  return shape_of(args.type, vectors, args.width, BACKWARD_THREADS);
+  const int elements = vectors ? step : 1;
+  const int64_t count = args.width / elements;
+  if (vectors && count <= AHEAD_THREADS * AHEAD_KEPT) return {elements, block_of(count, AHEAD_KEPT, AHEAD_THREADS), true};
+  return {elements, block_of(count, LONG_KEPT, LONG_THREADS), false};
+}
+
+template <class T, bool MORE>
+void launch_backward(const Shape& shape, const RmsNormBackward& args, int64_t rows, unsigned blocks, Stream stream) {
+  constexpr int N = 16 / sizeof(T);
+  const size_t shared = shape.block.y == 1 ? 0 : shape.block.y * args.width * sizeof(float);
+  if (shape.elements == 1) {
+    backward_kernel<T, 1, LONG_KEPT, LONG_THREADS, false, MORE><<<blocks, shape.block, shared, stream>>>(args, rows);
+  } else if (shape.whole) {
+    backward_kernel<T, N, AHEAD_KEPT, AHEAD_THREADS, true, MORE><<<blocks, shape.block, shared, stream>>>(args, rows);
+  } else {
+    backward_kernel<T, N, LONG_KEPT, LONG_THREADS, false, MORE><<<blocks, shape.block, shared, stream>>>(args, rows);
+  }
 }
 
 }  // namespace
@@ -293,10 +382,13 @@ int rms_norm(const RmsNorm& given, Stream stream) {
   with_type(args.type, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const unsigned blocks = grid(rows, shape.block.y);
+    constexpr int N = 16 / sizeof(T);
     if (shape.elements == 1) {
-      forward_kernel<T, 1><<<blocks, shape.block, 0, stream>>>(args, rows);
+      forward_kernel<T, 1, FORWARD_LONG_KEPT, true><<<blocks, shape.block, 0, stream>>>(args, rows);
+    } else if (shape.whole) {
+      forward_kernel<T, N, FORWARD_KEPT, false><<<blocks, shape.block, 0, stream>>>(args, rows);
     } else {
-      forward_kernel<T, 16 / sizeof(T)><<<blocks, shape.block, 0, stream>>>(args, rows);
+      forward_kernel<T, N, FORWARD_LONG_KEPT, true><<<blocks, shape.block, 0, stream>>>(args, rows);
     }
   });
   return launched();
@@ -305,7 +397,8 @@ int rms_norm(const RmsNorm& given, Stream stream) {
 int64_t rms_norm_partials(const RmsNormBackward& args) {
   const Shape shape = backward_shape(args);
   // As many blocks as are at work at the same time: a multiprocessor has registers for so many threads.
-  const int64_t each = std::max<int64_t>(1, BACKWARD_THREADS / (shape.block.x * shape.block.y));
+  const int most = shape.whole ? AHEAD_THREADS : LONG_THREADS;
+  const int64_t each = std::max<int64_t>(1, most / (shape.block.x * shape.block.y));
   const int64_t groups = (count(args.rows) + shape.block.y - 1) / shape.block.y;
   return std::min<int64_t>(groups, multiprocessors() * each);
 }
@@ -318,13 +411,13 @@ int rms_norm_backward(const RmsNormBackward& given, Stream stream) {
   args.rows = collapsed(args.rows);
   if (rows > 0) {
     const Shape shape = backward_shape(args);
-    const size_t shared = shape.block.y == 1 ? 0 : shape.block.y * args.width * sizeof(float);
     with_type(args.type, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
-      if (shape.elements == 1) {
-        backward_kernel<T, 1><<<blocks, shape.block, shared, stream>>>(args, rows);
+      const unsigned grid_size = static_cast<unsigned>(blocks);
+      if (args.grad_sum != nullptr) {
+        launch_backward<T, true>(shape, args, rows, grid_size, stream);
       } else {
-        backward_kernel<T, 16 / sizeof(T)><<<blocks, shape.block, shared, stream>>>(args, rows);
+        launch_backward<T, false>(shape, args, rows, grid_size, stream);
       }
     });
     if (const int error = launched()) return error;
