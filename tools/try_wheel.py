@@ -1,4 +1,4 @@
-"""Install a wheel into an empty folder and run every op from there, in this interpreter and its torch.
+"""Install a wheel into an empty folder and run a training step's ops from there, in this interpreter and its torch.
 
     python tools/try_wheel.py megatune-*.whl
 
@@ -59,6 +59,14 @@ def calls(device: str) -> Iterator[tuple[str, list[Any], Callable[..., Any]]]:
         [leaf(9, 4, 32), leaf(9, 2, 32), leaf(9, 2, 32)],
         lambda q, k, v: ops.attention(q, k, v, segments, scale=0.2),
     )
+    tokens, few = torch.randint(40, (9,), device=device), torch.full((32,), 0.5, device=device)
+    yield "embedding", [leaf(40, 32)], lambda w: ops.embedding(tokens, w)
+    yield (
+        "rope_qk",
+        [leaf(9, 2, 4, 32)],
+        lambda x: ops.rope_qk(x, angle.cos(), angle.sin(), few, few, 1e-5)[0],
+    )
+    yield "linear_cross_entropy", [leaf(9, 40)], lambda x: ops.cross_entropy(x * 1, labels)
     yield "expert_rows", [leaf(9, 32)], lambda x: moe.permute(x, order)
 
 
@@ -138,7 +146,10 @@ def inside(folder: str) -> int:
         f"Python {platform.python_version()}, torch {torch.__version__}, {' and '.join(devices)}: packing {packing()}"
     )
     print(f"bodies: {', '.join(sorted(bodies))}")
-    print("\n".join(f"WRONG: {problem}" for problem in wrong) or "every op as its reference")
+    print(
+        "\n".join(f"WRONG: {problem}" for problem in wrong)
+        or "every op called gives what its reference gives"
+    )
     return 1 if wrong else 0
 
 
