@@ -324,8 +324,8 @@ def embedding(s: Sizes, new: New) -> Case:
         "embedding",
         f"{s.T} of {s.V} x {s.H}",
         lambda: (new.leaf(s.V, s.H),),
-        lambda weight: F.embedding(tokens, weight),
-        None,  # it is PyTorch's
+        lambda weight: ops.embedding(tokens, weight),
+        Other(lambda weight: F.embedding(tokens, weight)),
         Work(2 * rows),
         Work(rows + s.V * s.H * new.width),
     )
