@@ -15,6 +15,7 @@ namespace {
 
 constexpr int THREADS = 128;
 constexpr int CHUNK = 32;
+constexpr int ROWS = 32;    // that a block clears
 constexpr int AT_ONCE = 4;  // loads of a thread that are under way together
 
 __device__ inline bool in_table(int32_t id, int64_t rows) { return id >= 0 && id < rows; }
@@ -27,12 +28,43 @@ __device__ Vec<T, N> rounded(const Vec<float, N>& sum) {
   return result;
 }
 
-// Blocks (piece, columns).
+// Rows from `first` on that no id names become 0: nothing else writes them.
+template <class T, int N>
+__device__ void clear_rows(const EmbeddingBackward& args, int64_t first, int64_t column) {
+  __shared__ bool is_named[ROWS];
+  for (int i = threadIdx.x; i < ROWS; i += THREADS) {
+    const int64_t row = first + i;
+    int64_t low = 0, high = args.count;  // the first id that is not below
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (args.ids[middle] < row) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    is_named[i] = row >= args.rows || (low < args.count && args.ids[low] == row);
+  }
+  __syncthreads();
+  if (column >= args.width) return;
+  Vec<T, N> zero;
+#pragma unroll
+  for (int i = 0; i < N; ++i) zero.at[i] = from_float<T>(0.0f);
+#pragma unroll 8
+  for (int i = 0; i < ROWS; ++i)
+    if (!is_named[i]) store(static_cast<T*>(args.grad_weight) + (first + i) * args.width + column, zero);
+}
+
+// Blocks (piece, columns); behind the pieces, those that clear rows.
 template <class T, int N>
 __global__ void __launch_bounds__(THREADS) pieces_kernel(const EmbeddingBackward args) {
   const int64_t column = (static_cast<int64_t>(blockIdx.y) * THREADS + threadIdx.x) * N;
-  if (column >= args.width) return;
   const int64_t piece = blockIdx.x, begin = piece * CHUNK, end = min(begin + CHUNK, args.count);
+  if (begin >= args.count) {
+    clear_rows<T, N>(args, (piece - (args.count + CHUNK - 1) / CHUNK) * ROWS, column);
+    return;
+  }
+  if (column >= args.width) return;
   const bool continues = begin > 0 && args.ids[begin - 1] == args.ids[begin];
   bool is_first_run = true;
   for (int64_t at = begin; at < end;) {
@@ -97,24 +129,21 @@ int64_t embedding_chunks(int64_t count) { return (count + CHUNK - 1) / CHUNK; }
 
 int embedding_backward(const EmbeddingBackward& args, Stream stream) {
   if (args.rows == 0 || args.width == 0) return 0;
-  const size_t element = args.type == Type::f32 ? 4 : 2;
-  if (const cudaError_t error = cudaMemsetAsync(args.grad_weight, 0, args.rows * args.width * element, stream))
-    return static_cast<int>(error);
-  if (args.count == 0) return 0;
   with_type(args.type, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int N = 16 / sizeof(T);
     const bool vectors = args.width % N == 0 && args.grad_stride % N == 0 &&
                          aligned({args.grad, args.partials, args.grad_weight});
     const int64_t step = vectors ? N : 1;
-    const dim3 blocks(static_cast<unsigned>(embedding_chunks(args.count)),
-                      static_cast<unsigned>((args.width + step * THREADS - 1) / (step * THREADS)));
+    const unsigned pieces = static_cast<unsigned>(embedding_chunks(args.count));
+    const unsigned across = static_cast<unsigned>((args.width + step * THREADS - 1) / (step * THREADS));
+    const dim3 blocks(pieces + static_cast<unsigned>((args.rows + ROWS - 1) / ROWS), across);
     if (vectors) {
       pieces_kernel<T, N><<<blocks, THREADS, 0, stream>>>(args);
-      crossing_kernel<T, N><<<blocks, THREADS, 0, stream>>>(args);
+      if (pieces > 1) crossing_kernel<T, N><<<dim3(pieces, across), THREADS, 0, stream>>>(args);
     } else {
       pieces_kernel<T, 1><<<blocks, THREADS, 0, stream>>>(args);
-      crossing_kernel<T, 1><<<blocks, THREADS, 0, stream>>>(args);
+      if (pieces > 1) crossing_kernel<T, 1><<<dim3(pieces, across), THREADS, 0, stream>>>(args);
     }
   });
   return launched();
