@@ -58,7 +58,7 @@ def _sorted(grad: Tensor, ids: Tensor, rows: int, cut: bool) -> Tensor:
 
 _OP = add_op(
     "embedding",
-    [Body("torch", (_torch,), ("cuda",)), cuda_body(_sorted), Body("reference", (_reference,))],
+    [cuda_body(_sorted), Body("torch", (_torch,), ("cuda",)), Body("reference", (_reference,))],
 )
 
 

@@ -165,6 +165,7 @@ def _cuda_backward(
 ROWS = add_op(
     "expert_rows",
     [
+        cuda_body(_TAKE, _cuda_sum, _cuda_backward),
         compiled_body(
             *_of_parts(
                 fuse(lambda x, index: x[index]),
@@ -173,7 +174,6 @@ ROWS = add_op(
                 fuse(_products_at_once),
             )
         ),
-        cuda_body(_TAKE, _cuda_sum, _cuda_backward),
         Body("reference", _of_parts(_take, _sum_choices, _spread, _products)),
     ],
 )

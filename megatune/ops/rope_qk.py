@@ -145,8 +145,8 @@ _OP = add_op(
     "rope_qk",
     [
         cpu_body(*_composition("cpu")),
-        compiled_body(*_composition("compiled")),
         cuda_body(_FORWARD, _BACKWARD),
+        compiled_body(*_composition("compiled")),
         Body("reference", (_REFERENCE, _REFERENCE_BACKWARD)),
     ],
 )

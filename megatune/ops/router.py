@@ -145,9 +145,8 @@ _TORCH = _reference, _reference_backward
 _OP = add_op(
     "router",
     [
-        # PyTorch's kernels one by one, until a committed result shows that the kernel of csrc/cuda is faster.
-        Body("torch", _TORCH, ("cuda",)),
         Body("cuda", (_FORWARD, _BACKWARD), ("cuda",), (torch.float32,), problem=cuda_problem),
+        Body("torch", _TORCH, ("cuda",)),
         Body("reference", _TORCH),
     ],
 )
