@@ -309,8 +309,12 @@ __global__ void __launch_bounds__(THREADS, LIGHT<Source> && SCALING == Scaling::
     values[i] = inside && row + i < out.rows ? source.raw(row + i, column) : zeros<T>();
   if constexpr (Source::NORMALISES) {
 #pragma unroll
-    for (int i = 0; i < N; ++i)
-      values[i] = source.finish(values[i], row + i < out.rows ? source.rstd[row + i] : 0.0f, columns);
+    for (int i = 0; i < N; ++i) {
+      // Padding is not finished: weights below 0 would make zeros of it that have a sign, infinite ones NaN.
+      const bool here = row + i < out.rows;
+      const auto finished = source.finish(values[i], here ? source.rstd[row + i] : 0.0f, columns);
+      values[i] = here ? finished : zeros<T>();
+    }
   }
 
   float inverse = 1.0f;
