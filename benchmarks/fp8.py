@@ -33,7 +33,7 @@ from megatune.ops.fp8_quantise import BOTH, ROWS, Quantised, quantise, quantise_
 LAYERS = (("qkv", 4096, 6144), ("o", 4096, 4096), ("gate_up", 4096, 28672), ("down", 14336, 4096))
 RECIPES = {
     "rowwise": Fp8Recipe("rowwise"),
-    "rowwise, fast gradients": Fp8Recipe("rowwise", fast_gradients=True),
+    "rowwise, gradients added in fp32": Fp8Recipe("rowwise", fast_gradients=False),
     "rowwise, e5m2 gradients": Fp8Recipe("rowwise", "e5m2"),
     "rowwise, bf16 wgrad": Fp8Recipe("rowwise", wgrad="bf16"),
     "blockwise": Fp8Recipe("blockwise"),
