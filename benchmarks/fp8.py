@@ -4,7 +4,7 @@
 
 Quantising: milliseconds, and the bytes that must move (the input once, each code and scale once) a second, as a share
 of what a copy reaches in the same run; where a kernel has to read its input twice (rowwise scales of the transposed
-copy need the whole column first), "moved" counts that too. Rivals: the same in plain PyTorch, and
+copy need the whole column first; a norm its row), "moved" counts that too. Rivals: the same in plain PyTorch, and
 that through torch.compile. Linear layers: forward and backward (both gradients) of fp8_linear, and of what takes the
 norm or the gated unit along, against F.linear in bf16, with the weight quantised each time.
 
@@ -33,7 +33,7 @@ from megatune.ops.fp8_quantise import BOTH, ROWS, Quantised, quantise, quantise_
 LAYERS = (("qkv", 4096, 6144), ("o", 4096, 4096), ("gate_up", 4096, 28672), ("down", 14336, 4096))
 RECIPES = {
     "rowwise": Fp8Recipe("rowwise"),
-    "rowwise, fast gradients": Fp8Recipe("rowwise", fast_gradients=True),
+    "rowwise, gradients added in fp32": Fp8Recipe("rowwise", fast_gradients=False),
     "rowwise, e5m2 gradients": Fp8Recipe("rowwise", "e5m2"),
     "rowwise, bf16 wgrad": Fp8Recipe("rowwise", wgrad="bf16"),
     "blockwise": Fp8Recipe("blockwise"),
@@ -82,7 +82,7 @@ def quantising(tokens: int, width: int, scaling: str) -> list[tuple[str, str, li
             "norm",
             inputs,
             lambda x: quantise_rms_norm(x, weight, 1e-5, 0.0, scaling, copies=BOTH)[0],
-            twice,
+            2,
         ),
         ("fp8_glu", "gated unit", gate_ups, lambda x: quantise_glu(x, "silu", scaling), twice),
     ]

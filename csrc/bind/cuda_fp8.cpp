@@ -13,7 +13,7 @@ constexpr int ROWS = 1, TRANSPOSED = 2;  // which copies are wanted: the sum of 
 // Codes and scales of both copies; those that are not wanted are empty.
 struct Copies {
   Tensor codes, scales, codes_t, scales_t;
-  std::optional<Tensor> workspace;  // freed with this: torch gives the memory only to what comes later on this stream
+  std::optional<Tensor> peaks;  // freed with this: torch gives the memory only to what comes later on this stream
   cuda::Fp8 out;
 };
 
@@ -48,10 +48,9 @@ Copies copies_of(const Tensor& like, int64_t rows, int64_t width, int64_t scalin
     made.out.codes_t = static_cast<uint8_t*>(mutable_data(made.codes_t));
     made.out.scales_t = static_cast<float*>(mutable_data(made.scales_t));
   }
-  const int64_t more = rowwise ? second * width : kind == cuda::Scaling::blocks ? padded / 128 + 1 : 0;
-  if (more > 0) {
-    made.workspace = empty(like, {more}, ScalarType::Float);
-    made.out.workspace = static_cast<float*>(mutable_data(*made.workspace));
+  if (second && rowwise) {
+    made.peaks = empty(like, {width}, ScalarType::Float);
+    made.out.peaks = static_cast<float*>(mutable_data(*made.peaks));
   }
   return made;
 }

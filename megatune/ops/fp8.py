@@ -1,8 +1,9 @@
 """Linear layers whose three products are of 8 bit numbers: y = q(x) q(w)^T, dx = q(g) q(w), dw = q(g)^T q(x).
 
-Quantising is seen as the identity by autograd (straight through). Gradients and outputs are in the input's dtype;
-accumulated in fp32. `fp8_norm_linear` and `fp8_glu_linear` take what stands before the layer along, so that the
-layer's input is never written in 16 bits: only its 8 bit copies are, and the transposed one is what backward keeps.
+Quantising is seen as the identity by autograd (straight through). Gradients and outputs are in the input's
+dtype; how exactly GPUs add up is said at `Fp8Recipe`. `fp8_norm_linear` and `fp8_glu_linear` take what stands
+before the layer along, so that the layer's input is never written in 16 bits: only its 8 bit copies are, and
+the transposed one is what backward keeps.
 
 The product is PyTorch's (cuBLAS). Where a device has none for fp8 (CPUs, GPUs before Ada), the reference multiplies
 the numbers that the codes stand for in fp32: the same values but for the order of sums.
@@ -44,14 +45,19 @@ class Fp8Recipe:
     and for each 128 x 128 of a weight: finer, and one reading of the input less, but for widths that are multiples of
     128, and in hardware on GPUs of compute capability 9.0 only. gradients: the format of gradients; e5m2 has more
     range and less precision, and goes with rowwise only. wgrad: "bf16" computes weight gradients from unquantised
-    factors. fast_gradients: let the tensor cores add up in fewer bits (rowwise products of gradients; the forward
-    product always does).
+    factors.
+
+    fast_gradients: let the tensor cores add up rowwise products of gradients in fewer bits than fp32, as they always do
+    in the forward product; False adds their parts in fp32. Fast is the default: forward and backward of an 8B model's
+    layers took 1/1.50 to 1/1.52 of bf16's time on an H200, without it 1/1.44 to 1/1.46. What it costs grows with the
+    numbers that are added up (in weight gradients, the tokens): tests hold a product to 0.6 % of its norm over 2048
+    numbers and to 3 % over 16384, where rounding the factors to 8 bits takes 3.7 %.
     """
 
     scaling: Literal["rowwise", "blockwise"] = "rowwise"
     gradients: Literal["e4m3", "e5m2"] = "e4m3"
     wgrad: Literal["fp8", "bf16"] = "fp8"
-    fast_gradients: bool = False
+    fast_gradients: bool = True
 
     def __post_init__(self) -> None:
         for name, known in (

@@ -9,9 +9,9 @@
 // scale = largest magnitude / largest number of the format, NaN left out; 1 where there is nothing above 2^-100. A code
 // is value * (1 / scale), rounded to the nearest, never beyond the largest number; NaN stays NaN.
 //
-// blocks and tiles: one pass, a thread block for 128 x 128 values, both copies from registers (a norm's rows are read
-// shortly before, into the cache). rowwise: the first pass gives the rows and the largest magnitudes of the columns,
-// the second one the transposed copy; it goes backwards, for the end of the matrix is still in the cache.
+// blocks and tiles: one pass, a thread block for 128 x 128 values, both copies from registers. rowwise: the first pass
+// gives the rows and the largest magnitudes of the columns, the second one the transposed copy; it goes backwards, for
+// the end of the matrix is still in the cache.
 #pragma once
 
 #include <cfloat>
@@ -202,6 +202,7 @@ __global__ void __launch_bounds__(row_threads(CACHED)) rows_kernel(const Source 
   using T = typename Source::Type;
   __shared__ float shared[32];
   const int vectors = static_cast<int>(out.width / N), threads = blockDim.x;
+  const bool quantises = out.codes != nullptr || out.peaks != nullptr;
   Peaks<T> columns[CACHED];
   // All threads of a block go through the loop equally often: they reduce together.
   for (int64_t row = blockIdx.x; row < out.padded; row += gridDim.x) {
@@ -227,6 +228,7 @@ __global__ void __launch_bounds__(row_threads(CACHED)) rows_kernel(const Source 
       rstd = source.rstd_of(row_sum(total, threads, shared), out.width);
       if (here && threadIdx.x == 0) source.rstd[row] = rstd;
     }
+    if (!quantises) continue;
     Peaks<T> peaks;
 #pragma unroll
     for (int i = 0; i < CACHED; ++i) {
@@ -239,11 +241,11 @@ __global__ void __launch_bounds__(row_threads(CACHED)) rows_kernel(const Source 
     for (int at = threadIdx.x + CACHED * threads; here && at < vectors; at += threads) {
       const Values<T> more = source.finish(source.raw(row, at * N), rstd, source.columns(at * N));
       peaks.add(more);
-      if (out.workspace != nullptr) {
+      if (out.peaks != nullptr) {
         Peaks<T> of_columns;
         of_columns.add(more);
 #pragma unroll
-        for (int j = 0; j < N; ++j) raise(out.workspace + at * N + j, of_columns.of(j));
+        for (int j = 0; j < N; ++j) raise(out.peaks + at * N + j, of_columns.of(j));
       }
     }
     if (out.codes == nullptr) continue;
@@ -261,13 +263,13 @@ __global__ void __launch_bounds__(row_threads(CACHED)) rows_kernel(const Source 
       store_codes(codes + at * N, row_codes(more, inverse, out.e5m2));
     }
   }
-  if (out.workspace == nullptr) return;
+  if (out.peaks == nullptr) return;
 #pragma unroll
   for (int i = 0; i < CACHED; ++i) {
     const int at = threadIdx.x + i * threads;
     if (at >= vectors) continue;
 #pragma unroll
-    for (int j = 0; j < N; ++j) raise(out.workspace + at * N + j, columns[i].of(j));
+    for (int j = 0; j < N; ++j) raise(out.peaks + at * N + j, columns[i].of(j));
   }
 }
 
@@ -279,17 +281,24 @@ __device__ inline void store_tile_scale(float* scales, int64_t row, int64_t colu
     for (int64_t next = columns; next % 4 != 0; ++next) to[next] = 1.0f;
 }
 
+// What leaves registers for three blocks on a multiprocessor.
+template <class Source>
+constexpr bool LIGHT = sizeof(typename Source::Type) == 2 && !Source::COMPUTES;
+
 // A tile of 128 x 128. A thread has 8 x 8 of the values; the transposed codes go through shared
 // memory, eight rows of a column in a word. Word w of column c stands at w ^ (c / 8), so that neither side collides.
 // rowwise: the transposed copy only, with the columns' peaks that the first pass has left.
 template <class Source, Scaling SCALING>
-__device__ void quantise_tile(const Source& source, const Fp8& out, uint32_t band, uint32_t strip) {
+__global__ void __launch_bounds__(THREADS, LIGHT<Source> && SCALING == Scaling::rowwise ? 3 : 2)
+    tiles_kernel(const Source source, const Fp8 out) {
   using T = typename Source::Type;
   __shared__ uint2 turned[TILE][LANES];
   __shared__ float of_warps[WARPS][TILE];
   __shared__ float inverses[TILE];
   const int lane = threadIdx.x % LANES, group = threadIdx.x / LANES, warp = threadIdx.x / 32;
   const uint32_t across = (out.width + TILE - 1) / TILE, down = (out.padded + TILE - 1) / TILE;
+  const uint32_t tile = SCALING == Scaling::rowwise ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+  const uint32_t band = tile / across, strip = tile % across;
   const int64_t row = int64_t{band} * TILE + group * N;
   const int column = strip * TILE + lane * N;  // the width is below 2^31
   const bool inside = column < out.width;
@@ -300,8 +309,12 @@ __device__ void quantise_tile(const Source& source, const Fp8& out, uint32_t ban
     values[i] = inside && row + i < out.rows ? source.raw(row + i, column) : zeros<T>();
   if constexpr (Source::NORMALISES) {
 #pragma unroll
-    for (int i = 0; i < N; ++i)
-      values[i] = source.finish(values[i], row + i < out.rows ? __ldcg(source.rstd + row + i) : 0.0f, columns);
+    for (int i = 0; i < N; ++i) {
+      // Padding is not finished: weights below 0 would make zeros of it that have a sign, infinite ones NaN.
+      const bool here = row + i < out.rows;
+      const auto finished = source.finish(values[i], here ? source.rstd[row + i] : 0.0f, columns);
+      values[i] = here ? finished : zeros<T>();
+    }
   }
 
   float inverse = 1.0f;
@@ -364,7 +377,7 @@ __device__ void quantise_tile(const Source& source, const Fp8& out, uint32_t ban
   for (int j = 0; j < N; ++j) {
     if constexpr (SCALING == Scaling::blocks) inverse = inverses[lane * N + j];
     if constexpr (SCALING == Scaling::rowwise) {
-      const float scale = scale_of(inside ? out.workspace[column + j] : 0.0f, out.e5m2);
+      const float scale = scale_of(inside ? out.peaks[column + j] : 0.0f, out.e5m2);
       if (inside && band == 0 && group == 0) out.scales_t[column + j] = scale;
       inverse = __frcp_rn(scale);
     }
@@ -383,74 +396,6 @@ __device__ void quantise_tile(const Source& source, const Fp8& out, uint32_t ban
   }
 }
 
-// What leaves registers for three blocks on a multiprocessor.
-template <class Source>
-constexpr bool LIGHT = sizeof(typename Source::Type) == 2 && !Source::COMPUTES;
-
-template <class Source, Scaling SCALING>
-__global__ void __launch_bounds__(THREADS, LIGHT<Source> && SCALING == Scaling::rowwise ? 3 : 2)
-    tiles_kernel(const Source source, const Fp8 out) {
-  const uint32_t across = (out.width + TILE - 1) / TILE;
-  const uint32_t tile = SCALING == Scaling::rowwise ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
-  quantise_tile<Source, SCALING>(source, out, tile / across, tile % across);
-}
-
-constexpr uint32_t PIECES = TILE / WARPS;  // of a band's rows, whose rstd a block computes, a warp for each row
-
-// A norm's blocks in one launch. The thread blocks take tickets: of rows, `lead` bands ahead, and of tiles,
-// which wait until the band's rows are done and then find them in the cache, so that memory is read once. Who waits does
-// so for lower tickets only, and these are held by thread blocks that run and do not wait. `counts`: the tickets taken,
-// and for each band the pieces that are done; zeros at first.
-template <class Source>
-__global__ void __launch_bounds__(THREADS, 2)
-    norm_tiles_kernel(const Source source, const Fp8 out, uint32_t* counts, uint32_t lead) {
-  __shared__ uint32_t shared_ticket;
-  if (threadIdx.x == 0) shared_ticket = atomicAdd(counts, 1u);
-  __syncthreads();
-  const uint32_t across = out.width / TILE, down = out.padded / TILE, each = PIECES + across;
-  uint32_t ticket = shared_ticket, band, part;  // parts: first pieces of the band's rows, then its tiles
-  if (ticket < lead * PIECES) {
-    band = ticket / PIECES, part = ticket % PIECES;
-  } else if (ticket -= lead * PIECES; ticket < (down - lead) * each) {
-    band = ticket / each, part = ticket % each;
-    if (part < PIECES) band += lead;
-  } else {
-    ticket -= (down - lead) * each;
-    band = down - lead + ticket / across, part = PIECES + ticket % across;
-  }
-  uint32_t* done = counts + 1 + band;
-  if (part < PIECES) {
-    const int64_t row = int64_t{band} * TILE + part * WARPS + threadIdx.x / 32;
-    if (row < out.rows) {
-      float total = 0.0f;
-#pragma unroll 4
-      for (int column = threadIdx.x % 32 * N; column < out.width; column += 32 * N) {
-        const auto values = source.raw(row, column);
-#pragma unroll
-        for (int i = 0; i < N; ++i) total += to_float(values.at[i]) * to_float(values.at[i]);
-      }
-      total = row_sum(total, 32, nullptr);
-      if (threadIdx.x % 32 == 0) source.rstd[row] = source.rstd_of(total, out.width);
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      __threadfence();
-      atomicAdd(done, 1u);
-    }
-    return;
-  }
-  if (threadIdx.x == 0) {
-    // Bounded, so that a mistake here is an error and not a process that hangs.
-    for (uint32_t tries = 0; atomicAdd(done, 0u) < PIECES; ++tries) {
-      if (tries > 1u << 24) __trap();
-      __nanosleep(100);
-    }
-    __threadfence();
-  }
-  __syncthreads();
-  quantise_tile<Source, Scaling::blocks>(source, out, band, part - PIECES);
-}
-
 template <class Source, int CACHED>
 int launch_rows(const Source& source, const Fp8& out, Stream stream) {
   const int64_t vectors = out.width / N;
@@ -458,7 +403,7 @@ int launch_rows(const Source& source, const Fp8& out, Stream stream) {
   const int64_t wanted = ((vectors + 3) / 4 + 31) / 32 * 32;
   const int threads = static_cast<int>(std::min<int64_t>(wanted, row_threads(CACHED)));
   unsigned blocks = grid(out.padded, 1);
-  if (out.workspace != nullptr) {
+  if (out.peaks != nullptr) {
     // Peaks of columns stay in registers: as many blocks as are at work at the same time.
     int each = 1;
     if (cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, rows_kernel<Source, CACHED>, threads, 0) != cudaSuccess)
@@ -477,19 +422,6 @@ int launch_tiles(const Source& source, const Fp8& out, Stream stream) {
 }
 
 template <class Source>
-int launch_norm_tiles(const Source& source, const Fp8& out, Stream stream) {
-  const uint32_t across = out.width / TILE, down = out.padded / TILE;
-  auto* counts = reinterpret_cast<uint32_t*>(out.workspace);
-  const auto error = cudaMemsetAsync(counts, 0, (1 + down) * sizeof(uint32_t), stream);
-  if (error != cudaSuccess) return static_cast<int>(error);
-  // One and a half times as many tickets ahead as are held at a time, two thread blocks on a multiprocessor.
-  const uint32_t lead = 1 + 3 * multiprocessors() / (PIECES + across);
-  norm_tiles_kernel<Source>
-      <<<down * (PIECES + across), THREADS, 0, stream>>>(source, out, counts, std::min(lead, down));
-  return launched();
-}
-
-template <class Source>
 int first_pass(const Source& source, const Fp8& out, Stream stream) {
   // Twice as many vectors in a thread where a block's threads do not suffice; fp32 has no registers for them.
   if (sizeof(typename Source::Type) == 2 && out.width > int64_t{row_threads(4)} * 4 * N)
@@ -503,13 +435,15 @@ int launch(const Source& source, const Fp8& out, Stream stream) {
   if (out.width == 0) return 0;
   if (out.scaling == Scaling::blocks) {
     if constexpr (Source::NORMALISES) {
-      return launch_norm_tiles(source, out, stream);
-    } else {
-      return launch_tiles<Source, Scaling::blocks>(source, out, stream);
+      Fp8 rstd_only = out;
+      rstd_only.codes = nullptr, rstd_only.peaks = nullptr, rstd_only.padded = out.rows;
+      if (out.rows > 0)
+        if (const int error = first_pass(source, rstd_only, stream)) return error;
     }
+    return launch_tiles<Source, Scaling::blocks>(source, out, stream);
   }
-  if (out.workspace != nullptr) {
-    const auto error = cudaMemsetAsync(out.workspace, 0, out.width * sizeof(float), stream);
+  if (out.peaks != nullptr) {
+    const auto error = cudaMemsetAsync(out.peaks, 0, out.width * sizeof(float), stream);
     if (error != cudaSuccess) return static_cast<int>(error);
   }
   if (const int error = first_pass(source, out, stream)) return error;

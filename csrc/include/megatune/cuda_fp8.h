@@ -27,7 +27,7 @@ struct Fp8 {
   float* scales;
   uint8_t* codes_t;  // [width, padded]; null, with its scales: not wanted
   float* scales_t;
-  float* workspace;  // [width] where a rowwise transposed copy is wanted, [padded / 128 + 1] for the blocks of a norm
+  float* peaks;  // [width], workspace; null unless a rowwise transposed copy is wanted
 };
 
 struct Fp8Quantise {
