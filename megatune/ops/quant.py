@@ -199,8 +199,8 @@ _OP = add_op(
     "nf4_dequantise",
     [
         cpu_body(_after_scales(_DENSE)),
-        compiled_body(_after_scales(fuse(_reference))),
         cuda_body(_NF4),
+        compiled_body(_after_scales(fuse(_reference))),
         Body("reference", (_whole,)),
     ],
 )
