@@ -129,7 +129,7 @@ def test_opcheck(device: str) -> None:
 
 
 @pytest.mark.gpu
-def test_operators_refuse_what_does_not_fit() -> None:
+def test_what_the_kernels_cannot_read_is_an_error() -> None:
     need_body("nf4_dequantise", "cuda", torch.bfloat16, "cuda")
     parts = [part.cuda() for part in (*nf4_parts(7, 90), quant.dynamic_code())]
     numbers, scales = torch.ones(3, 5, dtype=torch.int8, device="cuda"), torch.ones(3, device="cuda")
