@@ -12,8 +12,8 @@ from megatune.ops import quant
 from tests.helpers.ops import need_body
 from tests.ops.bodies import DTYPES, QUICK, bodies, repeats_bitwise
 
-# One number; less than a block; blocks and a part, odd and even; a warp's 2048 numbers, one less and more; more than
-# the 16384 numbers that share the scale of their scales.
+# One number; less than a block; blocks and a part, odd and even; a part beside a warp's 1024 numbers, two whole warps;
+# more than the 16384 numbers that share the scale of their scales.
 SHAPES = [(0, 5), (1, 1), (3, 21), (7, 90), (1, 2047), (32, 64), (3, 683), (33, 512), (301, 67)]
 # A row longer than what one block of the kernel takes; whole vectors of 16 and of 8 bytes.
 INT8_SHAPES = [(0, 8), (5, 0), (1, 1), (7, 90), (9, 8), (6, 12), (2, 4104), (3, 9001)]
@@ -129,7 +129,7 @@ def test_opcheck(device: str) -> None:
 
 
 @pytest.mark.gpu
-def test_operators_refuse_what_does_not_fit() -> None:
+def test_what_the_kernels_cannot_read_is_an_error() -> None:
     need_body("nf4_dequantise", "cuda", torch.bfloat16, "cuda")
     parts = [part.cuda() for part in (*nf4_parts(7, 90), quant.dynamic_code())]
     numbers, scales = torch.ones(3, 5, dtype=torch.int8, device="cuda"), torch.ones(3, device="cuda")

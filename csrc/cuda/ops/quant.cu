@@ -12,8 +12,9 @@ namespace megatune::cuda {
 namespace {
 
 constexpr int THREADS = 256, LANES = 32, WARPS = THREADS / LANES;
-constexpr int TILE = LANES * NF4_BLOCK;  // numbers of which a warp takes care at a time: every lane makes one scale
-static_assert(NF4_NESTED % LANES == 0);  // all of them in one block of scales
+constexpr int TILE = 1024;               // numbers of which a warp takes care
+constexpr int SCALES = TILE / NF4_BLOCK;  // theirs
+static_assert(LANES % SCALES == 0 && NF4_NESTED % SCALES == 0);
 
 __device__ const float NF4[16] = {
     -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f,
@@ -38,87 +39,87 @@ __device__ uint32_t some_codes(const uint8_t* packed, int64_t first, int64_t byt
   return word;
 }
 
-// N numbers a lane at a time, TILE / (32 N) times. `in_words`: packed is where a word can be loaded.
-template <class T, int N>
-__global__ void __launch_bounds__(THREADS) nf4_kernel(const Nf4Dense args, const bool in_words) {
+// N numbers a lane at a time, from the tile `begin` on. WHOLE: no tile ends early, and words can be loaded. What is read
+// and written here is too much to stay in the cache: it is marked as the first to leave.
+template <class T, int N, bool WHOLE>
+__global__ void __launch_bounds__(THREADS) nf4_kernel(const Nf4Dense args, const int64_t begin, const int64_t end) {
   using Word = typename Codes<N>::Word;
   constexpr int TIMES = TILE / (LANES * N);
   const int lane = threadIdx.x % LANES;
-  const float table = NF4[lane % 16];
-  const float offset = *args.offset;
-  const int64_t blocks = (args.size + NF4_BLOCK - 1) / NF4_BLOCK;
-  const int64_t tiles = (args.size + TILE - 1) / TILE;
-  // All lanes of a warp are in the same tile: they all take part in every shuffle.
-  for (int64_t tile = static_cast<int64_t>(blockIdx.x) * WARPS + threadIdx.x / LANES; tile < tiles;
-       tile += static_cast<int64_t>(gridDim.x) * WARPS) {
-    const int64_t first = tile * TILE + lane * N;
-    const bool whole = (tile + 1) * TILE <= args.size;
-    uint32_t codes[TIMES];
-    if (whole && in_words) {
-      const Word* from = reinterpret_cast<const Word*>(args.packed + first / 2);
+  const int64_t tile = begin + static_cast<int64_t>(blockIdx.x) * WARPS + threadIdx.x / LANES;
+  if (tile >= end) return;  // whole warps: all lanes of one take part in every shuffle
+  const int64_t first = tile * TILE + lane * N;
+  uint32_t codes[TIMES];
 #pragma unroll
-      for (int i = 0; i < TIMES; ++i) codes[i] = from[i * LANES];
+  for (int i = 0; i < TIMES; ++i) {
+    if (WHOLE) {
+      codes[i] = __ldcs(reinterpret_cast<const Word*>(args.packed + first / 2) + i * LANES);
+    } else {
+      codes[i] = some_codes<N>(args.packed, (first + i * LANES * N) / 2, (args.size + 1) / 2);
+    }
+  }
+  const float table = NF4[lane % 16];
+  const int64_t block = tile * SCALES + lane % SCALES;
+  float mine = 0.0f;
+  // Rounded after each step, as in megatune/ops/quant.py: no fused multiply and add.
+  if (WHOLE || block * NF4_BLOCK < args.size)
+    mine = __fadd_rn(__fmul_rn(args.code[args.scales[block]], args.nested[block / NF4_NESTED]), *args.offset);
+  T* to = static_cast<T*>(args.dense) + first;
+#pragma unroll
+  for (int i = 0; i < TIMES; ++i) {
+    const float scale = __shfl_sync(0xffffffffu, mine, (i * LANES + lane) / static_cast<int>(NF4_BLOCK / N));
+    Vec<T, N> y;
+#pragma unroll
+    for (int j = 0; j < N; ++j)  // the shuffle takes the lowest four bits only
+      y.at[j] = from_float<T>(__fmul_rn(__shfl_sync(0xffffffffu, table, codes[i] >> 4 * (j ^ 1), 16), scale));
+    if (WHOLE) {
+      __stcs(reinterpret_cast<uint4*>(to + i * LANES * N), *reinterpret_cast<const uint4*>(&y));
     } else {
 #pragma unroll
-      for (int i = 0; i < TIMES; ++i)
-        codes[i] = some_codes<N>(args.packed, (first + i * LANES * N) / 2, (args.size + 1) / 2);
-    }
-    const int64_t block = tile * LANES + lane;
-    float mine = 0.0f;
-    // Rounded after each step, as in megatune/ops/quant.py: no fused multiply and add.
-    if (block < blocks)
-      mine = __fadd_rn(__fmul_rn(args.code[args.scales[block]], args.nested[tile * LANES / NF4_NESTED]), offset);
-    T* to = static_cast<T*>(args.dense) + first;
-#pragma unroll
-    for (int i = 0; i < TIMES; ++i) {
-      const float scale = __shfl_sync(0xffffffffu, mine, (i * LANES + lane) / static_cast<int>(NF4_BLOCK / N));
-      Vec<T, N> y;
-#pragma unroll
-      for (int j = 0; j < N; ++j)  // the shuffle takes the lowest four bits only
-        y.at[j] = from_float<T>(__fmul_rn(__shfl_sync(0xffffffffu, table, codes[i] >> 4 * (j ^ 1), 16), scale));
-      if (whole) {
-        store(to + i * LANES * N, y);
-      } else {
-#pragma unroll
-        for (int j = 0; j < N; ++j)
-          if (first + i * LANES * N + j < args.size) to[i * LANES * N + j] = y.at[j];
-      }
+      for (int j = 0; j < N; ++j)
+        if (first + i * LANES * N + j < args.size) to[i * LANES * N + j] = y.at[j];
     }
   }
 }
 
-// TIMES vectors of N numbers of a row a thread.
+template <class T, int N, bool WHOLE>
+void launch_nf4(const Nf4Dense& args, int64_t begin, int64_t end, Stream stream) {
+  if (begin == end) return;
+  nf4_kernel<T, N, WHOLE><<<grid(end - begin, WARPS), THREADS, 0, stream>>>(args, begin, end);
+}
+
+constexpr int INT8_TIMES = 2;      // vectors of a thread
+constexpr int64_t MOST_Y = 65535;  // blocks in a grid's second and third direction
+
+// INT8_TIMES vectors of N numbers of a row.
 template <class T, int N>
 __global__ void __launch_bounds__(THREADS) int8_kernel(const Int8Dense args) {
-  constexpr int TIMES = 2;
-  const int64_t step = static_cast<int64_t>(gridDim.x) * THREADS * N * TIMES;
-  for (int64_t row = blockIdx.y; row < args.rows; row += gridDim.y) {
-    const float scale = args.scales[row];
-    const int8_t* from = args.numbers + row * args.columns;
-    T* to = static_cast<T*>(args.dense) + row * args.columns;
-    for (int64_t column = (static_cast<int64_t>(blockIdx.x) * THREADS * TIMES + threadIdx.x) * N;
-         column < args.columns; column += step) {
-      Vec<int8_t, N> numbers[TIMES];
+  const int64_t row = blockIdx.y + blockIdx.z * MOST_Y;
+  if (row >= args.rows) return;
+  const float scale = args.scales[row];
+  const int8_t* from = args.numbers + row * args.columns;
+  T* to = static_cast<T*>(args.dense) + row * args.columns;
+  const int64_t column = (static_cast<int64_t>(blockIdx.x) * THREADS * INT8_TIMES + threadIdx.x) * N;
+  Vec<int8_t, N> numbers[INT8_TIMES];
 #pragma unroll
-      for (int i = 0; i < TIMES; ++i)
-        if (column + i * THREADS * N < args.columns) numbers[i] = load<N>(from + column + i * THREADS * N);
+  for (int i = 0; i < INT8_TIMES; ++i)
+    if (column + i * THREADS * N < args.columns) numbers[i] = load<N>(from + column + i * THREADS * N);
 #pragma unroll
-      for (int i = 0; i < TIMES; ++i) {
-        if (column + i * THREADS * N >= args.columns) break;
-        Vec<T, N> y;
+  for (int i = 0; i < INT8_TIMES; ++i) {
+    if (column + i * THREADS * N >= args.columns) break;
+    Vec<T, N> y;
 #pragma unroll
-        for (int j = 0; j < N; ++j)
-          y.at[j] = from_float<T>(__fmul_rn(__fmul_rn(static_cast<float>(numbers[i].at[j]), scale), args.step));
-        store(to + column + i * THREADS * N, y);
-      }
-    }
+    for (int j = 0; j < N; ++j)
+      y.at[j] = from_float<T>(__fmul_rn(__fmul_rn(static_cast<float>(numbers[i].at[j]), scale), args.step));
+    store(to + column + i * THREADS * N, y);
   }
 }
 
 template <class T, int N>
 void launch_int8(const Int8Dense& args, Stream stream) {
-  const dim3 blocks(grid(args.columns, static_cast<int64_t>(THREADS) * N * 2),
-                    static_cast<unsigned>(std::min<int64_t>(args.rows, 65535)));
+  const dim3 blocks(grid(args.columns, static_cast<int64_t>(THREADS) * N * INT8_TIMES),
+                    static_cast<unsigned>(std::min(args.rows, MOST_Y)),
+                    static_cast<unsigned>((args.rows + MOST_Y - 1) / MOST_Y));
   int8_kernel<T, N><<<blocks, THREADS, 0, stream>>>(args);
 }
 
@@ -129,8 +130,10 @@ int nf4_dense(const Nf4Dense& args, Stream stream) {
   with_type(args.type, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int N = 16 / sizeof(T);
-    const unsigned blocks = grid(args.size, static_cast<int64_t>(TILE) * WARPS);
-    nf4_kernel<T, N><<<blocks, THREADS, 0, stream>>>(args, aligned({args.packed}, N / 2));
+    const int64_t tiles = (args.size + TILE - 1) / TILE;
+    const int64_t whole = aligned({args.packed}, N / 2) ? args.size / TILE : 0;
+    launch_nf4<T, N, true>(args, 0, whole, stream);
+    launch_nf4<T, N, false>(args, whole, tiles, stream);
   });
   return launched();
 }
