@@ -39,17 +39,34 @@ constexpr Lookup make_lookup() {
 }
 __device__ const Lookup lookup_table = make_lookup();
 
+static_assert(codes::make_cells<true>().good && codes::make_cells<false>().good, "two borders in one cell");
+
+// The place of a number of at most 1 (or a rounding more) in size; in byte 2.
 template <bool is_signed>
-__device__ inline uint32_t code_of(const codes::Cells<is_signed>& cells, float x) {
+__device__ inline uint32_t place_of(const codes::Cells<is_signed>& cells, float x) {
   using C = codes::Cells<is_signed>;
-  const uint32_t raw = __float_as_uint(x);
-  uint32_t bits = raw & 0x7fffffffu;
-  // A border belongs to the lower code: for a negative number, to the one of the larger magnitude.
-  if (is_signed) bits += raw >> 31;
-  bits = min(max(bits, C::FIRST << C::SHIFT), 0x3f800000u);
-  const int place = static_cast<int>((cells.at[(bits >> C::SHIFT) - C::FIRST] + bits) >> C::SHIFT);
-  if (!is_signed) return place;
-  return max(127 + (x < 0.0f ? -place : place), 0);
+  uint32_t bits = __float_as_uint(x);
+  if (is_signed) bits = __funnelshift_l(bits, bits, 1);
+  const int at = __viaddmin_s32_relu(static_cast<int>(bits), -static_cast<int>(C::LOW), static_cast<int>(C::TOP));
+  return cells.cells[at >> 16] + static_cast<uint32_t>(at);
+}
+
+// Bytes 0 and 1: all ones where these are negative.
+__device__ inline uint32_t signs(float one, float two) {
+  uint32_t result;
+  asm("prmt.b32 %0, %1, %2, 0x00fb;" : "=r"(result) : "r"(__float_as_uint(one)), "r"(__float_as_uint(two)));
+  return result;
+}
+
+// Four codes from places; signed: 127 + place, or 127 - place, which is at least 0.
+template <bool is_signed>
+__device__ inline uint32_t pack(const uint32_t (&place)[4], const float* x) {
+  const uint32_t places = __byte_perm(__byte_perm(place[0], place[1], 0x0062), __byte_perm(place[2], place[3], 0x0062),
+                                      0x5410);
+  if (!is_signed) return places;
+  const uint32_t negative = __byte_perm(signs(x[0], x[1]), signs(x[2], x[3]), 0x5410);
+  const uint32_t low = (places - ((places & negative & 0x80808080u) >> 7)) ^ 0x7f7f7f7fu;
+  return (low & negative) | ((places + 0x7f7f7f7fu) & ~negative);
 }
 
 // New codes and scale of a warp's 256 numbers.
@@ -67,13 +84,23 @@ __device__ inline void encode(const codes::Cells<is_signed>& cells, float (&x)[E
 #pragma unroll
     for (int k = 0; k < EACH; ++k) x[k] = __fmul_rn(x[k], 0x1p64f);
     if (most > 0.0f) inverse = __frcp_rn(__fmul_rn(most, 0x1p64f));
-  } else if (most > 0.0f) {
+  } else if (most <= 0x1.fffffep127f) {
     inverse = __frcp_rn(most);
+  } else {
+    // Infinite or a NaN: every NaN has the last code.
+    const float factor = most > 0.0f ? 0.0f : 1.0f;
+#pragma unroll
+    for (int k = 0; k < EACH; ++k) {
+      const float product = __fmul_rn(x[k], factor);
+      x[k] = product == product ? fminf(fmaxf(product, -1.0f), 1.0f) : 1.0f;
+    }
   }
 #pragma unroll
-  for (int k = 0; k < EACH; ++k) {
-    const uint32_t code = code_of(cells, __fmul_rn(x[k], inverse));
-    packed[k / 4] = k % 4 == 0 ? code : packed[k / 4] | code << (8 * (k % 4));
+  for (int half = 0; half < 2; ++half) {
+    uint32_t places[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) places[k] = place_of(cells, __fmul_rn(x[half * 4 + k], inverse));
+    packed[half] = pack<is_signed>(places, x + half * 4);
   }
   if (threadIdx.x % 32 == 0) *scale = most;
 }

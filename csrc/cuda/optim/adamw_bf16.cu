@@ -32,8 +32,8 @@ __device__ inline uint32_t rounded(float low, float high, uint32_t word) {
          static_cast<uint32_t>(round_by(__float_as_uint(high), word >> 16)) << 16;
 }
 
-// 256 elements of a warp from i on (of the parameter: from a multiple of eight), four and four of each thread. Two lanes
-// that are neighbours share the words of two blocks: each makes one.
+// 256 elements of a warp from i on (of the parameter: from a multiple of eight), four and four of each thread. Two
+// lanes that are neighbours share the words of two blocks: each makes one.
 __device__ inline void whole_block(const AdamWBf16Tensor& t, const AdamWStep& step, uint64_t number, float scale,
                                    int64_t i) {
   const int lane = static_cast<int>(threadIdx.x % 32);

@@ -37,8 +37,10 @@ __device__ inline float plain_quotient(float a, float b) {
   return __fmaf_rn(__fmaf_rn(-b, q, a), y, q);
 }
 
-// Whether roots and divisors of numbers in [2^-100, 2^20] are in reach of the plain versions.
-__device__ inline bool is_plain(const AdamWStep& s) { return s.root >= 1.0f && s.root < 0x1p20f && s.eps < 0x1p20f; }
+// Whether the divisors that come of roots of [2^-100, 2^20] are in reach of the plain quotient.
+__device__ inline bool is_plain(const AdamWStep& s) {
+  return s.root >= 1.0f && s.root < 0x1p20f && s.eps > 0.0f && s.eps < 0x1p20f;
+}
 
 // `adamw_element` for several.
 template <int N>
@@ -52,12 +54,15 @@ __device__ inline void adamw_elements(const AdamWStep& s, float keep, float scal
     m[k] = __fadd_rn(__fmul_rn(s.beta1, m[k]), __fmul_rn(s.rest1, grad));
     v[k] = __fadd_rn(__fmul_rn(s.beta2, v[k]), __fmul_rn(s.rest2, __fmul_rn(grad, grad)));
     step[k] = __fmul_rn(s.step_size, m[k]);
-    plain = plain && v[k] >= 0x1p-100f && v[k] <= 0x1p20f && fabsf(step[k]) >= 0x1p-90f && fabsf(step[k]) <= 0x1p60f;
+    // 0 by any divisor is 0: rows of a table that were never looked up.
+    const bool is_zero = __float_as_uint(step[k]) == 0;
+    plain &= (v[k] <= 0x1p20f) & (fabsf(step[k]) <= 0x1p60f) &
+             (((v[k] >= 0x1p-100f) & (fabsf(step[k]) >= 0x1p-90f)) | is_zero);
   }
   if (plain) {
 #pragma unroll
     for (int k = 0; k < N; ++k) {
-      const float below = __fadd_rn(__fmul_rn(plain_root(v[k]), s.root), s.eps);
+      const float below = __fadd_rn(__fmul_rn(plain_root(fmaxf(v[k], 0x1p-100f)), s.root), s.eps);
       p[k] = __fsub_rn(__fmul_rn(p[k], keep), plain_quotient(step[k], below));
     }
     return;

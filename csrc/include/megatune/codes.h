@@ -61,31 +61,36 @@ constexpr Map<is_signed> make() {
   return map;
 }
 
-// The same in one look: the place of a number of these bits, at least 2^LOWEST and at most 1, is
-// (at[cell] + bits) >> SHIFT, as the part of the bits within the cell carries behind the cell's border.
+// The same in one look. The bits of a number, shifted left by LEFT, less LOW are `at`, in [0, TOP]; its place is
+// (cells[at >> 16] + at) >> 16, one byte, as the part of `at` within the cell carries behind the cell's border. Signed:
+// the lowest bit says that the number is negative, which is then beyond a border that it is on.
 template <bool is_signed>
 struct Cells {
-  static constexpr int SHIFT = 23 - Map<is_signed>::BITS;
-  static constexpr uint32_t FIRST = static_cast<uint32_t>(Map<is_signed>::FIRST_CELL);
-  uint32_t at[Map<is_signed>::CELLS + 1];
+  static constexpr int LEFT = is_signed ? 1 : 0;
+  static constexpr uint32_t LOW = static_cast<uint32_t>(127 + LOWEST) << (23 + LEFT);
+  static constexpr uint32_t TOP = (127u << (23 + LEFT)) - LOW;
+  uint32_t cells[(TOP >> 16) + 1];
+  bool good;
 };
 
 template <bool is_signed>
 constexpr Cells<is_signed> make_cells() {
-  constexpr Map<is_signed> map = make<is_signed>();
-  static_assert(map.good, "two borders in one cell");
   using C = Cells<is_signed>;
-  C cells{};
-  constexpr uint32_t size = 1u << C::SHIFT;
+  constexpr uint32_t count = Map<is_signed>::COUNT;
+  constexpr Map<is_signed> map = make<is_signed>();
+  uint32_t borders[count + 1] = {};
+  for (uint32_t i = 0; i < count; ++i) borders[i] = (__builtin_bit_cast(uint32_t, map.borders[i]) << C::LEFT) - C::LOW;
+  borders[count] = ~0u;
+  C found{};
+  found.good = map.good;
   uint32_t below = 0;
-  for (uint32_t cell = 0; cell <= static_cast<uint32_t>(Map<is_signed>::CELLS); ++cell) {
-    const uint32_t low = (C::FIRST + cell) << C::SHIFT;
-    while (below < Map<is_signed>::COUNT && __builtin_bit_cast(uint32_t, map.borders[below]) < low) ++below;
-    const uint32_t border =
-        below < Map<is_signed>::COUNT ? __builtin_bit_cast(uint32_t, map.borders[below]) - low : size;
-    cells.at[cell] = (below << C::SHIFT) - low + (border < size ? size - 1 - border : 0);
+  for (uint32_t cell = 0; cell <= C::TOP >> 16; ++cell) {
+    const uint32_t low = cell << 16, high = low + 0x10000;
+    while (borders[below] < low) ++below;
+    found.cells[cell] = (below << 16) - low + (borders[below] < high ? high - 1 - borders[below] : 0);
+    found.good = found.good && (borders[below] >= high || borders[below + 1] >= high);
   }
-  return cells;
+  return found;
 }
 
 }  // namespace megatune::codes
