@@ -15,6 +15,7 @@ namespace megatune::cuda {
 namespace {
 
 constexpr int THREADS = 256;
+constexpr int HEADS = 4;     // without a norm: that a thread has on their way
 constexpr int COLUMNS = 32;  // lanes of a head at most
 constexpr int KEPT = 8;      // columns of each kind that a lane has, of heads with a norm
 
@@ -38,26 +39,10 @@ __device__ inline void each_column(int64_t half, int64_t width, Pairs&& pairs, S
     single(column);
 }
 
-template <class T, int N>
-__device__ Vec<float, N> widened(const Vec<T, N>& x) {
-  Vec<float, N> result;
-#pragma unroll
-  for (int i = 0; i < N; ++i) result.at[i] = to_float(x.at[i]);
-  return result;
-}
-
-template <class T, int N>
-__device__ Vec<T, N> narrowed(const Vec<float, N>& x) {
-  Vec<T, N> result;
-#pragma unroll
-  for (int i = 0; i < N; ++i) result.at[i] = from_float<T>(x.at[i]);
-  return result;
-}
-
 // N elements of the head, normalised if there is a weight.
 template <class T, int N>
 __device__ Vec<float, N> entered(const RopeQk& args, const T* x, int64_t column, const void* weight, float rstd) {
-  Vec<float, N> values = widened(load<N>(x + column));
+  Vec<float, N> values = widen(load<N>(x + column));
   if (weight == nullptr) return values;
   const auto factor = load_any<N>(weight, args.weight_type, column);
 #pragma unroll
@@ -67,6 +52,99 @@ __device__ Vec<float, N> entered(const RopeQk& args, const T* x, int64_t column,
     values.at[i] = value * (args.offset + factor.at[i]);
   }
   return values;
+}
+
+template <class T>
+__device__ const T* head_of(const Heads& heads, int64_t token, int64_t head) {
+  return static_cast<const T*>(heads.data) + token * heads.token_stride + head * heads.head_stride;
+}
+
+// Heads without a norm, and where they come from and go to. Forward: the queries and the key of each group.
+template <class T>
+struct Apart {
+  RopeQk args;
+  static constexpr float sign = 1.0f;
+  __host__ __device__ int64_t each() const { return args.packed.queries + 1; }
+  __device__ bool turns(const Place&) const { return true; }
+  __device__ const T* from(int64_t token, const Place& place) const {
+    return static_cast<const T*>(args.qkv) + token * args.packed.token_stride + place.group * args.packed.group_stride +
+           place.in_group * args.packed.head_stride;
+  }
+  __device__ T* to(int64_t token, const Place& place) const {
+    const int64_t key = token * args.packed.groups + place.group;
+    if (place.in_group == args.packed.queries) return static_cast<T*>(args.k) + key * args.packed.width;
+    return static_cast<T*>(args.q) + (key * args.packed.queries + place.in_group) * args.packed.width;
+  }
+};
+
+// Backward: the value too, which is not turned.
+template <class T>
+struct Together {
+  RopeQkBackward args;
+  static constexpr float sign = -1.0f;
+  __host__ __device__ int64_t each() const { return args.packed.queries + 2; }
+  __device__ bool turns(const Place& place) const { return place.in_group <= args.packed.queries; }
+  __device__ const T* from(int64_t token, const Place& place) const {
+    if (!turns(place)) return head_of<T>(args.grad_v, token, place.group);
+    if (place.in_group == args.packed.queries) return head_of<T>(args.grad_k, token, place.group);
+    return head_of<T>(args.grad_q, token, place.group * args.packed.queries + place.in_group);
+  }
+  __device__ T* to(int64_t token, const Place& place) const {
+    return static_cast<T*>(args.grad_qkv) +
+           ((token * args.packed.groups + place.group) * each() + place.in_group) * args.packed.width;
+  }
+};
+
+// threadIdx.x: columns, .y: heads, .z: tokens. A thread reads HEADS heads before it writes any: the compiler moves no
+// load before a store. It loads its angles once for all heads.
+template <class T, int N, class Task>
+__global__ void __launch_bounds__(THREADS) turn_kernel(const Task task) {
+  const Packed& packed = task.args.packed;
+  const int64_t half = task.args.half, width = packed.width, each = task.each();
+  const int heads = static_cast<int>(packed.groups * each);
+  for (int64_t token = static_cast<int64_t>(blockIdx.x) * blockDim.z + threadIdx.z; token < packed.tokens;
+       token += static_cast<int64_t>(gridDim.x) * blockDim.z) {
+    for (int64_t column = static_cast<int64_t>(threadIdx.x) * N; column < half; column += blockDim.x * N) {
+      const auto cos = load_any<N>(task.args.cos, Type::f32, token * half + column);
+      const auto sin = load_any<N>(task.args.sin, Type::f32, token * half + column);
+      for (int begin = threadIdx.y; begin < heads; begin += blockDim.y * HEADS) {
+        Vec<T, N> first[HEADS], second[HEADS];
+#pragma unroll
+        for (int i = 0; i < HEADS; ++i) {
+          const int number = begin + i * blockDim.y;
+          if (number >= heads) continue;
+          const T* from = task.from(token, place_of(number, each)) + column;
+          first[i] = load<N>(from), second[i] = load<N>(from + half);
+        }
+#pragma unroll
+        for (int i = 0; i < HEADS; ++i) {
+          const int number = begin + i * blockDim.y;
+          if (number >= heads) continue;
+          const Place place = place_of(number, each);
+          T* to = task.to(token, place) + column;
+          if (task.turns(place)) {
+            const auto one = widen(first[i]), two = widen(second[i]);
+            Vec<float, N> low, high;
+#pragma unroll
+            for (int j = 0; j < N; ++j) {
+              low.at[j] = one.at[j] * cos.at[j] - two.at[j] * (Task::sign * sin.at[j]);
+              high.at[j] = two.at[j] * cos.at[j] + one.at[j] * (Task::sign * sin.at[j]);
+            }
+            first[i] = narrow<T>(low), second[i] = narrow<T>(high);
+          }
+          store(to, first[i]);
+          store(to + half, second[i]);
+        }
+      }
+    }
+    // What is beyond the rotated dimensions passes through.
+    for (int64_t column = 2 * half + static_cast<int64_t>(threadIdx.x) * N; column < width; column += blockDim.x * N) {
+      for (int number = threadIdx.y; number < heads; number += blockDim.y) {
+        const Place place = place_of(number, each);
+        store(task.to(token, place) + column, load<N>(task.from(token, place) + column));
+      }
+    }
+  }
 }
 
 // threadIdx.x: columns, .y: heads, .z: tokens.
@@ -91,7 +169,7 @@ __global__ void __launch_bounds__(THREADS) forward_kernel(const RopeQk args) {
       if (args.q_weight != nullptr) {  // the same for all threads
         float total = 0.0f;
         const auto add = [&](int64_t column) {
-          const auto values = widened(load<N>(x + column));
+          const auto values = widen(load<N>(x + column));
 #pragma unroll
           for (int i = 0; i < N; ++i) total += values.at[i] * values.at[i];
         };
@@ -117,10 +195,10 @@ __global__ void __launch_bounds__(THREADS) forward_kernel(const RopeQk args) {
               low.at[i] = one.at[i] * cos.at[i] - two.at[i] * sin.at[i];
               high.at[i] = two.at[i] * cos.at[i] + one.at[i] * sin.at[i];
             }
-            store(y + column, narrowed<T>(low));
-            store(y + args.half + column, narrowed<T>(high));
+            store(y + column, narrow<T>(low));
+            store(y + args.half + column, narrow<T>(high));
           },
-          [&](int64_t column) { store(y + column, narrowed<T>(entered<T, N>(args, x, column, weight, rstd))); });
+          [&](int64_t column) { store(y + column, narrow<T>(entered<T, N>(args, x, column, weight, rstd))); });
     }
   }
 }
@@ -131,47 +209,11 @@ __device__ void turn_back(const RopeQkBackward& args, const T* grad, int64_t tok
                           Vec<float, N>& two) {
   const auto cos = load_any<N>(args.cos, Type::f32, token * args.half + column);
   const auto sin = load_any<N>(args.sin, Type::f32, token * args.half + column);
-  const auto low = widened(load<N>(grad + column)), high = widened(load<N>(grad + args.half + column));
+  const auto low = widen(load<N>(grad + column)), high = widen(load<N>(grad + args.half + column));
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     one.at[i] = low.at[i] * cos.at[i] + high.at[i] * sin.at[i];
     two.at[i] = high.at[i] * cos.at[i] - low.at[i] * sin.at[i];
-  }
-}
-
-template <class T>
-__device__ const T* head_of(const Heads& heads, int64_t token, int64_t head) {
-  return static_cast<const T*>(heads.data) + token * heads.token_stride + head * heads.head_stride;
-}
-
-template <class T, int N>
-__global__ void __launch_bounds__(THREADS) backward_kernel(const RopeQkBackward args) {
-  const Packed& packed = args.packed;
-  const int64_t each = packed.queries + 2, heads = packed.groups * each;
-  for (int64_t token = static_cast<int64_t>(blockIdx.x) * blockDim.z + threadIdx.z; token < packed.tokens;
-       token += static_cast<int64_t>(gridDim.x) * blockDim.z) {
-    for (int64_t number = threadIdx.y; number < heads; number += blockDim.y) {
-      const Place place = place_of(number, each);
-      T* to = static_cast<T*>(args.grad_qkv) + (token * heads + number) * packed.width;
-      if (place.in_group == packed.queries + 1) {
-        const T* grad = head_of<T>(args.grad_v, token, place.group);
-        for (int64_t column = static_cast<int64_t>(threadIdx.x) * N; column < packed.width; column += blockDim.x * N)
-          store(to + column, load<N>(grad + column));
-        continue;
-      }
-      const T* grad = place.in_group == packed.queries
-                          ? head_of<T>(args.grad_k, token, place.group)
-                          : head_of<T>(args.grad_q, token, place.group * packed.queries + place.in_group);
-      each_column<N>(
-          args.half, packed.width,
-          [&](int64_t column) {
-            Vec<float, N> one, two;
-            turn_back(args, grad, token, column, one, two);
-            store(to + column, narrowed<T>(one));
-            store(to + args.half + column, narrowed<T>(two));
-          },
-          [&](int64_t column) { store(to + column, load<N>(grad + column)); });
-    }
   }
 }
 
@@ -227,13 +269,13 @@ __global__ void __launch_bounds__(THREADS, KINDS == 2 ? 2 : 1) norm_backward_ker
           if (low >= 0) turn_back(args, grad, token, low, scaled[i][0], scaled[i][1]);
           if constexpr (KINDS == 3) {
             const int64_t beyond = column_of<N>(half, width, i, 2);
-            if (beyond >= 0) scaled[i][2] = widened(load<N>(grad + beyond));
+            if (beyond >= 0) scaled[i][2] = widen(load<N>(grad + beyond));
           }
 #pragma unroll
           for (int kind = 0; kind < KINDS; ++kind) {
             const int64_t column = column_of<N>(half, width, i, kind);
             if (column < 0) continue;
-            normed[i][kind] = widened(load<N>(x + column));
+            normed[i][kind] = widen(load<N>(x + column));
             const auto factor = load_any<N>(weight, args.weight_type, column);
 #pragma unroll
             for (int j = 0; j < N; ++j) {
@@ -264,7 +306,7 @@ __global__ void __launch_bounds__(THREADS, KINDS == 2 ? 2 : 1) norm_backward_ker
 #pragma unroll
           for (int j = 0; j < N; ++j)
             result.at[j] = (scaled[i][kind].at[j] - normed[i][kind].at[j] * mean) * rstd;
-          store(to + column, narrowed<T>(result));
+          store(to + column, narrow<T>(result));
         }
       }
     }
@@ -330,6 +372,21 @@ bool in_steps(const Packed& packed, int64_t half, int64_t step) {
          packed.group_stride % step == 0 && packed.head_stride % step == 0;
 }
 
+template <class T, class Task>
+void turn(const Task& task, bool vectors, Stream stream) {
+  constexpr int N = 16 / sizeof(T);
+  const Packed& packed = task.args.packed;
+  const int64_t step = vectors ? N : 1, heads = packed.groups * task.each();
+  const unsigned lanes = power_of_two(std::max<int64_t>(1, std::max(task.args.half, packed.width - 2 * task.args.half) / step), COLUMNS);
+  const unsigned rows = static_cast<unsigned>(std::min<int64_t>((heads + HEADS - 1) / HEADS, THREADS / lanes));
+  const dim3 block(lanes, rows, std::min(THREADS / (lanes * rows), 64u));
+  if (vectors) {
+    turn_kernel<T, N><<<grid(packed.tokens, block.z), block, 0, stream>>>(task);
+  } else {
+    turn_kernel<T, 1><<<grid(packed.tokens, block.z), block, 0, stream>>>(task);
+  }
+}
+
 Shape backward_shape(const RopeQkBackward& args) {
   const Packed& packed = args.packed;
   const int64_t step = args.type == Type::f32 ? 4 : 8;
@@ -351,6 +408,7 @@ int rope_qk(const RopeQk& args, Stream stream) {
     constexpr int N = 16 / sizeof(T);
     const bool vectors = in_steps(packed, args.half, N) &&
                          aligned({args.qkv, args.cos, args.sin, args.q_weight, args.k_weight, args.q, args.k});
+    if (args.q_weight == nullptr) return turn<T>(Apart<T>{args}, vectors, stream);
     const Shape shape = shape_of(packed, args.half, args.type, heads, vectors);
     const unsigned blocks = grid(packed.tokens, shape.block.z);
     if (vectors) {
@@ -393,12 +451,7 @@ int rope_qk_backward(const RopeQkBackward& args, Stream stream) {
           norm_backward_kernel<T, 1, 3><<<blocks, shape.block, shared, stream>>>(args);
         }
       } else {
-        const unsigned blocks = grid(packed.tokens, shape.block.z);
-        if (shape.vectors) {
-          backward_kernel<T, N><<<blocks, shape.block, 0, stream>>>(args);
-        } else {
-          backward_kernel<T, 1><<<blocks, shape.block, 0, stream>>>(args);
-        }
+        turn<T>(Together<T>{args}, shape.vectors, stream);
       }
     });
     if (const int error = launched()) return error;
