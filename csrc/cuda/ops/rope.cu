@@ -8,10 +8,10 @@ namespace megatune::cuda {
 namespace {
 
 constexpr int THREADS = 256;
-constexpr int HEADS = 4;  // that a thread has on their way
+constexpr int HEADS = 2;  // that a thread has on their way
 
-// threadIdx.x: columns, .y: heads, .z: tokens. The angles of a thread's columns are loaded once for all of its heads, of
-// which it reads HEADS before it writes any.
+// threadIdx.x: columns, .y: heads, .z: tokens. The angles of a thread's columns are loaded once for all of its heads,
+// of which it reads HEADS before it writes any.
 template <class T, int N, int HEADS>
 __global__ void __launch_bounds__(THREADS) rope_kernel(const Rope args) {
   const int heads = static_cast<int>(args.rows.size[1] * args.rows.size[2]);

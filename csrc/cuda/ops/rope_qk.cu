@@ -377,7 +377,8 @@ void turn(const Task& task, bool vectors, Stream stream) {
   constexpr int N = 16 / sizeof(T);
   const Packed& packed = task.args.packed;
   const int64_t step = vectors ? N : 1, heads = packed.groups * task.each();
-  const unsigned lanes = power_of_two(std::max<int64_t>(1, std::max(task.args.half, packed.width - 2 * task.args.half) / step), COLUMNS);
+  const int64_t pairs = std::max(task.args.half, packed.width - 2 * task.args.half) / step;
+  const unsigned lanes = power_of_two(std::max<int64_t>(1, pairs), COLUMNS);
   const unsigned rows = static_cast<unsigned>(std::min<int64_t>((heads + HEADS - 1) / HEADS, THREADS / lanes));
   const dim3 block(lanes, rows, std::min(THREADS / (lanes * rows), 64u));
   if (vectors) {
