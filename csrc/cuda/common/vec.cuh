@@ -23,10 +23,15 @@ __device__ inline Vec<T, N> load(const T* from) {
   return *reinterpret_cast<const Vec<T, N>*>(from);
 }
 
+template <class T, int N>
+__device__ inline void store(T* to, const Vec<T, N>& values) {
+  *reinterpret_cast<Vec<T, N>*>(to) = values;
+}
+
 // To global memory, as one store: left to itself the compiler may take a structure apart, and an int4 too, and store
 // its elements one by one.
 template <class T, int N>
-__device__ inline void store(T* to, const Vec<T, N>& values) {
+__device__ inline void store_whole(T* to, const Vec<T, N>& values) {
   if constexpr (sizeof(values) == 16) {
     int4 words;
     memcpy(&words, &values, sizeof words);

@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(THREADS) glu_kernel(const Glu args) {
 #pragma unroll
         for (int j = 0; j < N; ++j)
           y.at[j] = activate<false, FAST>(pairs.at[2 * j], args.activation).x * pairs.at[2 * j + 1];
-        store(to + column, narrow<T>(y));
+        store_whole(to + column, narrow<T>(y));
       }
     }
   }
@@ -68,8 +68,8 @@ __global__ void __launch_bounds__(THREADS) glu_backward_kernel(const GluBackward
         result[2 * i / N].at[2 * i % N] = from_float<T>(g * up * active.y);
         result[(2 * i + 1) / N].at[(2 * i + 1) % N] = from_float<T>(g * active.x);
       }
-      store(to + 2 * column, result[0]);
-      store(to + 2 * column + N, result[1]);
+      store_whole(to + 2 * column, result[0]);
+      store_whole(to + 2 * column + N, result[1]);
     }
   }
 }

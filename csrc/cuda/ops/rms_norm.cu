@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(FORWARD_THREADS) forward_kernel(const RmsNorm 
       for (int i = 0; i < KEPT; ++i) {
         if (lane + i * threads < mine) {
           cached[i] = added(cached[i], more[i]);
-          store(sum + (lane + i * threads) * N, cached[i]);
+          store_whole(sum + (lane + i * threads) * N, cached[i]);
         }
       }
     }
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(FORWARD_THREADS) forward_kernel(const RmsNorm 
       Vec<T, N> values = load<N>(x + at * N);
       if (residual != nullptr) {
         values = added(values, load<N>(residual + at * N));
-        store(sum + at * N, values);
+        store_whole(sum + at * N, values);
       }
       total += squares(values);
     }
@@ -105,14 +105,14 @@ __global__ void __launch_bounds__(FORWARD_THREADS) forward_kernel(const RmsNorm 
     for (int i = 0; i < KEPT; ++i) {
       const int column = (lane + i * threads) * N;
       if (lane + i * threads < mine)
-        store(y + column, normalised(args, cached[i], rstd,
+        store_whole(y + column, normalised(args, cached[i], rstd,
                                      load_any<N>(args.weight, args.weight_type, column)));
     }
     // What this thread wrote to `sum` it may read again; nobody else's.
     const T* again = residual != nullptr ? sum : x;
     for (int at = lane + KEPT * threads; FAR && at < mine; at += threads) {
       const auto far = load_any<N>(args.weight, args.weight_type, at * N);
-      store(y + at * N, normalised(args, load<N>(again + at * N), rstd, far));
+      store_whole(y + at * N, normalised(args, load<N>(again + at * N), rstd, far));
     }
   }
 }
@@ -169,7 +169,7 @@ __device__ void far_grads(const RmsNormBackward& args, int64_t row, int first, i
     const auto far_x = load<N>(x + at * N), far_grad = load<N>(static_cast<const T*>(args.grad) + begin + at * N);
     Vec<T, N> more;
     if constexpr (MORE) more = load<N>(static_cast<const T*>(args.grad_sum) + begin + at * N);
-    store(static_cast<T*>(args.grad_x) + begin + at * N,
+    store_whole(static_cast<T*>(args.grad_x) + begin + at * N,
           input_grad<T, N, MORE>(far_grad, far_x, more, factors<N>(args, at * N), rstd, mean));
     if (partial == nullptr) continue;
     const auto wide_x = widen(far_x), wide_grad = widen(far_grad);
@@ -249,7 +249,7 @@ __global__ void __launch_bounds__(BACKWARD_THREADS) backward_kernel(const RmsNor
     for (int i = 0; i < KEPT; ++i) {
       const int at = lane + i * threads;
       if (at >= mine) continue;
-      store(static_cast<T*>(args.grad_x) + row * args.width + at * N,
+      store_whole(static_cast<T*>(args.grad_x) + row * args.width + at * N,
             input_grad<T, N, MORE>(near_grad[i], near_x[i], more[MORE ? i : 0], factor_of(i), rstd, mean));
     }
     if constexpr (!HELD)

@@ -132,8 +132,8 @@ __global__ void __launch_bounds__(THREADS) turn_kernel(const Task task) {
             }
             first[i] = narrow<T>(low), second[i] = narrow<T>(high);
           }
-          store(to, first[i]);
-          store(to + half, second[i]);
+          store_whole(to, first[i]);
+          store_whole(to + half, second[i]);
         }
       }
     }
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(THREADS) turn_kernel(const Task task) {
     for (int64_t column = 2 * half + static_cast<int64_t>(threadIdx.x) * N; column < width; column += blockDim.x * N) {
       for (int number = threadIdx.y; number < heads; number += blockDim.y) {
         const Place place = place_of(number, each);
-        store(task.to(token, place) + column, load<N>(task.from(token, place) + column));
+        store_whole(task.to(token, place) + column, load<N>(task.from(token, place) + column));
       }
     }
   }
@@ -195,10 +195,10 @@ __global__ void __launch_bounds__(THREADS) forward_kernel(const RopeQk args) {
               low.at[i] = one.at[i] * cos.at[i] - two.at[i] * sin.at[i];
               high.at[i] = two.at[i] * cos.at[i] + one.at[i] * sin.at[i];
             }
-            store(y + column, narrow<T>(low));
-            store(y + args.half + column, narrow<T>(high));
+            store_whole(y + column, narrow<T>(low));
+            store_whole(y + args.half + column, narrow<T>(high));
           },
-          [&](int64_t column) { store(y + column, narrow<T>(entered<T, N>(args, x, column, weight, rstd))); });
+          [&](int64_t column) { store_whole(y + column, narrow<T>(entered<T, N>(args, x, column, weight, rstd))); });
     }
   }
 }
@@ -293,7 +293,7 @@ __global__ void __launch_bounds__(THREADS, KINDS == 2 ? 2 : 1) norm_backward_ker
       if (here && is_value) {
         const T* grad = head_of<T>(args.grad_v, token, place.group);
         for (int64_t column = static_cast<int64_t>(threadIdx.x) * N; column < width; column += blockDim.x * N)
-          store(to + column, load<N>(grad + column));
+          store_whole(to + column, load<N>(grad + column));
       }
       if (!turns) continue;
 #pragma unroll
@@ -306,7 +306,7 @@ __global__ void __launch_bounds__(THREADS, KINDS == 2 ? 2 : 1) norm_backward_ker
 #pragma unroll
           for (int j = 0; j < N; ++j)
             result.at[j] = (scaled[i][kind].at[j] - normed[i][kind].at[j] * mean) * rstd;
-          store(to + column, narrow<T>(result));
+          store_whole(to + column, narrow<T>(result));
         }
       }
     }
