@@ -5,7 +5,8 @@
 
 namespace megatune::cuda {
 
-// 1 / (1 + exp(-x)). FAST: two instructions of the special unit; within (2 + |x|) * 1e-7, for what is rounded to 16 bits.
+// 1 / (1 + exp(-x)). FAST: two instructions of the special unit, within (2 + |x|) * 1e-7: for what is rounded to 16
+// bits.
 template <bool FAST>
 __device__ inline float sigmoid_of(float x) {
   if constexpr (!FAST) return 1.0f / (1.0f + expf(-x));

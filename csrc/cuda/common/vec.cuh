@@ -28,28 +28,23 @@ __device__ inline void store(T* to, const Vec<T, N>& values) {
   *reinterpret_cast<Vec<T, N>*>(to) = values;
 }
 
-// The same of 16 bytes that are not needed again soon, if ONCE: the first to leave the caches.
-template <int N, bool ONCE, class T>
-__device__ inline Vec<T, N> load_once(const T* from) {
-  if constexpr (!ONCE || sizeof(Vec<T, N>) != 16) return load<N>(from);
-  const int4 words = __ldcs(reinterpret_cast<const int4*>(from));
-  Vec<T, N> result;
-  memcpy(&result, &words, sizeof words);
-  return result;
-}
-
-template <bool ONCE, class T, int N>
-__device__ inline void store_once(T* to, const Vec<T, N>& values) {
-  if constexpr (ONCE && sizeof(values) == 16) {
+// To global memory, as one store: left to itself the compiler may take a structure apart, and an int4 too, and store
+// its elements one by one.
+template <class T, int N>
+__device__ inline void store_whole(T* to, const Vec<T, N>& values) {
+  if constexpr (sizeof(values) == 16) {
     int4 words;
     memcpy(&words, &values, sizeof words);
-    __stcs(reinterpret_cast<int4*>(to), words);
-  } else if constexpr (ONCE && sizeof(values) == 8) {
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(words.x),
+                 "r"(words.y), "r"(words.z), "r"(words.w)
+                 : "memory");
+  } else if constexpr (sizeof(values) == 8) {
     int2 words;
     memcpy(&words, &values, sizeof words);
-    __stcs(reinterpret_cast<int2*>(to), words);
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)), "r"(words.x), "r"(words.y)
+                 : "memory");
   } else {
-    store(to, values);
+    *reinterpret_cast<Vec<T, N>*>(to) = values;
   }
 }
 

@@ -1,4 +1,4 @@
-// Gated linear unit on interleaved (gate, up) pairs, forward and backward; the activation is computed again in backward.
+// Gated linear unit on interleaved (gate, up) pairs, forward and backward, which computes the activation again.
 
 #include "../common/activate.cuh"
 #include "../common/launch.cuh"
@@ -12,14 +12,14 @@ constexpr int THREADS = 256;
 constexpr int LOADS = 4;  // of 16 bytes that a thread has on their way, forward
 
 // N pairs (gate, up) one after the other. One pair may begin anywhere.
-template <class T, int N, bool ONCE>
+template <class T, int N>
 __device__ Vec<T, 2 * N> load_pairs(const T* from) {
   if constexpr (N == 1) return {from[0], from[1]};
-  else return load_once<2 * N, ONCE>(from);
+  else return load<2 * N>(from);
 }
 
 // Each thread takes LOADS times N pairs, THREADS * N pairs from each other, so that a warp reads without gaps.
-template <class T, int N, int LOADS, bool FAST, bool ONCE = false>
+template <class T, int N, int LOADS, bool FAST>
 __global__ void __launch_bounds__(THREADS) glu_kernel(const Glu args) {
   const int64_t first = static_cast<int64_t>(blockIdx.x) * THREADS * N * LOADS + threadIdx.x * N;
   for (int64_t row = blockIdx.y; row < args.rows; row += gridDim.y) {
@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(THREADS) glu_kernel(const Glu args) {
 #pragma unroll
       for (int i = 0; i < LOADS; ++i) {
         const int64_t column = begin + i * THREADS * N;
-        if (column < args.width) part[i] = load_pairs<T, N, ONCE>(from + 2 * column);
+        if (column < args.width) part[i] = load_pairs<T, N>(from + 2 * column);
       }
 #pragma unroll
       for (int i = 0; i < LOADS; ++i) {
@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(THREADS) glu_kernel(const Glu args) {
 #pragma unroll
         for (int j = 0; j < N; ++j)
           y.at[j] = activate<false, FAST>(pairs.at[2 * j], args.activation).x * pairs.at[2 * j + 1];
-        store_once<ONCE>(to + column, narrow<T>(y));
+        store_whole(to + column, narrow<T>(y));
       }
     }
   }
@@ -68,8 +68,8 @@ __global__ void __launch_bounds__(THREADS) glu_backward_kernel(const GluBackward
         result[2 * i / N].at[2 * i % N] = from_float<T>(g * up * active.y);
         result[(2 * i + 1) / N].at[(2 * i + 1) % N] = from_float<T>(g * active.x);
       }
-      store(to + 2 * column, result[0]);
-      store(to + 2 * column + N, result[1]);
+      store_whole(to + 2 * column, result[0]);
+      store_whole(to + 2 * column + N, result[1]);
     }
   }
 }

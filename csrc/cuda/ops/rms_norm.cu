@@ -14,13 +14,9 @@ namespace {
 
 constexpr int SHORT_THREADS = 256;  // of a block that has several rows
 constexpr int FORWARD_THREADS = 1024;
-constexpr int FORWARD_KEPT = 2, FORWARD_LONG_KEPT = 4;
-// Backward of most rows: 16 bytes a thread, the next row's on their way while this one's are summed; 64 registers.
-constexpr int AHEAD_THREADS = 1024;
-constexpr int AHEAD_KEPT = 1;
-// Of rows that this is too few for, and of single elements: up to 168 registers.
-constexpr int LONG_THREADS = 384;
-constexpr int LONG_KEPT = 4;
+constexpr int FORWARD_KEPT = 4, FORWARD_SUM_KEPT = 2;  // without and with a residual
+constexpr int BACKWARD_THREADS = 512;  // up to 128 registers
+constexpr int BACKWARD_KEPT = 4;
 
 // x + residual as it is stored, which is what the norm is of.
 template <class T, int N>
@@ -54,8 +50,8 @@ __device__ Vec<T, N> normalised(const RmsNorm& args, const Vec<T, N>& x, float r
 }
 
 // FAR: rows may be longer than what the threads keep.
-template <class T, int N, int KEPT, bool FAR, int MOST = FORWARD_THREADS, int LEAST = 1, bool ONCE = false>
-__global__ void __launch_bounds__(MOST, LEAST) forward_kernel(const RmsNorm args, int64_t rows) {
+template <class T, int N, int KEPT, bool FAR>
+__global__ void __launch_bounds__(FORWARD_THREADS) forward_kernel(const RmsNorm args, int64_t rows) {
   __shared__ float shared[32];
   const int vectors = static_cast<int>(args.width / N);
   const int threads = blockDim.x, lane = threadIdx.x;
@@ -76,17 +72,17 @@ __global__ void __launch_bounds__(MOST, LEAST) forward_kernel(const RmsNorm args
     float total = 0.0f;
 #pragma unroll
     for (int i = 0; i < KEPT; ++i)
-      if (lane + i * threads < mine) cached[i] = load_once<N, ONCE>(x + (lane + i * threads) * N);
+      if (lane + i * threads < mine) cached[i] = load<N>(x + (lane + i * threads) * N);
     if (residual != nullptr) {
       Vec<T, N> more[KEPT];
 #pragma unroll
       for (int i = 0; i < KEPT; ++i)
-        if (lane + i * threads < mine) more[i] = load_once<N, ONCE>(residual + (lane + i * threads) * N);
+        if (lane + i * threads < mine) more[i] = load<N>(residual + (lane + i * threads) * N);
 #pragma unroll
       for (int i = 0; i < KEPT; ++i) {
         if (lane + i * threads < mine) {
           cached[i] = added(cached[i], more[i]);
-          store_once<ONCE>(sum + (lane + i * threads) * N, cached[i]);
+          store_whole(sum + (lane + i * threads) * N, cached[i]);
         }
       }
     }
@@ -97,7 +93,7 @@ __global__ void __launch_bounds__(MOST, LEAST) forward_kernel(const RmsNorm args
       Vec<T, N> values = load<N>(x + at * N);
       if (residual != nullptr) {
         values = added(values, load<N>(residual + at * N));
-        store(sum + at * N, values);
+        store_whole(sum + at * N, values);
       }
       total += squares(values);
     }
@@ -109,14 +105,14 @@ __global__ void __launch_bounds__(MOST, LEAST) forward_kernel(const RmsNorm args
     for (int i = 0; i < KEPT; ++i) {
       const int column = (lane + i * threads) * N;
       if (lane + i * threads < mine)
-        store_once<ONCE>(y + column, normalised(args, cached[i], rstd,
+        store_whole(y + column, normalised(args, cached[i], rstd,
                                      load_any<N>(args.weight, args.weight_type, column)));
     }
     // What this thread wrote to `sum` it may read again; nobody else's.
     const T* again = residual != nullptr ? sum : x;
     for (int at = lane + KEPT * threads; FAR && at < mine; at += threads) {
       const auto far = load_any<N>(args.weight, args.weight_type, at * N);
-      store(y + at * N, normalised(args, load<N>(again + at * N), rstd, far));
+      store_whole(y + at * N, normalised(args, load<N>(again + at * N), rstd, far));
     }
   }
 }
@@ -128,32 +124,6 @@ __device__ Vec<float, N> factors(const RmsNormBackward& args, int column) {
 #pragma unroll
   for (int i = 0; i < N; ++i) result.at[i] += args.offset;
   return result;
-}
-
-// What a thread has of a row.
-template <class T, int N, int KEPT>
-struct Part {
-  Vec<T, N> x[KEPT], grad[KEPT];
-  float rstd;
-};
-
-// mine: vectors of the row, 0 of one that is not there.
-template <class T, int N, int KEPT>
-__device__ void fetch(const RmsNormBackward& args, int64_t row, int mine, Part<T, N, KEPT>& part) {
-  part.rstd = 0.0f;
-  if (mine == 0) return;
-  const int threads = blockDim.x, lane = threadIdx.x;
-  const T* x = static_cast<const T*>(args.x) + offset_of(args.rows, row);
-  const T* grad = static_cast<const T*>(args.grad) + row * args.width;
-  part.rstd = args.rstd[row];
-#pragma unroll
-  for (int i = 0; i < KEPT; ++i) {
-    const int at = lane + i * threads;
-    if (at < mine) {
-      part.x[i] = load<N>(x + at * N);
-      part.grad[i] = load<N>(grad + at * N);
-    }
-  }
 }
 
 // grad_x = rstd * (g - h * mean(g * h)) + more, with h = x * rstd and g = grad * factor.
@@ -188,7 +158,7 @@ __device__ float far_total(const RmsNormBackward& args, int64_t row, int first, 
   return total;
 }
 
-// Their gradients. The sums for the weight do not fit into registers; the thread has them for itself in the block's row.
+// Their gradients. The sums for the weight do not fit into registers; the thread has them to itself in the row of the block.
 template <class T, int N, bool MORE>
 __device__ void far_grads(const RmsNormBackward& args, int64_t row, int first, int mine, float rstd, float mean,
                           float* partial, bool begun) {
@@ -199,7 +169,7 @@ __device__ void far_grads(const RmsNormBackward& args, int64_t row, int first, i
     const auto far_x = load<N>(x + at * N), far_grad = load<N>(static_cast<const T*>(args.grad) + begin + at * N);
     Vec<T, N> more;
     if constexpr (MORE) more = load<N>(static_cast<const T*>(args.grad_sum) + begin + at * N);
-    store(static_cast<T*>(args.grad_x) + begin + at * N,
+    store_whole(static_cast<T*>(args.grad_x) + begin + at * N,
           input_grad<T, N, MORE>(far_grad, far_x, more, factors<N>(args, at * N), rstd, mean));
     if (partial == nullptr) continue;
     const auto wide_x = widen(far_x), wide_grad = widen(far_grad);
@@ -212,69 +182,77 @@ __device__ void far_grads(const RmsNormBackward& args, int64_t row, int first, i
 }
 
 // Each block takes every gridDim.x-th group of rows and leaves its sum of grad * h in one row of `partials`.
-// AHEAD: the next row is read before this one is worked on, and the weight is kept; for rows that threads keep. LEAST: blocks of a multiprocessor.
-template <class T, int N, int KEPT, int MOST, bool AHEAD, bool MORE, int LEAST = 1>
-__global__ void __launch_bounds__(MOST, LEAST) backward_kernel(const RmsNormBackward args, int64_t rows) {
+// HELD: the weight has the type of the rows and stays in registers; for rows that threads keep.
+template <class T, int N, int KEPT, bool MORE, bool HELD>
+__global__ void __launch_bounds__(BACKWARD_THREADS) backward_kernel(const RmsNormBackward args, int64_t rows) {
   __shared__ float shared[2][32];
   extern __shared__ float of_groups[];  // [blockDim.y, width] where a block has several rows
   const int vectors = static_cast<int>(args.width / N);
   const int threads = blockDim.x, lane = threadIdx.x;
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.y;
   float* partial = args.partials == nullptr ? nullptr : args.partials + blockIdx.x * args.width;
-  Vec<float, N> sums[KEPT], factor[KEPT];
+  Vec<float, N> sums[KEPT];
+  Vec<T, N> held[HELD ? KEPT : 1];
 #pragma unroll
   for (int i = 0; i < KEPT; ++i) {
 #pragma unroll
     for (int j = 0; j < N; ++j) sums[i].at[j] = 0.0f;
-    if (AHEAD && lane + i * threads < vectors) factor[i] = factors<N>(args, (lane + i * threads) * N);
+    if constexpr (HELD) {
+      const int at = lane + i * threads;
+      if (at < vectors) held[i] = load<N>(static_cast<const T*>(args.weight) + at * N);
+    }
   }
+  const auto factor_of = [&](int i) {
+    if constexpr (!HELD) return factors<N>(args, (lane + i * threads) * N);
+    Vec<float, N> result = widen(held[HELD ? i : 0]);
+#pragma unroll
+    for (int j = 0; j < N; ++j) result.at[j] += args.offset;
+    return result;
+  };
 
   int turn = 0;
-  Part<T, N, KEPT> next;
   int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
-  if constexpr (AHEAD) fetch(args, row, row < rows ? vectors : 0, next);
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y; first < rows; first += step, row += step) {
     const int mine = row < rows ? vectors : 0;
-    Part<T, N, KEPT> part;
-    if constexpr (AHEAD) {
-      part = next;
-      fetch(args, row + step, row + step < rows ? vectors : 0, next);
-    } else {
-      fetch(args, row, mine, part);
+    const T* x = static_cast<const T*>(args.x) + offset_of(args.rows, mine > 0 ? row : 0);
+    const T* grad = static_cast<const T*>(args.grad) + row * args.width;
+    Vec<T, N> near_x[KEPT], near_grad[KEPT], more[MORE ? KEPT : 1];
+#pragma unroll
+    for (int i = 0; i < KEPT; ++i) {
+      const int at = lane + i * threads;
+      if (at < mine) near_x[i] = load<N>(x + at * N), near_grad[i] = load<N>(grad + at * N);
     }
-    Vec<T, N> more[MORE ? KEPT : 1];
     if constexpr (MORE) {
 #pragma unroll
-      for (int i = 0; i < KEPT; ++i)
-        if (lane + i * threads < mine)
-          more[i] = load<N>(static_cast<const T*>(args.grad_sum) + row * args.width + (lane + i * threads) * N);
+      for (int i = 0; i < KEPT; ++i) {
+        const int at = lane + i * threads;
+        if (at < mine) more[i] = load<N>(static_cast<const T*>(args.grad_sum) + row * args.width + at * N);
+      }
     }
-    const float rstd = part.rstd;
+    const float rstd = mine > 0 ? args.rstd[row] : 0.0f;
     float total = 0.0f;
 #pragma unroll
     for (int i = 0; i < KEPT; ++i) {
       if (lane + i * threads < mine) {
-        if constexpr (!AHEAD) factor[i] = factors<N>(args, (lane + i * threads) * N);
-        const auto wide_x = widen(part.x[i]), wide_grad = widen(part.grad[i]);
+        const auto factor = factor_of(i), wide_x = widen(near_x[i]), wide_grad = widen(near_grad[i]);
 #pragma unroll
         for (int j = 0; j < N; ++j) {
           const float product = wide_grad.at[j] * (wide_x.at[j] * rstd);
           sums[i].at[j] += product;
-          total += product * factor[i].at[j];
+          total += product * factor.at[j];
         }
       }
     }
-    if constexpr (!AHEAD) total += far_total<T, N>(args, row, lane + KEPT * threads, mine, rstd);
+    if constexpr (!HELD) total += far_total<T, N>(args, row, lane + KEPT * threads, mine, rstd);
     const float mean = row_sum<true>(total, threads, shared[turn % 2]) / static_cast<float>(args.width);
 #pragma unroll
     for (int i = 0; i < KEPT; ++i) {
-      const int column = (lane + i * threads) * N;
-      if (lane + i * threads >= mine) continue;
-      if constexpr (!AHEAD) factor[i] = factors<N>(args, column);  // again: no registers for it in between
-      store(static_cast<T*>(args.grad_x) + row * args.width + column,
-            input_grad<T, N, MORE>(part.grad[i], part.x[i], more[MORE ? i : 0], factor[i], rstd, mean));
+      const int at = lane + i * threads;
+      if (at >= mine) continue;
+      store_whole(static_cast<T*>(args.grad_x) + row * args.width + at * N,
+            input_grad<T, N, MORE>(near_grad[i], near_x[i], more[MORE ? i : 0], factor_of(i), rstd, mean));
     }
-    if constexpr (!AHEAD)
+    if constexpr (!HELD)
       far_grads<T, N, MORE>(args, row, lane + KEPT * threads, mine, rstd, mean, partial, turn > 0);
     ++turn;
   }
@@ -324,7 +302,7 @@ __global__ void __launch_bounds__(COLUMNS * SLICES) columns_kernel(const float* 
 struct Shape {
   int elements;  // of a vector
   dim3 block;    // threads of a row, rows of a block
-  bool whole;    // the kernel for rows that threads keep
+  bool whole;    // threads keep all of a row
 };
 
 // For `kept` vectors a thread.
@@ -343,8 +321,9 @@ Shape forward_shape(const RmsNorm& args) {
                        aligned({args.x, args.residual, args.sum, args.weight, args.y});
   const int elements = vectors ? step : 1;
   const int64_t count = args.width / elements;
-  const bool whole = vectors && count <= FORWARD_THREADS * FORWARD_KEPT;
-  return {elements, block_of(count, whole ? FORWARD_KEPT : FORWARD_LONG_KEPT, FORWARD_THREADS), whole};
+  const int kept = vectors && args.residual != nullptr ? FORWARD_SUM_KEPT : FORWARD_KEPT;
+  const bool whole = vectors && count <= FORWARD_THREADS * kept;
+  return {elements, block_of(count, whole || !vectors ? kept : FORWARD_SUM_KEPT, FORWARD_THREADS), whole};
 }
 
 Shape backward_shape(const RmsNormBackward& args) {
@@ -353,20 +332,20 @@ Shape backward_shape(const RmsNormBackward& args) {
                        aligned({args.grad, args.x, args.grad_sum, args.weight, args.grad_x});
   const int elements = vectors ? step : 1;
   const int64_t count = args.width / elements;
-  if (vectors && count <= AHEAD_THREADS * AHEAD_KEPT) return {elements, block_of(count, AHEAD_KEPT, AHEAD_THREADS), true};
-  return {elements, block_of(count, LONG_KEPT, LONG_THREADS), false};
+  return {elements, block_of(count, BACKWARD_KEPT, BACKWARD_THREADS), count <= BACKWARD_THREADS * BACKWARD_KEPT};
 }
 
 template <class T, bool MORE>
 void launch_backward(const Shape& shape, const RmsNormBackward& args, int64_t rows, unsigned blocks, Stream stream) {
   constexpr int N = 16 / sizeof(T);
   const size_t shared = shape.block.y == 1 ? 0 : shape.block.y * args.width * sizeof(float);
+  const auto run = [&](auto kernel) { kernel<<<blocks, shape.block, shared, stream>>>(args, rows); };
   if (shape.elements == 1) {
-    backward_kernel<T, 1, LONG_KEPT, LONG_THREADS, false, MORE><<<blocks, shape.block, shared, stream>>>(args, rows);
-  } else if (shape.whole) {
-    backward_kernel<T, N, AHEAD_KEPT, AHEAD_THREADS, true, MORE><<<blocks, shape.block, shared, stream>>>(args, rows);
+    run(backward_kernel<T, 1, BACKWARD_KEPT, MORE, false>);
+  } else if (!MORE && shape.whole && args.weight_type == args.type) {
+    run(backward_kernel<T, N, BACKWARD_KEPT, false, true>);  // with more to hold, there are no registers for it
   } else {
-    backward_kernel<T, N, LONG_KEPT, LONG_THREADS, false, MORE><<<blocks, shape.block, shared, stream>>>(args, rows);
+    run(backward_kernel<T, N, BACKWARD_KEPT, MORE, false>);
   }
 }
 
@@ -384,11 +363,13 @@ int rms_norm(const RmsNorm& given, Stream stream) {
     const unsigned blocks = grid(rows, shape.block.y);
     constexpr int N = 16 / sizeof(T);
     if (shape.elements == 1) {
-      forward_kernel<T, 1, FORWARD_LONG_KEPT, true><<<blocks, shape.block, 0, stream>>>(args, rows);
-    } else if (shape.whole) {
+      forward_kernel<T, 1, FORWARD_KEPT, true><<<blocks, shape.block, 0, stream>>>(args, rows);
+    } else if (shape.whole && args.residual == nullptr) {
       forward_kernel<T, N, FORWARD_KEPT, false><<<blocks, shape.block, 0, stream>>>(args, rows);
+    } else if (shape.whole) {
+      forward_kernel<T, N, FORWARD_SUM_KEPT, false><<<blocks, shape.block, 0, stream>>>(args, rows);
     } else {
-      forward_kernel<T, N, FORWARD_LONG_KEPT, true><<<blocks, shape.block, 0, stream>>>(args, rows);
+      forward_kernel<T, N, FORWARD_SUM_KEPT, true><<<blocks, shape.block, 0, stream>>>(args, rows);
     }
   });
   return launched();
@@ -397,8 +378,7 @@ int rms_norm(const RmsNorm& given, Stream stream) {
 int64_t rms_norm_partials(const RmsNormBackward& args) {
   const Shape shape = backward_shape(args);
   // As many blocks as are at work at the same time: a multiprocessor has registers for so many threads.
-  const int most = shape.whole ? AHEAD_THREADS : LONG_THREADS;
-  const int64_t each = std::max<int64_t>(1, most / (shape.block.x * shape.block.y));
+  const int64_t each = std::max<int64_t>(1, BACKWARD_THREADS / (shape.block.x * shape.block.y));
   const int64_t groups = (count(args.rows) + shape.block.y - 1) / shape.block.y;
   return std::min<int64_t>(groups, multiprocessors() * each);
 }

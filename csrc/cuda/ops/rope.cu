@@ -8,10 +8,10 @@ namespace megatune::cuda {
 namespace {
 
 constexpr int THREADS = 256;
-constexpr int HEADS = 4;  // that a thread has on their way
+constexpr int HEADS = 2;  // that a thread has on their way
 
-// threadIdx.x: columns, .y: heads, .z: tokens. The angles of a thread's columns are loaded once for all of its heads, of
-// which it reads HEADS before it writes any.
+// threadIdx.x: columns, .y: heads, .z: tokens. The angles of a thread's columns are loaded once for all of its heads,
+// of which it reads HEADS before it writes any.
 template <class T, int N, int HEADS>
 __global__ void __launch_bounds__(THREADS) rope_kernel(const Rope args) {
   const int heads = static_cast<int>(args.rows.size[1] * args.rows.size[2]);
@@ -48,8 +48,8 @@ __global__ void __launch_bounds__(THREADS) rope_kernel(const Rope args) {
             high.at[j] = two.at[j] * cos.at[j] + one.at[j] * (sign * sin.at[j]);
           }
           T* to = y + head * args.width + column;
-          store(to, narrow<T>(low));
-          store(to + args.half, narrow<T>(high));
+          store_whole(to, narrow<T>(low));
+          store_whole(to + args.half, narrow<T>(high));
         }
       }
     }
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(THREADS) rope_kernel(const Rope args) {
     for (int64_t column = 2 * args.half + static_cast<int64_t>(threadIdx.x) * N; column < args.width;
          column += blockDim.x * N) {
       for (int head = threadIdx.y; head < heads; head += blockDim.y)
-        store(y + head * args.width + column, load<N>(head_of(token, head) + column));
+        store_whole(y + head * args.width + column, load<N>(head_of(token, head) + column));
     }
   }
 }
