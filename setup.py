@@ -170,6 +170,9 @@ class BuildWhatWorks(build_ext):
         if any(source.endswith(".cu") for source in sources):
             # cudart comes in statically, so that the machine needs a driver and no toolkit.
             link = [nvcc(), *host_compiler(), "-shared", "-cudart", "static", "-Xlinker", "--no-undefined"]
+            # Some nvcc link with -static-libstdc++. Two C++ libraries in one process crash where a kernel refuses its
+            # arguments (one's streams with the other's locales): the shared one, named first, is the only one then.
+            libraries.append("-lstdc++")
         else:
             link = [compiler(), "-shared"]
         command = [*link, *map(str, objects), *libraries]
