@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatune.ops.checks import accumulate_dtype
-from megatune.ops.registry import Body, add_op, compiled_body, cpu_body, cuda_body, define, fuse
+from megatune.ops.registry import Body, add_op, compiled_body, cpu_body, cuda_body, define, fuse, nothing
 
 IGNORED = -100  # the label that has no loss, as in PyTorch
 OPTIONS = f"Tensor? weights=None, float z_loss=0.0, float smoothing=0.0, int ignore={IGNORED}"
@@ -227,21 +227,6 @@ def _fake_sums(
     return logits.new_empty((labels.shape[0], 4 if with_sum else 3), dtype=accumulate_dtype(logits.dtype))
 
 
-def _fake_grad(
-    logits: Tensor,
-    labels: Tensor,
-    first: int,
-    size: int,
-    softcap: float,
-    log_sum: Tensor,
-    weights: Tensor | None = None,
-    z_loss: float = 0.0,
-    smoothing: float = 0.0,
-    ignore: int = IGNORED,
-) -> None:
-    return None
-
-
 _SUMS = define(
     "cross_entropy_sums(Tensor logits, Tensor labels, int first, int size, float softcap, bool with_sum=False, "
     f"int ignore={IGNORED}) -> Tensor",
@@ -252,7 +237,7 @@ _GRAD = define(
     "cross_entropy_grad(Tensor(a!) logits, Tensor labels, int first, int size, float softcap, Tensor log_sum, "
     f"{OPTIONS}) -> ()",
     _split_grad,
-    _fake_grad,
+    nothing,
 )
 SPLIT_OP = add_op(
     "split_cross_entropy",

@@ -35,7 +35,7 @@ from megatune.ops.registry import (
     OPS,
     Body,
     add_op,
-    cuda_problem,
+    cuda_body,
     define,
     fuse,
     inductor_problem,
@@ -252,7 +252,7 @@ def _compiled_problem() -> str | None:
 def _bodies(operator: object, compiled: object, reference: object) -> list[Body]:
     # Here the compiled kernels stand first: what torch.compile makes of two layouts reads the matrix once for each.
     return [
-        Body("cuda", (operator,), ("cuda",), CUDA_DTYPES, problem=cuda_problem),
+        cuda_body(operator),
         Body("compiled", (compiled,), ("cuda",), problem=_compiled_problem),
         Body("reference", (reference,)),
     ]

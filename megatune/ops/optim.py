@@ -14,7 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from megatune.ops.registry import LOW_AND_SINGLE, Body, add_op, cpu_body, cuda_body, define
+from megatune.ops.registry import LOW_AND_SINGLE, Body, add_op, cpu_body, cuda_body, define, nothing
 
 BLOCK = 256  # elements that share one scale in 8-bit states
 _PIECE = 2**20  # elements that the reference has in fp32 at a time
@@ -190,26 +190,22 @@ def _two(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0].new_empty(2, dtype=torch.float64)
 
 
-def _nothing(*args: object) -> None:
-    return None
-
-
 _ADAMW = define(
     "adamw_(Tensor(a!)[] masters, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
     + f"{_LISTS}, {_ADAM}) -> ()",
     _adamw_reference,
-    _nothing,
+    nothing,
 )
 _LION = define(
     f"lion_(Tensor(a!)[] masters, Tensor(b!)[] exp_avgs, {_LISTS}, float beta1, float beta2) -> ()",
     _lion_reference,
-    _nothing,
+    nothing,
 )
 _ADAMW_8BIT = define(
     "adamw_8bit_(Tensor(a!)[] masters, Tensor(b!)[] exp_avg_codes, Tensor(c!)[] exp_avg_scales, "
     f"Tensor(d!)[] exp_avg_sq_codes, Tensor(e!)[] exp_avg_sq_scales, {_LISTS}, {_ADAM}) -> ()",
     _adamw_8bit_reference,
-    _nothing,
+    nothing,
 )
 _SQUARE_SUM = define("square_sum(Tensor[] tensors) -> Tensor", _square_sum_reference, _two)
 _OP_NORM = add_op(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatune.ops.optim import _PIECE, _adamw_reference, check_lists
-from megatune.ops.registry import Body, add_op, cpu_body, cuda_body, define
+from megatune.ops.registry import Body, add_op, cpu_body, cuda_body, define, nothing
 
 _WORD = 2**32 - 1
 _BF16 = (torch.bfloat16,)
@@ -91,7 +91,7 @@ _ADAMW_BF16 = define(
     "adamw_bf16_(Tensor(a!)[] masters, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor[] grads, Tensor scale, "
     "float[] decays, int[] keys, int[] firsts, float lr, float beta1, float beta2, float eps, int step) -> ()",
     _reference,
-    lambda *_: None,
+    nothing,
 )
 _OP = add_op("adamw_bf16", [cpu_body(_ADAMW_BF16), cuda_body(_ADAMW_BF16), Body("reference", (_reference,))])
 

@@ -103,6 +103,10 @@ def add_op(name: str, bodies: Sequence[Body]) -> Op:
     return OPS[name]
 
 
+def nothing(*args: object, **more: object) -> None:
+    """The fake of operators that only write into their arguments."""
+
+
 def define(schema: str, reference: Callable, fake: Callable) -> Any:
     """Defines the operator megatune::<schema>, computed by `reference` until a library adds a kernel; returns it."""
     name = LIBRARY.define(schema)
@@ -124,8 +128,8 @@ def compiled_body(*run: Callable) -> Body:
 def cuda_body(*run: Any) -> Body:
     """The compiled CUDA kernels as a body: `run` are operators made with `define`.
 
-    An op lists it before "compiled" once a committed result of benchmarks/ops.py shows that it is the faster one; until
-    then it runs only where `ops.backend` asks for it.
+    An op lists it before "compiled" once it has been measured to be the faster one; until then it runs only where
+    `ops.backend` asks for it.
     """
     return Body("cuda", run, ("cuda",), CUDA_DTYPES, problem=cuda_problem)
 

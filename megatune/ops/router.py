@@ -141,13 +141,11 @@ _BACKWARD = define(
     _reference_backward,
     _fake_backward,
 )
-_TORCH = _reference, _reference_backward
 _OP = add_op(
     "router",
     [
         Body("cuda", (_FORWARD, _BACKWARD), ("cuda",), (torch.float32,), problem=cuda_problem),
-        Body("torch", _TORCH, ("cuda",)),
-        Body("reference", _TORCH),
+        Body("reference", (_reference, _reference_backward)),
     ],
 )
 
