@@ -91,6 +91,10 @@ def test_the_automatic_choice_is_packed_attention_and_fused_kernels() -> None:
     assert chosen["attention"] == "varlen"
     assert chosen["attention_block"] == "flash"
     assert chosen["grouped_linear"] == "grouped_mm"
+    single = ops.chosen("cuda", torch.float32)
     for op, body in chosen.items():
-        fused = {"compiled", "cuda"} & set(ops.OPS[op].bodies)
+        bodies = ops.OPS[op].bodies
+        fused = {"compiled", "cuda"} & set(bodies)
+        if all(torch.bfloat16 not in (bodies[name].dtypes or (torch.bfloat16,)) for name in fused):
+            body = single[op]  # the router's scores are float32
         assert not fused or body in {*fused, "torch"}, f"{op}: {body}"
