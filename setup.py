@@ -170,11 +170,11 @@ class BuildWhatWorks(build_ext):
         if any(source.endswith(".cu") for source in sources):
             # cudart comes in statically, so that the machine needs a driver and no toolkit.
             link = [nvcc(), *host_compiler(), "-shared", "-cudart", "static", "-Xlinker", "--no-undefined"]
-            # Some nvcc link with -static-libstdc++. Two C++ libraries in one process crash where a kernel refuses its
-            # arguments (one's streams with the other's locales): the shared one, named first, is the only one then.
-            libraries.append("-lstdc++")
         else:
             link = [compiler(), "-shared"]
+        # Some toolchains have the C++ library as an archive alone. Its symbols must not be seen from outside: half of
+        # them would be bound to the process's own C++ library, and a refused argument would crash.
+        link += ["-Xlinker", "--exclude-libs=ALL"]
         command = [*link, *map(str, objects), *libraries]
         if target.exists() and up_to_date(target, command, objects, folder / "link.cmd"):
             return
