@@ -1,94 +1,37 @@
 // The optimizers' CPU kernels as implementations of the ops that megatune/ops/optim.py defines, through torch's stable
 // ABI.
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <algorithm>
-#include <cmath>
 #include <numeric>
-#include <string>
 #include <type_traits>
-#include <vector>
 
 #include "megatune/codes.h"
 #include "megatune/cpu_optim.h"
+#include "optim_lists.h"
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-namespace codes = megatune::codes;
-namespace cpu = megatune::cpu;
-
+namespace megatune::bind {
 namespace {
-
-using Tensors = std::vector<Tensor>;
 
 constexpr int64_t GRAIN = 16384;            // elements that are worth a thread of their own
 constexpr int64_t BEYOND_CACHES = 1 << 22;  // elements: 64 MiB of masters, moments and gradients
 
-// The lists of one call: all as long as `masters`, their tensors as large.
-class Lists {
- public:
-  Lists(const char* op, const Tensors& masters, const Tensor& scale, const std::vector<double>& decays)
-      : op_(op), masters_(masters) {
-    check(decays.size() == masters.size(), "the lists must be equally long");
-    check(scale.numel() == 1 && scale.scalar_type() == ScalarType::Float, "scale must be one float32");
-  }
+int64_t elements(const Tensors& masters) {
+  int64_t sum = 0;
+  for (const Tensor& master : masters) sum += master.numel();
+  return sum;
+}
 
-  void check(bool good, const char* what) const { STD_TORCH_CHECK(good, "megatune::", op_, ": ", what); }
-
-  // `each`: elements of the master that have one of the state's.
-  void states(const Tensors& list, ScalarType type, const char* what, int64_t each = 1) const {
-    check(list.size() == masters_.size(), "the lists must be equally long");
-    for (size_t i = 0; i < list.size(); ++i) {
-      check(list[i].scalar_type() == type && list[i].is_contiguous(), what);
-      check(list[i].numel() == (masters_[i].numel() + each - 1) / each, "states must be as large as their masters");
-    }
-  }
-
-  void values(const Tensors& list, bool may_be_empty) const {
-    check(list.size() == masters_.size(), "the lists must be equally long");
-    for (size_t i = 0; i < list.size(); ++i) {
-      const ScalarType type = list[i].scalar_type();
-      check(type == ScalarType::Float || type == ScalarType::BFloat16, "grads and weights must be float32 or bfloat16");
-      check(list[i].is_contiguous(), "grads and weights must be contiguous");
-      check(list[i].numel() == masters_[i].numel() || (may_be_empty && list[i].numel() == 0),
-            "each grad and weight must be as large as its master");
-    }
-  }
-
-  int64_t elements() const {
-    int64_t sum = 0;
-    for (const Tensor& master : masters_) sum += master.numel();
-    return sum;
-  }
-
-  // Shares out all tensors, in units of `each` elements: run(tensor, first unit, last unit).
-  template <class Run>
-  void parallel(int64_t each, Run&& run) const {
-    const size_t count = masters_.size();
-    std::vector<int64_t> starts(count + 1, 0);
-    for (size_t i = 0; i < count; ++i) starts[i + 1] = starts[i] + (masters_[i].numel() + each - 1) / each;
-    torch::stable::parallel_for(0, starts[count], GRAIN / each, [&](int64_t first, int64_t last) {
-      const auto after = std::upper_bound(starts.begin(), starts.end(), first);
-      for (size_t i = static_cast<size_t>(after - starts.begin()) - 1; i < count && starts[i] < last; ++i)
-        run(i, std::max(first, starts[i]) - starts[i], std::min(last, starts[i + 1]) - starts[i]);
-    });
-  }
-
- private:
-  const char* op_;
-  const Tensors& masters_;
-};
-
-constexpr const char* STATE = "masters and moments must be contiguous float32";
-
-bool is_low(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::BFloat16; }
-
-template <class T>
-T* pointer(const Tensor& tensor) {
-  return tensor.numel() == 0 ? nullptr : static_cast<T*>(tensor.mutable_data_ptr());
+// Shares out all tensors, in units of `each` elements: run(tensor, first unit, last unit).
+template <class Run>
+void parallel(const Tensors& masters, int64_t each, Run&& run) {
+  const size_t count = masters.size();
+  std::vector<int64_t> starts(count + 1, 0);
+  for (size_t i = 0; i < count; ++i) starts[i + 1] = starts[i] + (masters[i].numel() + each - 1) / each;
+  torch::stable::parallel_for(0, starts[count], GRAIN / each, [&](int64_t first, int64_t last) {
+    const auto after = std::upper_bound(starts.begin(), starts.end(), first);
+    for (size_t i = static_cast<size_t>(after - starts.begin()) - 1; i < count && starts[i] < last; ++i)
+      run(i, std::max(first, starts[i]) - starts[i], std::min(last, starts[i + 1]) - starts[i]);
+  });
 }
 
 // Calls body(null pointer of the gradient's type, null pointer of the weight's type).
@@ -106,23 +49,18 @@ void with_types(const Tensor& grad, const Tensor& weight, Body&& body) {
 template <class T>
 using element = std::remove_pointer_t<std::remove_const_t<T>>;
 
-float factor(const Tensor& scale) { return *static_cast<const float*>(scale.const_data_ptr()); }
-
-float kept(double lr, double decay) { return static_cast<float>(1.0 - lr * decay); }
-
 // Without `keep`, which is each tensor's.
 cpu::AdamWStep adamw_step(const Tensor& scale, double lr, double beta1, double beta2, double eps, int64_t number,
                           bool stream) {
-  const double steps = static_cast<double>(number);
-  return {factor(scale),
+  return {*floats(scale),
           1.0f,
           static_cast<float>(beta1),
           static_cast<float>(1.0 - beta1),
           static_cast<float>(beta2),
           static_cast<float>(1.0 - beta2),
           static_cast<float>(eps),
-          static_cast<float>(lr / (1.0 - std::pow(beta1, steps))),
-          static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(beta2, steps))),
+          step_size(lr, beta1, number),
+          root_factor(beta2, number),
           stream};
 }
 
@@ -132,16 +70,17 @@ void adamw(Tensors masters, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors grads
   for (const Tensors* list : {&masters, &exp_avgs, &exp_avg_sqs}) lists.states(*list, ScalarType::Float, STATE);
   lists.values(grads, false);
   lists.values(weights, true);
-  const bool stream = lists.elements() > BEYOND_CACHES;
+  const bool stream = elements(masters) > BEYOND_CACHES;
   const cpu::AdamWStep common = adamw_step(scale, lr, beta1, beta2, eps, number, stream);
-  lists.parallel(1, [&](size_t i, int64_t begin, int64_t end) {
+  parallel(masters, 1, [&](size_t i, int64_t begin, int64_t end) {
     cpu::AdamWStep step = common;
     step.keep = kept(lr, decays[i]);
     with_types(grads[i], weights[i], [&](auto* grad, auto* weight) {
       using G = element<decltype(grad)>;
       using W = element<decltype(weight)>;
       const cpu::AdamW<G, W> args{pointer<float>(masters[i]), pointer<float>(exp_avgs[i]),
-                                  pointer<float>(exp_avg_sqs[i]), static_cast<const G*>(grads[i].const_data_ptr()), pointer<W>(weights[i]), step};
+                                  pointer<float>(exp_avg_sqs[i]), static_cast<const G*>(grads[i].const_data_ptr()),
+                                  pointer<W>(weights[i]), step};
       cpu::adamw(args, begin, end);
     });
   });
@@ -154,10 +93,11 @@ void adamw_bf16(Tensors masters, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors 
   lists.states(masters, ScalarType::BFloat16, "masters must be contiguous bfloat16");
   for (const Tensors* list : {&exp_avgs, &exp_avg_sqs}) lists.states(*list, ScalarType::Float, STATE);
   lists.values(grads, false);
-  lists.check(keys.size() == masters.size() && firsts.size() == masters.size(), "the lists must be equally long");
+  lists.as_long(keys);
+  lists.as_long(firsts);
   for (int64_t first : firsts) lists.check(first >= 0, "firsts must not be negative");
   const cpu::AdamWStep common = adamw_step(scale, lr, beta1, beta2, eps, number, false);
-  lists.parallel(1, [&](size_t i, int64_t begin, int64_t end) {
+  parallel(masters, 1, [&](size_t i, int64_t begin, int64_t end) {
     cpu::AdamWStep step = common;
     step.keep = kept(lr, decays[i]);
     with_types(grads[i], grads[i], [&](auto* grad, auto*) {
@@ -187,16 +127,20 @@ void adamw_8bit(Tensors masters, Tensors exp_avg_codes, Tensors exp_avg_scales, 
   lists.values(grads, false);
   lists.values(weights, true);
   const cpu::AdamWStep common = adamw_step(scale, lr, beta1, beta2, eps, number, false);
-  lists.parallel(codes::BLOCK, [&](size_t i, int64_t begin, int64_t end) {
+  parallel(masters, codes::BLOCK, [&](size_t i, int64_t begin, int64_t end) {
     cpu::AdamWStep step = common;
     step.keep = kept(lr, decays[i]);
     with_types(grads[i], weights[i], [&](auto* grad, auto* weight) {
       using G = element<decltype(grad)>;
       using W = element<decltype(weight)>;
-      const cpu::AdamW8bit<G, W> args{pointer<float>(masters[i]),          pointer<uint8_t>(exp_avg_codes[i]),
-                                      pointer<float>(exp_avg_scales[i]),    pointer<uint8_t>(exp_avg_sq_codes[i]),
-                                      pointer<float>(exp_avg_sq_scales[i]), static_cast<const G*>(grads[i].const_data_ptr()),
-                                      pointer<W>(weights[i]),               masters[i].numel(),
+      const cpu::AdamW8bit<G, W> args{pointer<float>(masters[i]),
+                                      pointer<uint8_t>(exp_avg_codes[i]),
+                                      pointer<float>(exp_avg_scales[i]),
+                                      pointer<uint8_t>(exp_avg_sq_codes[i]),
+                                      pointer<float>(exp_avg_sq_scales[i]),
+                                      static_cast<const G*>(grads[i].const_data_ptr()),
+                                      pointer<W>(weights[i]),
+                                      masters[i].numel(),
                                       step};
       cpu::adamw_8bit(args, begin, end);
     });
@@ -209,7 +153,7 @@ void lion(Tensors masters, Tensors exp_avgs, Tensors grads, Tensors weights, Ten
   for (const Tensors* list : {&masters, &exp_avgs}) lists.states(*list, ScalarType::Float, STATE);
   lists.values(grads, false);
   lists.values(weights, true);
-  lists.parallel(1, [&](size_t i, int64_t begin, int64_t end) {
+  parallel(masters, 1, [&](size_t i, int64_t begin, int64_t end) {
     with_types(grads[i], weights[i], [&](auto* grad, auto* weight) {
       using G = element<decltype(grad)>;
       using W = element<decltype(weight)>;
@@ -217,7 +161,7 @@ void lion(Tensors masters, Tensors exp_avgs, Tensors grads, Tensors weights, Ten
                                  pointer<float>(exp_avgs[i]),
                                  static_cast<const G*>(grads[i].const_data_ptr()),
                                  pointer<W>(weights[i]),
-                                 factor(scale),
+                                 *floats(scale),
                                  kept(lr, decays[i]),
                                  static_cast<float>(beta1),
                                  static_cast<float>(1.0 - beta1),
@@ -259,11 +203,12 @@ Tensor square_sum(std::vector<Tensor> tensors) {
 }
 
 }  // namespace
+}  // namespace megatune::bind
 
 STABLE_TORCH_LIBRARY_IMPL(megatune, CPU, m) {
-  m.impl("adamw_", TORCH_BOX(&adamw));
-  m.impl("square_sum", TORCH_BOX(&square_sum));
-  m.impl("adamw_bf16_", TORCH_BOX(&adamw_bf16));
-  m.impl("adamw_8bit_", TORCH_BOX(&adamw_8bit));
-  m.impl("lion_", TORCH_BOX(&lion));
+  m.impl("adamw_", TORCH_BOX(&megatune::bind::adamw));
+  m.impl("square_sum", TORCH_BOX(&megatune::bind::square_sum));
+  m.impl("adamw_bf16_", TORCH_BOX(&megatune::bind::adamw_bf16));
+  m.impl("adamw_8bit_", TORCH_BOX(&megatune::bind::adamw_8bit));
+  m.impl("lion_", TORCH_BOX(&megatune::bind::lion));
 }

@@ -1,75 +1,22 @@
 // The optimizers' CUDA kernels as implementations of the ops that megatune/ops/optim.py defines.
 
-#include <cmath>
-
 #include "cuda.h"
 #include "megatune/codes.h"
 #include "megatune/cuda_optim.h"
+#include "optim_lists.h"
 
 namespace megatune::bind {
 namespace {
 
-using Tensors = std::vector<Tensor>;
-
-// All lists as long as `masters`; states contiguous and as large as their masters, gradients and weights (which may be
-// empty) in a dtype that kernels know.
-class Lists {
- public:
-  Lists(const char* op, const Tensors& masters, const Tensor& scale, const std::vector<double>& decays)
-      : op_(op), masters_(masters) {
-    check(decays.size() == masters.size(), op, "the lists must be equally long");
-    check(scale.numel() == 1 && scale.scalar_type() == ScalarType::Float, op, "scale must be one float32");
-  }
-
-  // `each`: elements of the master that have one of the state's.
-  void states(const Tensors& list, ScalarType type, const char* what, int64_t each = 1) const {
-    check(list.size() == masters_.size(), op_, "the lists must be equally long");
-    for (size_t i = 0; i < list.size(); ++i) {
-      check(list[i].scalar_type() == type && list[i].is_contiguous(), op_, what);
-      check(list[i].numel() == (masters_[i].numel() + each - 1) / each, op_, "states must be as large as their masters");
-    }
-  }
-
-  void values(const Tensors& list, bool may_be_empty) const {
-    check(list.size() == masters_.size(), op_, "the lists must be equally long");
-    for (size_t i = 0; i < list.size(); ++i) {
-      const ScalarType type = list[i].scalar_type();
-      check(type == ScalarType::Float || type == ScalarType::BFloat16, op_,
-            "grads and weights must be float32 or bfloat16");
-      check(list[i].is_contiguous(), op_, "grads and weights must be contiguous");
-      check(list[i].numel() == masters_[i].numel() || (may_be_empty && list[i].numel() == 0), op_,
-            "each grad and weight must be as large as its master");
-    }
-  }
-
- private:
-  const char* op_;
-  const Tensors& masters_;
-};
-
-constexpr const char* STATE = "masters and moments must be contiguous float32";
-
-bool is_low(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::BFloat16; }
-
-template <class T>
-T* pointer(const Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
-
-void* pointer_or_null(const Tensor& tensor) { return tensor.numel() == 0 ? nullptr : tensor.mutable_data_ptr(); }
-
-float kept(double lr, double decay) { return static_cast<float>(1.0 - lr * decay); }
-
 cuda::AdamWStep adamw_step(const Tensor& scale, double lr, double beta1, double beta2, double eps, int64_t number) {
-  const double steps = static_cast<double>(number);
-  return {static_cast<const float*>(scale.const_data_ptr()),
+  return {floats(scale),
           static_cast<float>(beta1),
           static_cast<float>(1.0 - beta1),
           static_cast<float>(beta2),
           static_cast<float>(1.0 - beta2),
           static_cast<float>(eps),
-          static_cast<float>(lr / (1.0 - std::pow(beta1, steps))),
-          static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(beta2, steps)))};
+          step_size(lr, beta1, number),
+          root_factor(beta2, number)};
 }
 
 void adamw(Tensors masters, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors grads, Tensors weights, Tensor scale,
@@ -83,7 +30,7 @@ void adamw(Tensors masters, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors grads
   tensors.reserve(masters.size());
   for (size_t i = 0; i < masters.size(); ++i)
     tensors.push_back({pointer<float>(masters[i]), pointer<float>(exp_avgs[i]), pointer<float>(exp_avg_sqs[i]),
-                       grads[i].const_data_ptr(), pointer_or_null(weights[i]), masters[i].numel(), kept(lr, decays[i]),
+                       grads[i].const_data_ptr(), pointer<void>(weights[i]), masters[i].numel(), kept(lr, decays[i]),
                        is_low(grads[i]), is_low(weights[i])});
   if (tensors.empty()) return;
   const OnDeviceOf device(scale);
@@ -99,11 +46,12 @@ void adamw_bf16(Tensors masters, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors 
   lists.states(masters, ScalarType::BFloat16, "masters must be contiguous bfloat16");
   for (const Tensors* list : {&exp_avgs, &exp_avg_sqs}) lists.states(*list, ScalarType::Float, STATE);
   lists.values(grads, false);
-  check(keys.size() == masters.size() && firsts.size() == masters.size(), op, "the lists must be equally long");
+  lists.as_long(keys);
+  lists.as_long(firsts);
   std::vector<cuda::AdamWBf16Tensor> tensors;
   tensors.reserve(masters.size());
   for (size_t i = 0; i < masters.size(); ++i) {
-    check(firsts[i] >= 0, op, "firsts must not be negative");
+    lists.check(firsts[i] >= 0, "firsts must not be negative");
     tensors.push_back({pointer<void>(masters[i]), pointer<float>(exp_avgs[i]), pointer<float>(exp_avg_sqs[i]),
                        grads[i].const_data_ptr(), masters[i].numel(), firsts[i], static_cast<uint64_t>(keys[i]),
                        kept(lr, decays[i]), is_low(grads[i])});
@@ -131,10 +79,10 @@ void adamw_8bit(Tensors masters, Tensors exp_avg_codes, Tensors exp_avg_scales, 
   std::vector<cuda::AdamW8bitTensor> tensors;
   tensors.reserve(masters.size());
   for (size_t i = 0; i < masters.size(); ++i)
-    tensors.push_back({pointer<float>(masters[i]), pointer<uint8_t>(exp_avg_codes[i]), pointer<float>(exp_avg_scales[i]),
-                       pointer<uint8_t>(exp_avg_sq_codes[i]), pointer<float>(exp_avg_sq_scales[i]),
-                       grads[i].const_data_ptr(), pointer_or_null(weights[i]), masters[i].numel(), kept(lr, decays[i]),
-                       is_low(grads[i]), is_low(weights[i])});
+    tensors.push_back({pointer<float>(masters[i]), pointer<uint8_t>(exp_avg_codes[i]),
+                       pointer<float>(exp_avg_scales[i]), pointer<uint8_t>(exp_avg_sq_codes[i]),
+                       pointer<float>(exp_avg_sq_scales[i]), grads[i].const_data_ptr(), pointer<void>(weights[i]),
+                       masters[i].numel(), kept(lr, decays[i]), is_low(grads[i]), is_low(weights[i])});
   if (tensors.empty()) return;
   const OnDeviceOf device(scale);
   const cuda::AdamWStep step = adamw_step(scale, lr, beta1, beta2, eps, number);
@@ -152,11 +100,11 @@ void lion(Tensors masters, Tensors exp_avgs, Tensors grads, Tensors weights, Ten
   tensors.reserve(masters.size());
   for (size_t i = 0; i < masters.size(); ++i)
     tensors.push_back({pointer<float>(masters[i]), pointer<float>(exp_avgs[i]), grads[i].const_data_ptr(),
-                       pointer_or_null(weights[i]), masters[i].numel(), kept(lr, decays[i]), is_low(grads[i]),
+                       pointer<void>(weights[i]), masters[i].numel(), kept(lr, decays[i]), is_low(grads[i]),
                        is_low(weights[i])});
   if (tensors.empty()) return;
   const OnDeviceOf device(scale);
-  const cuda::LionStep step{static_cast<const float*>(scale.const_data_ptr()),
+  const cuda::LionStep step{floats(scale),
                             static_cast<float>(beta1),
                             static_cast<float>(1.0 - beta1),
                             static_cast<float>(beta2),
