@@ -127,49 +127,23 @@ def _fake(packed: Tensor, scales: Tensor, rows: int, columns: int, dtype: int) -
     return packed.new_empty((rows, columns), dtype=_DTYPES[dtype])
 
 
-def _whole(
-    packed: Tensor,
-    scales: Tensor,
-    nested: Tensor,
-    offset: Tensor,
-    code: Tensor,
-    rows: int,
-    columns: int,
-    dtype: int,
-) -> Tensor:
-    """`code`: that of the scales, `dynamic_code()`."""
-    return _reference(packed, _wide_scales(scales, nested, offset, code), rows, columns, dtype)
-
-
-def _fake_whole(
-    packed: Tensor,
-    scales: Tensor,
-    nested: Tensor,
-    offset: Tensor,
-    code: Tensor,
-    rows: int,
-    columns: int,
-    dtype: int,
-) -> Tensor:
-    return _fake(packed, scales, rows, columns, dtype)
-
-
 def _after_scales(dense: Callable) -> Callable:
-    """A body from what makes numbers dense whose scales are in fp32."""
+    """What makes numbers dense from what does so for scales in fp32. `code`: of the scales, `dynamic_code()`; `how`:
+    rows, columns, dtype."""
 
     def run(
-        packed: Tensor,
-        scales: Tensor,
-        nested: Tensor,
-        offset: Tensor,
-        code: Tensor,
-        rows: int,
-        columns: int,
-        dtype: int,
+        packed: Tensor, scales: Tensor, nested: Tensor, offset: Tensor, code: Tensor, *how: int
     ) -> Tensor:
-        return dense(packed, _wide_scales(scales, nested, offset, code), rows, columns, dtype)
+        return dense(packed, _wide_scales(scales, nested, offset, code), *how)
 
     return run
+
+
+_whole = _after_scales(_reference)
+
+
+def _fake_whole(packed: Tensor, scales: Tensor, *more: Any) -> Tensor:
+    return _fake(packed, scales, *more[-3:])
 
 
 def _int8_reference(numbers: Tensor, scales: Tensor, step: float, dtype: int) -> Tensor:

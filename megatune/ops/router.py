@@ -102,29 +102,14 @@ def _reference_backward(
     return through + of_scores if kind == "topk_softmax" else through
 
 
-def _fake(
-    logits: Tensor,
-    correction: Tensor | None,
-    top_k: int,
-    score: int,
-    normalise: bool,
-    scale: float,
-    groups: int,
-    groups_per_token: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(logits: Tensor, correction: Tensor | None, top_k: int, *how: Any) -> tuple[Tensor, Tensor, Tensor]:
     tokens = logits.shape[0]
     experts = logits.new_empty((tokens, top_k), dtype=torch.int64)
     return experts, logits.new_empty(tokens, top_k), logits.new_empty(logits.shape)
 
 
 def _fake_backward(
-    grad_weights: Tensor,
-    grad_probabilities: Tensor | None,
-    logits: Tensor,
-    experts: Tensor,
-    score: int,
-    normalise: bool,
-    scale: float,
+    grad_weights: Tensor, grad_probabilities: Tensor | None, logits: Tensor, *how: Any
 ) -> Tensor:
     return logits.new_empty(logits.shape)
 
@@ -156,24 +141,16 @@ def _body(logits: Tensor, top_k: int, groups: int) -> Body:
 
 
 class _Router(torch.autograd.Function):
-    """logits [T, E] -> experts [T, k], weights [T, k], probabilities [T, E]. Saved: logits, experts."""
+    """logits [T, E] -> experts [T, k], weights [T, k], probabilities [T, E]. `how`: as of `_reference` from `score` on.
+    Saved: logits, experts."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        logits: Tensor,
-        correction: Tensor | None,
-        top_k: int,
-        score: int,
-        normalise: bool,
-        scale: float,
-        groups: int,
-        groups_per_token: int,
+        ctx: Any, logits: Tensor, correction: Tensor | None, top_k: int, *how: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
+        score, normalise, scale, groups, _ = how
         body = _body(logits, top_k, groups)
-        experts, weights, probabilities = body.run[0](
-            logits, correction, top_k, score, normalise, scale, groups, groups_per_token
-        )
+        experts, weights, probabilities = body.run[0](logits, correction, top_k, *how)
         ctx.mark_non_differentiable(experts)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits, experts)
@@ -186,16 +163,14 @@ class _Router(torch.autograd.Function):
         ctx: Any, _: None, grad_weights: Tensor | None, grad_probabilities: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         logits, experts = ctx.saved_tensors
-        body, score, normalise, scale = ctx.how
+        body, *how = ctx.how
         if grad_weights is None and grad_probabilities is None:
             return (None,) * 8
         if grad_weights is None:
             grad_weights = logits.new_zeros(experts.shape)
         if grad_probabilities is not None:
             grad_probabilities = grad_probabilities.contiguous()
-        grad = body.run[1](
-            grad_weights.contiguous(), grad_probabilities, logits, experts, score, normalise, scale
-        )
+        grad = body.run[1](grad_weights.contiguous(), grad_probabilities, logits, experts, *how)
         return grad, *(None,) * 7
 
 
