@@ -124,12 +124,15 @@ def rows_of_tokens(dtype: torch.dtype) -> Iterator[Example]:
         x, rows = torch.randn(tokens, width).to(dtype), torch.randn(len(source), width).to(dtype)
         weights = torch.rand(tokens, choices)
         yield "expert_take", (x, source // choices), dtype
+        yield "expert_copies", (x, place, len(source)), dtype
         for some in (None, weights):
             yield "expert_sum", (rows, place, some), dtype
         for some, rows_grad in ((None, True), (rows, False), (rows, True)):
-            yield "expert_sum_backward", (x, some, weights, source, rows_grad), dtype
+            yield "expert_sum_backward", (x, some, weights, place, len(source), rows_grad), dtype
         ids, order = torch.randint(-1, 6, (tokens,), dtype=torch.int32).sort(stable=True)
         yield "embedding_backward", (x, ids, order, 6), dtype
+        yield "embedding_order", (torch.randint(-1, 50, (300 * tokens,)),), dtype
+        yield "embedding_rows", (torch.randint(-1, tokens, (2 * tokens,)), x, True), dtype
 
 
 def eight_bits(dtype: torch.dtype) -> Iterator[Example]:

@@ -161,6 +161,38 @@ std::tuple<Tensor, Tensor> rope_qk_backward(const Tensor& grad_q, const Tensor& 
 
 // ---- embedding
 
+Tensor embedding_rows(const Tensor& ids, const Tensor& weight, bool cut) {
+  const char* op = "embedding_rows";
+  const int64_t stride = row_step(weight, op, "weight must be [rows, width] with contiguous rows");
+  check_indices(ids, op, "ids must be contiguous int64 [tokens]");
+  check(ids.dim() == 1, op, "ids must be contiguous int64 [tokens]");
+  check_devices(weight, {&ids}, op);
+  const int64_t count = ids.size(0), width = weight.size(1);
+  Tensor y = empty(weight, {count, width});
+  const OnDeviceOf device(weight);
+  const cuda::EmbeddingRows args{type_of(weight, op), data(weight), stride, weight.size(0),
+                                 static_cast<const int64_t*>(data(ids)), count, width, cut, mutable_data(y)};
+  check_launch(cuda::embedding_rows(args, device.stream()), op);
+  return y;
+}
+
+std::tuple<Tensor, Tensor> embedding_order(const Tensor& ids) {
+  const char* op = "embedding_order";
+  check_indices(ids, op, "ids must be contiguous int64 [tokens]");
+  const int64_t count = ids.numel();
+  check(ids.dim() == 1 && count <= cuda::EMBEDDING_ORDER, op, "the CUDA body takes 65536 ids at most");
+  Tensor sorted = empty(ids, {count}, ScalarType::Int);
+  Tensor order = empty(ids, {count});
+  Tensor keys = empty(ids, {cuda::embedding_order_keys(count)});
+  const OnDeviceOf device(ids);
+  const cuda::EmbeddingOrder args{static_cast<const int64_t*>(data(ids)), count,
+                                  static_cast<uint64_t*>(mutable_data(keys)),
+                                  static_cast<int32_t*>(mutable_data(sorted)),
+                                  static_cast<int64_t*>(mutable_data(order))};
+  check_launch(cuda::embedding_order(args, device.stream()), op);
+  return {sorted, order};
+}
+
 Tensor embedding_backward(const Tensor& grad, const Tensor& ids, const Tensor& order, int64_t rows) {
   const char* op = "embedding_backward";
   const int64_t stride = row_step(grad, op, "grad must be [tokens, width] with contiguous rows");
@@ -172,6 +204,7 @@ Tensor embedding_backward(const Tensor& grad, const Tensor& ids, const Tensor& o
   check_devices(grad, {&ids, &order}, op);
   Tensor grad_weight = empty(grad, {rows, width});
   Tensor partials = empty(grad, {cuda::embedding_chunks(count), 2, width}, ScalarType::Float);
+  Tensor named = empty(grad, {rows}, ScalarType::Byte);
   const OnDeviceOf device(grad);
   const cuda::EmbeddingBackward args{type_of(grad, op),
                                      data(grad),
@@ -182,6 +215,7 @@ Tensor embedding_backward(const Tensor& grad, const Tensor& ids, const Tensor& o
                                      width,
                                      rows,
                                      mutable_floats(partials),
+                                     static_cast<uint8_t*>(mutable_data(named)),
                                      mutable_data(grad_weight)};
   check_launch(cuda::embedding_backward(args, device.stream()), op);
   return grad_weight;
@@ -277,12 +311,30 @@ Tensor expert_take(const Tensor& x, const Tensor& index) {
   return y;
 }
 
+void check_places(const Tensor& place, const Tensor& first, const char* op) {
+  check_indices(place, op, "place must be contiguous int64 [tokens, choices]");
+  check(place.dim() == 2, op, "place must be contiguous int64 [tokens, choices]");
+  check_devices(first, {&place}, op);
+}
+
+Tensor expert_copies(const Tensor& x, const Tensor& place, int64_t rows) {
+  const char* op = "expert_copies";
+  const int64_t stride = row_step(x, op, "x must be [tokens, width] with contiguous rows");
+  check_places(place, x, op);
+  check(place.size(0) == x.size(0) && rows >= 0, op, "place must be [tokens, choices]");
+  Tensor y = empty(x, {rows, x.size(1)});
+  const OnDeviceOf device(x);
+  const cuda::CopyRows args{type_of(x, op), data(x),      stride, static_cast<const int64_t*>(data(place)),
+                            x.size(0),      place.size(1), rows,   x.size(1),
+                            mutable_data(y)};
+  check_launch(cuda::copy_rows(args, device.stream()), op);
+  return y;
+}
+
 Tensor expert_sum(const Tensor& rows, const Tensor& place, std::optional<Tensor> weights) {
   const char* op = "expert_sum";
   const int64_t stride = row_step(rows, op, "rows must be [rows, width] with contiguous rows");
-  check_indices(place, op, "place must be contiguous int64 [tokens, choices]");
-  check(place.dim() == 2, op, "place must be contiguous int64 [tokens, choices]");
-  check_devices(rows, {&place}, op);
+  check_places(place, rows, op);
   if (weights) {
     check_floats(*weights, sizes(place), op, "weights must be contiguous float32 [tokens, choices]");
     check_devices(rows, {&*weights}, op);
@@ -304,20 +356,20 @@ Tensor expert_sum(const Tensor& rows, const Tensor& place, std::optional<Tensor>
 }
 
 std::tuple<Tensor, Tensor> expert_sum_backward(const Tensor& grad, std::optional<Tensor> rows, const Tensor& weights,
-                                               const Tensor& source, bool rows_grad) {
+                                               const Tensor& place, int64_t count, bool rows_grad) {
   const char* op = "expert_sum_backward";
   const int64_t stride = row_step(grad, op, "grad must be [tokens, width] with contiguous rows");
   check(weights.dim() == 2 && weights.size(0) == grad.size(0), op, "weights must be [tokens, choices]");
   check_floats(weights, sizes(weights), op, "weights must be contiguous float32 [tokens, choices]");
-  check_indices(source, op, "source must be contiguous int64 [rows]");
-  check(source.dim() == 1, op, "source must be contiguous int64 [rows]");
-  check_devices(grad, {&weights, &source}, op);
-  const int64_t count = source.size(0), width = grad.size(1);
+  check_places(place, grad, op);
+  check(sizes(place) == sizes(weights) && count >= 0, op, "place must be [tokens, choices]");
+  check_devices(grad, {&weights}, op);
+  const int64_t width = grad.size(1);
   int64_t row_stride = 0;
   if (rows) {
     row_stride = row_step(*rows, op, "rows must be [rows, width] with contiguous rows");
     check(rows->size(0) == count && rows->size(1) == width && rows->scalar_type() == grad.scalar_type(), op,
-          "rows must be as many as source has, of grad's width and dtype");
+          "rows must be `count`, of grad's width and dtype");
     check_devices(grad, {&*rows}, op);
   }
   Tensor grad_rows = empty(grad, {rows_grad ? count : 0, width});
@@ -330,7 +382,7 @@ std::tuple<Tensor, Tensor> expert_sum_backward(const Tensor& grad, std::optional
                                    data_or_null(rows),
                                    row_stride,
                                    floats(weights),
-                                   static_cast<const int64_t*>(data(source)),
+                                   static_cast<const int64_t*>(data(place)),
                                    count,
                                    weights.size(0),
                                    weights.size(1),
@@ -347,10 +399,13 @@ std::tuple<Tensor, Tensor> expert_sum_backward(const Tensor& grad, std::optional
 STABLE_TORCH_LIBRARY_IMPL(megatune, CUDA, m) {
   m.impl("rope_qk", TORCH_BOX(&megatune::bind::rope_qk));
   m.impl("rope_qk_backward", TORCH_BOX(&megatune::bind::rope_qk_backward));
+  m.impl("embedding_rows", TORCH_BOX(&megatune::bind::embedding_rows));
+  m.impl("embedding_order", TORCH_BOX(&megatune::bind::embedding_order));
   m.impl("embedding_backward", TORCH_BOX(&megatune::bind::embedding_backward));
   m.impl("router", TORCH_BOX(&megatune::bind::router));
   m.impl("router_backward", TORCH_BOX(&megatune::bind::router_backward));
   m.impl("expert_take", TORCH_BOX(&megatune::bind::expert_take));
+  m.impl("expert_copies", TORCH_BOX(&megatune::bind::expert_copies));
   m.impl("expert_sum", TORCH_BOX(&megatune::bind::expert_sum));
   m.impl("expert_sum_backward", TORCH_BOX(&megatune::bind::expert_sum_backward));
 }

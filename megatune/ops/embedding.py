@@ -13,6 +13,25 @@ from megatune.ops.checks import accumulate_dtype, floating, same_device
 from megatune.ops.registry import Body, add_op, cuda_body, define
 
 
+def _lookup(ids: Tensor, weight: Tensor, cut: bool) -> Tensor:
+    if not cut:
+        return F.embedding(ids, weight)
+    known = ids >= 0
+    return F.embedding(ids.where(known, 0), weight).masked_fill_(~known[:, None], 0.0)
+
+
+def _fake_lookup(ids: Tensor, weight: Tensor, cut: bool) -> Tensor:
+    return weight.new_empty(ids.shape[0], weight.shape[1])
+
+
+# An id that is of no row stops the device, but for -1 if `cut`: a row of zeros.
+_ROWS = define("embedding_rows(Tensor ids, Tensor weight, bool cut) -> Tensor", _lookup, _fake_lookup)
+
+
+def _cuda_lookup(ids: Tensor, weight: Tensor, cut: bool) -> Tensor:
+    return _ROWS(ids.contiguous(), weight if weight.stride(-1) == 1 else weight.contiguous(), cut)
+
+
 def _dense(grad: Tensor, ids: Tensor, rows: int) -> Tensor:
     """PyTorch's: on CUDA it sums in one order, without atomics, but up to 3072 tokens adds up groups of them in grad's
     dtype."""
@@ -50,15 +69,34 @@ _SUMS = define(
 )
 
 
-def _sorted(grad: Tensor, ids: Tensor, rows: int, cut: bool) -> Tensor:
+def _order(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """int64 [T] -> what `_SUMS` takes: int32 [T], ascending, and int64 [T], which of them each was."""
     # Half as many bits are sorted in half the time; no table has 2^31 rows.
     ordered, order = torch.sort(ids.to(torch.int32), stable=True)
+    return ordered, order
+
+
+def _fake_order(ids: Tensor) -> tuple[Tensor, Tensor]:
+    return ids.new_empty(ids.shape, dtype=torch.int32), ids.new_empty(ids.shape)
+
+
+_ORDER = define("embedding_order(Tensor ids) -> (Tensor, Tensor)", _order, _fake_order)
+# Ids that the CUDA kernel sorts in half the time; its work grows with their square.
+MOST_ORDERED = 65536
+
+
+def _sorted(grad: Tensor, ids: Tensor, rows: int, cut: bool) -> Tensor:
+    ordered, order = (_ORDER if ids.shape[0] <= MOST_ORDERED else _order)(ids.contiguous())
     return _SUMS(grad if grad.stride(-1) == 1 else grad.contiguous(), ordered, order, rows)
 
 
 _OP = add_op(
     "embedding",
-    [cuda_body(_sorted), Body("torch", (_torch,), ("cuda",)), Body("reference", (_reference,))],
+    [
+        cuda_body(_cuda_lookup, _sorted),
+        Body("torch", (_lookup, _torch), ("cuda",)),
+        Body("reference", (_lookup, _reference)),
+    ],
 )
 
 
@@ -69,16 +107,13 @@ class _Embedding(torch.autograd.Function):
     def forward(ctx: Any, ids: Tensor, weight: Tensor, cut: bool) -> Tensor:
         ctx.save_for_backward(ids)
         ctx.rows, ctx.cut = weight.shape[0], cut
-        if not cut:
-            return F.embedding(ids, weight)
-        known = ids >= 0
-        return F.embedding(ids.where(known, 0), weight).masked_fill_(~known[:, None], 0.0)
+        return _OP.pick(weight.device.type, weight.dtype).run[0](ids, weight, cut)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
         (ids,) = ctx.saved_tensors
-        return None, _OP.pick(grad.device.type, grad.dtype).run[0](grad, ids, ctx.rows, ctx.cut), None
+        return None, _OP.pick(grad.device.type, grad.dtype).run[1](grad, ids, ctx.rows, ctx.cut), None
 
 
 def embedding(index: Tensor, weight: Tensor, first: int = 0, total: int | None = None) -> Tensor:

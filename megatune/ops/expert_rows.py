@@ -62,6 +62,9 @@ def _of_parts(
 ) -> tuple[Callable, ...]:
     """The functions of a body of "expert_rows" from those of one step each."""
 
+    def copies(x: Tensor, source: Tensor, place: Tensor) -> Tensor:
+        return take(x, source // place.shape[1])
+
     def add_up(rows: Tensor, place: Tensor, weights: Tensor | None, drops: bool) -> Tensor:
         return sum_choices(_with_zero_row(rows, drops), place, weights)
 
@@ -81,7 +84,7 @@ def _of_parts(
             grad_weights = products(_with_zero_row(rows, drops), place, grad)
         return grad_rows, grad_weights
 
-    return take, add_up, backward
+    return copies, add_up, backward, take
 
 
 def _fake_take(x: Tensor, index: Tensor) -> Tensor:
@@ -105,40 +108,57 @@ def _fake_sum(rows: Tensor, place: Tensor, weights: Tensor | None) -> Tensor:
     return rows.new_empty(place.shape[0], rows.shape[1])
 
 
+def _copies(x: Tensor, place: Tensor, rows: int) -> Tensor:
+    index = _inside(place, rows).flatten()
+    return x.new_zeros(rows + 1, x.shape[1]).index_copy_(0, index, x.repeat_interleave(place.shape[1], 0))[
+        :rows
+    ]
+
+
+def _fake_copies(x: Tensor, place: Tensor, rows: int) -> Tensor:
+    return x.new_empty(rows, x.shape[1])
+
+
 def _sum_backward(
-    grad: Tensor, rows: Tensor | None, weights: Tensor, source: Tensor, rows_grad: bool
+    grad: Tensor, rows: Tensor | None, weights: Tensor, place: Tensor, count: int, rows_grad: bool
 ) -> tuple[Tensor, Tensor]:
-    """Row by row: what each needs of its token's gradient is read once for both results."""
-    token, width = source // weights.shape[1], grad.shape[1]
-    grad_rows, grad_weights = grad.new_empty(0, width), weights.new_empty(0, weights.shape[1])
+    """Token by token: its gradient is read once for all its rows."""
+    place = _inside(place, count)
+    grad_rows, grad_weights = grad.new_empty(0, grad.shape[1]), weights.new_empty(0, weights.shape[1])
     if rows_grad:
-        grad_rows = _spread(grad, token, weights.flatten().index_select(0, source))
+        wide = grad.to(accumulate_dtype(grad.dtype))[:, None] * weights[:, :, None]
+        index = place.flatten()
+        grad_rows = grad.new_zeros(count + 1, grad.shape[1])
+        grad_rows = grad_rows.index_copy_(0, index, wide.flatten(0, 1).to(grad.dtype))[:count]
     if rows is not None:
-        products = (rows * grad.to(accumulate_dtype(grad.dtype)).index_select(0, token)).sum(1)
-        # No assignment has two rows: what is scattered does not meet.
-        grad_weights = torch.zeros_like(weights).view(-1).scatter_(0, source, products.to(weights.dtype))
-        grad_weights = grad_weights.view(weights.shape)
+        grad_weights = _products(_with_zero_row(rows, True), place, grad).to(weights.dtype)
     return grad_rows, grad_weights
 
 
 def _fake_sum_backward(
-    grad: Tensor, rows: Tensor | None, weights: Tensor, source: Tensor, rows_grad: bool
+    grad: Tensor, rows: Tensor | None, weights: Tensor, place: Tensor, count: int, rows_grad: bool
 ) -> tuple[Tensor, Tensor]:
-    count = source.shape[0] if rows_grad else 0
-    return grad.new_empty(count, grad.shape[1]), weights.new_empty(
+    return grad.new_empty(count if rows_grad else 0, grad.shape[1]), weights.new_empty(
         weights.shape if rows is not None else (0, weights.shape[1])
     )
 
 
-# Kernels of csrc/cuda. An index outside of the rows stands for a row of zeros.
+# Kernels of csrc/cuda. An index outside of the rows stands for a row of zeros. Where rows are written by their places
+# each of them must be the place of one assignment: the others are left as they are.
 _TAKE = define("expert_take(Tensor x, Tensor index) -> Tensor", _take_inside, _fake_take)
+_COPIES = define("expert_copies(Tensor x, Tensor place, int rows) -> Tensor", _copies, _fake_copies)
 _SUM = define("expert_sum(Tensor rows, Tensor place, Tensor? weights) -> Tensor", _sum_inside, _fake_sum)
 _SUM_BACKWARD = define(
-    "expert_sum_backward(Tensor grad, Tensor? rows, Tensor weights, Tensor source, bool rows_grad) "
+    "expert_sum_backward(Tensor grad, Tensor? rows, Tensor weights, Tensor place, int count, bool rows_grad) "
     "-> (Tensor, Tensor)",
     _sum_backward,
     _fake_sum_backward,
 )
+
+
+def _cuda_copies(x: Tensor, source: Tensor, place: Tensor) -> Tensor:
+    # By token, not by row: each is read once, and not once for each of its experts from beyond the cache.
+    return _COPIES(x, place, source.shape[0])
 
 
 def _cuda_sum(rows: Tensor, place: Tensor, weights: Tensor | None, drops: bool) -> Tensor:
@@ -155,17 +175,17 @@ def _cuda_backward(
     rows_grad: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     wide = weights.float().contiguous()
-    grad_rows, grad_weights = _SUM_BACKWARD(grad, rows, wide, source, rows_grad)
+    grad_rows, grad_weights = _SUM_BACKWARD(grad, rows, wide, place, source.shape[0], rows_grad)
     return grad_rows if rows_grad else None, None if rows is None else grad_weights
 
 
-# (x [T, H], index [R]) -> rows [R, H]; (rows, place [T, k], weights or None, whether some are dropped) -> [T, H]; (grad
-# [T, H], rows or None where the weights need no gradient, weights, source, place, whether some are dropped, whether the
-# rows need theirs) -> both gradients.
+# (x [T, H], source, place) -> rows [R, H]; (rows, place, weights [T, k] or None, whether some are dropped) -> [T, H];
+# (grad [T, H], rows or None where the weights need no gradient, weights, source, place, whether some are dropped, whether
+# the rows need theirs) -> both gradients; (x [R, H], index [N]) -> [N, H].
 ROWS = add_op(
     "expert_rows",
     [
-        cuda_body(_TAKE, _cuda_sum, _cuda_backward),
+        cuda_body(_cuda_copies, _cuda_sum, _cuda_backward, _TAKE),
         compiled_body(
             *_of_parts(
                 fuse(lambda x, index: x[index]),

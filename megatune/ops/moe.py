@@ -138,7 +138,7 @@ class _Permute(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, order: Order) -> Tensor:
         ctx.save_for_backward(order.place)
         ctx.drops = order.drops
-        return _rows(x, order.source.shape[0])[0](_plain_rows(x), order.tokens)
+        return _rows(x, order.source.shape[0])[0](_plain_rows(x), order.source, order.place)
 
     @staticmethod
     @once_differentiable
@@ -180,13 +180,13 @@ class _Reorder(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
         ctx.save_for_backward(inverse)
-        return _rows(x, index.shape[0])[0](_plain_rows(x), index)
+        return _rows(x, index.shape[0])[3](_plain_rows(x), index)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (inverse,) = ctx.saved_tensors
-        return _rows(grad, inverse.shape[0])[0](_plain_rows(grad), inverse), None, None
+        return _rows(grad, inverse.shape[0])[3](_plain_rows(grad), inverse), None, None
 
 
 def permute(x: Tensor, order: Order) -> Tensor:

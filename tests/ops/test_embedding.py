@@ -109,6 +109,18 @@ def test_opcheck(device: str) -> None:
     expected = torch.zeros(10, 10, device=device).index_add_(0, ids[1:].long(), grad[1:])
     torch.testing.assert_close(call(grad, ids, order, 10), expected)
     assert torch.equal(call(grad[:0], ids[:0], order[:0], 4), torch.zeros(4, 10, device=device))
+    ids = torch.randint(-1, 300, (2500,), device=device)
+    assert set(opcheck(torch.ops.megatune.embedding_order.default, (ids,), test_utils=QUICK).values()) == {
+        "SUCCESS"
+    }
+    for count in (2500, 1024, 1, 0):
+        found, expected = torch.ops.megatune.embedding_order(ids[:count]), ids[:count].sort(stable=True)
+        assert torch.equal(found[0].long(), expected[0]) and torch.equal(found[1], expected[1])
+    look, where = torch.ops.megatune.embedding_rows, torch.tensor([3, -1, 0, 6, 3], device=device)
+    for arguments in ((where.clamp(min=0), grad, False), (where, grad, True), (where[:0], grad, True)):
+        assert set(opcheck(look.default, arguments, test_utils=QUICK).values()) == {"SUCCESS"}
+    expected = grad[where].masked_fill(where[:, None] < 0, 0.0)
+    assert torch.equal(look(where, grad, True), expected)
 
 
 @pytest.mark.gpu

@@ -208,8 +208,10 @@ def operator_calls(device: str):
     yield calls.expert_take, (x, place.flatten())
     yield calls.expert_sum, (x, place, None)
     yield calls.expert_sum, (x, place, torch.rand(3, 2, device=device))
-    source = torch.tensor([4, 0, 1], device=device)
-    sums = torch.rand(3, 2, device=device), source
+    # Each row is the place of one assignment; the others have none.
+    place = torch.tensor([[1, 2], [9, -1], [3, 0]], device=device)
+    yield calls.expert_copies, (x[:3], place, 3)
+    sums = torch.rand(3, 2, device=device), place, 3
     yield calls.expert_sum_backward, (x[:3], x[2:], *sums, True)
     yield calls.expert_sum_backward, (x[:3], None, *sums, True)
     yield calls.expert_sum_backward, (x[:3], x[2:], *sums, False)
@@ -244,7 +246,7 @@ def test_repeats_are_equal_bit_by_bit() -> None:
     repeats_bitwise(
         lambda: (
             calls.expert_sum(rows, order.place, weights),
-            *calls.expert_sum_backward(grad, rows, weights, order.source, True),
+            *calls.expert_sum_backward(grad, rows, weights, order.place, len(rows), True),
             *calls.router(logits, None, 8, 0, True, 1.0, 1, 1),
             calls.router_backward(weight, probabilities, logits, experts, 0, True, 1.0),
         )

@@ -1,5 +1,5 @@
-// Mixture of experts: the router's choice, rows of tokens to their experts and back. No atomics: every sum is made in one
-// fixed order.
+// Mixture of experts: the router's choice, rows of tokens to their experts and back. No atomics: every sum is made in
+// one fixed order.
 
 #include <type_traits>
 
@@ -24,20 +24,16 @@ __device__ inline float warp_max(float value) {
   return value;
 }
 
-struct Best {
-  float value;
-  int at;
-};
+// Numbers in the order of the floats, all above 0: which is for those that cannot be chosen any more.
+__device__ inline uint32_t rank_of(float value) {
+  const uint32_t bits = __float_as_uint(value + 0.0f);  // -0 is equal to 0
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
 
-// Of the lanes' candidates the greatest; of equal ones the lowest number.
-__device__ inline Best warp_best(Best best) {
-#pragma unroll
-  for (int lane = 16; lane > 0; lane /= 2) {
-    const float value = __shfl_xor_sync(0xffffffffu, best.value, lane);
-    const int at = __shfl_xor_sync(0xffffffffu, best.at, lane);
-    if (value > best.value || (value == best.value && at < best.at)) best = {value, at};
-  }
-  return best;
+// The lowest number with the greatest rank among the lanes' candidates, given to all of them.
+__device__ inline int warp_best(uint32_t rank, int at) {
+  const uint32_t greatest = __reduce_max_sync(0xffffffffu, rank);
+  return static_cast<int>(__reduce_min_sync(0xffffffffu, rank == greatest ? static_cast<uint32_t>(at) : UINT32_MAX));
 }
 
 // Logits -> exp(logit - greatest) or sigmoids, and their sum over the experts. Lanes without an expert hold 0.
@@ -91,9 +87,9 @@ __device__ void limit_groups(const Router& args, float (&scores)[PER], float* sh
   bool free = lane < args.groups;
   uint32_t allowed = 0;
   for (int64_t pick = 0; pick < args.groups_per_token; ++pick) {
-    const Best best = warp_best({free ? mine : -INF, free ? lane : INT32_MAX});
-    if (best.at == lane) free = false;
-    if (best.at < 32) allowed |= 1u << best.at;
+    const int best = warp_best(free ? rank_of(mine) : 0, lane);
+    if (best == lane) free = false;
+    allowed |= 1u << best;
   }
 #pragma unroll
   for (int i = 0; i < PER; ++i) {
@@ -125,28 +121,26 @@ __global__ void __launch_bounds__(THREADS) router_kernel(const Router args) {
     }
     if (args.groups_per_token < args.groups) limit_groups(args, scores, shared[warp]);
 
-    uint32_t taken = 0;  // bits of this lane's experts
+    uint32_t ranks[PER];
+#pragma unroll
+    for (int i = 0; i < PER; ++i) ranks[i] = i * 32 + lane < args.experts ? rank_of(scores[i]) : 0;
     float weight = 0.0f, total = 0.0f, greatest = 0.0f;
     int64_t chosen = 0;
     for (int choice = 0; choice < args.choices; ++choice) {
-      Best best{-INF, INT32_MAX};
-      float value = 0.0f;
+      uint32_t rank = ranks[0];
+      float value = values[0];
+      int at = lane;
 #pragma unroll
-      for (int i = 0; i < PER; ++i) {
-        const int expert = i * 32 + lane;
-        if (expert >= args.experts || (taken >> i & 1u)) continue;
-        if (scores[i] > best.value || (scores[i] == best.value && expert < best.at)) {
-          best = {scores[i], expert};
-          value = values[i];
-        }
-      }
-      best = warp_best(best);
-      const int owner = best.at % 32;
-      if (lane == owner) taken |= 1u << (best.at / 32);
-      value = __shfl_sync(0xffffffffu, value, owner);
+      for (int i = 1; i < PER; ++i)
+        if (ranks[i] > rank) rank = ranks[i], value = values[i], at = i * 32 + lane;
+      const int best = warp_best(rank, at);
+#pragma unroll
+      for (int i = 0; i < PER; ++i)
+        if (best == i * 32 + lane) ranks[i] = 0;
+      value = __shfl_sync(0xffffffffu, value, best % 32);
       if (choice == 0) greatest = value;
       if (args.score == Score::topk_softmax) greatest = fmaxf(greatest, value);
-      if (lane == choice) weight = value, chosen = best.at;
+      if (lane == choice) weight = value, chosen = best;
     }
     const bool mine = lane < args.choices;
     if (args.score == Score::topk_softmax) weight = expf(weight - greatest);
@@ -247,6 +241,18 @@ void with_experts(int64_t experts, Body&& body) {
 
 constexpr int AT_ONCE = 4;  // loads of a thread that are under way together
 
+// What is written once and read by another kernel, if at all: the first to leave the cache.
+template <class T, int N>
+__device__ inline void store_last(T* to, const Vec<T, N>& values) {
+  if constexpr (sizeof(values) == 16) {
+    int4 words;
+    memcpy(&words, &values, sizeof words);
+    __stcs(reinterpret_cast<int4*>(to), words);
+  } else {
+    store(to, values);
+  }
+}
+
 struct Tiles {
   dim3 blocks, block;
 };
@@ -287,6 +293,32 @@ __global__ void __launch_bounds__(THREADS) take_kernel(const TakeRows args) {
   }
 }
 
+// Where a choice's row is; -1: nowhere.
+__device__ inline int64_t place_of(const int64_t* place, int64_t token, int64_t choice, int64_t choices, int64_t rows) {
+  const int64_t at = choice < choices ? place[token * choices + choice] : -1;
+  return at < rows ? at : -1;
+}
+
+// A token's vectors are read once for all its choices.
+template <class T, int N>
+__global__ void __launch_bounds__(THREADS) copy_kernel(const CopyRows args) {
+  const int64_t column = (static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x) * N;
+  if (column >= args.width) return;
+  for (int64_t token = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y; token < args.tokens;
+       token += static_cast<int64_t>(gridDim.x) * blockDim.y) {
+    const auto values = load<N>(static_cast<const T*>(args.x) + token * args.stride + column);
+    constexpr int PLACES = 2 * AT_ONCE;
+    for (int64_t first = 0; first < args.choices; first += PLACES) {
+      int64_t at[PLACES];
+#pragma unroll
+      for (int i = 0; i < PLACES; ++i) at[i] = place_of(args.place, token, first + i, args.choices, args.row_count);
+#pragma unroll
+      for (int i = 0; i < PLACES; ++i)
+        if (at[i] >= 0) store_last(static_cast<T*>(args.y) + at[i] * args.width + column, values);
+    }
+  }
+}
+
 template <class T, int N>
 __global__ void __launch_bounds__(THREADS) sum_kernel(const SumChoices args) {
   const int64_t column = (static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x) * N;
@@ -297,61 +329,86 @@ __global__ void __launch_bounds__(THREADS) sum_kernel(const SumChoices args) {
 #pragma unroll
     for (int j = 0; j < N; ++j) sum.at[j] = 0.0f;
     for (int64_t first = 0; first < args.choices; first += AT_ONCE) {
-      Vec<T, N> values[AT_ONCE];
+      int64_t at[AT_ONCE];
       float weights[AT_ONCE];
-      bool here[AT_ONCE];
+      Vec<T, N> values[AT_ONCE];
 #pragma unroll
       for (int i = 0; i < AT_ONCE; ++i) {
-        const int64_t choice = first + i, assignment = token * args.choices + choice;
-        const int64_t at = choice < args.choices ? args.place[assignment] : -1;
-        here[i] = at >= 0 && at < args.row_count;
-        weights[i] = here[i] && args.weights != nullptr ? args.weights[assignment] : 1.0f;
-        if (here[i]) values[i] = load<N>(static_cast<const T*>(args.rows) + at * args.stride + column);
+        at[i] = place_of(args.place, token, first + i, args.choices, args.row_count);
+        weights[i] = 1.0f;
+        if (args.weights != nullptr && at[i] >= 0) weights[i] = args.weights[token * args.choices + first + i];
       }
+      // Another row where there is none: without a condition all loads are under way together.
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; ++i)
+        values[i] = load<N>(static_cast<const T*>(args.rows) + max(at[i], int64_t{0}) * args.stride + column);
 #pragma unroll
       for (int i = 0; i < AT_ONCE; ++i) {
-        if (!here[i]) continue;
+        if (at[i] < 0) continue;
+        const auto wide = widen(values[i]);
 #pragma unroll
-        for (int j = 0; j < N; ++j) sum.at[j] += to_float(values[i].at[j]) * weights[i];
+        for (int j = 0; j < N; ++j) sum.at[j] += wide.at[j] * weights[i];
       }
     }
-    Vec<T, N> rounded;
-#pragma unroll
-    for (int j = 0; j < N; ++j) rounded.at[j] = from_float<T>(sum.at[j]);
-    store(static_cast<T*>(args.y) + token * args.width + column, rounded);
+    store_whole(static_cast<T*>(args.y) + token * args.width + column, narrow<T>(sum));
   }
 }
 
-// A warp for each row.
+// A block for each token.
 template <class T, int N>
-__global__ void __launch_bounds__(THREADS) combine_backward_kernel(const CombineBackward args) {
+__global__ void __launch_bounds__(THREADS, 4) combine_backward_kernel(const CombineBackward args) {
+  __shared__ float shared[WARPS][AT_ONCE];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  for (int64_t row = static_cast<int64_t>(blockIdx.x) * WARPS + warp; row < args.row_count;
-       row += static_cast<int64_t>(gridDim.x) * WARPS) {
-    const int64_t assignment = args.source[row];
-    const T* grad = static_cast<const T*>(args.grad) + assignment / args.choices * args.grad_stride;
-    const T* x = args.rows == nullptr ? nullptr : static_cast<const T*>(args.rows) + row * args.row_stride;
-    T* to = args.grad_rows == nullptr ? nullptr : static_cast<T*>(args.grad_rows) + row * args.width;
-    const float weight = args.weights[assignment];
-    float product = 0.0f;
-#pragma unroll AT_ONCE
-    for (int64_t column = static_cast<int64_t>(lane) * N; column < args.width; column += 32 * N) {
-      const auto values = load<N>(grad + column);
-      if (x != nullptr) {
-        const auto others = load<N>(x + column);
+  for (int64_t token = blockIdx.x; token < args.tokens; token += gridDim.x) {
+    for (int64_t first = 0; first < args.choices; first += AT_ONCE) {
+      int64_t at[AT_ONCE];
+      float weights[AT_ONCE], products[AT_ONCE];
 #pragma unroll
-        for (int j = 0; j < N; ++j) product += to_float(values.at[j]) * to_float(others.at[j]);
+      for (int i = 0; i < AT_ONCE; ++i) {
+        at[i] = place_of(args.place, token, first + i, args.choices, args.row_count);
+        weights[i] = at[i] >= 0 ? args.weights[token * args.choices + first + i] : 0.0f;
+        products[i] = 0.0f;
       }
-      if (to != nullptr) {
-        Vec<T, N> scaled;
+      for (int64_t column = static_cast<int64_t>(threadIdx.x) * N; column < args.width; column += THREADS * N) {
+        const auto grad = widen(load<N>(static_cast<const T*>(args.grad) + token * args.grad_stride + column));
+        if (args.rows != nullptr) {
+          Vec<T, N> rows[AT_ONCE];
 #pragma unroll
-        for (int j = 0; j < N; ++j) scaled.at[j] = from_float<T>(to_float(values.at[j]) * weight);
-        store(to + column, scaled);
+          for (int i = 0; i < AT_ONCE; ++i)
+            if (at[i] >= 0) rows[i] = load<N>(static_cast<const T*>(args.rows) + at[i] * args.row_stride + column);
+#pragma unroll
+          for (int i = 0; i < AT_ONCE; ++i) {
+            if (at[i] < 0) continue;
+            const auto wide = widen(rows[i]);
+#pragma unroll
+            for (int j = 0; j < N; ++j) products[i] += grad.at[j] * wide.at[j];
+          }
+        }
+        if (args.grad_rows == nullptr) continue;
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) {
+          if (at[i] < 0) continue;
+          Vec<float, N> scaled;
+#pragma unroll
+          for (int j = 0; j < N; ++j) scaled.at[j] = grad.at[j] * weights[i];
+          store_whole(static_cast<T*>(args.grad_rows) + at[i] * args.width + column, narrow<T>(scaled));
+        }
       }
+      if (args.grad_weights == nullptr) continue;  // the same for all threads
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; ++i) {
+        const float product = row_sum(products[i], 32, nullptr);
+        if (lane == i) shared[warp][i] = product;
+      }
+      __syncthreads();
+      if (threadIdx.x < AT_ONCE && first + threadIdx.x < args.choices) {
+        float sum = 0.0f;
+#pragma unroll
+        for (int i = 0; i < WARPS; ++i) sum += shared[i][threadIdx.x];
+        args.grad_weights[token * args.choices + first + threadIdx.x] = sum;
+      }
+      __syncthreads();
     }
-    if (x == nullptr) continue;  // the same for all lanes
-    product = row_sum(product, 32, nullptr);
-    if (lane == 0) args.grad_weights[assignment] = product;
   }
 }
 
@@ -394,6 +451,10 @@ int take_rows(const TakeRows& args, Stream stream) {
 
 int sum_choices(const SumChoices& args, Stream stream) {
   if (args.tokens == 0 || args.width == 0) return 0;
+  if (args.row_count == 0) {
+    const size_t bytes = args.tokens * args.width * (args.type == Type::f32 ? 4 : 2);
+    return static_cast<int>(cudaMemsetAsync(args.y, 0, bytes, stream));
+  }
   with_type(args.type, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int N = 16 / sizeof(T);
@@ -408,21 +469,33 @@ int sum_choices(const SumChoices& args, Stream stream) {
   return launched();
 }
 
+int copy_rows(const CopyRows& args, Stream stream) {
+  if (args.tokens == 0 || args.width == 0 || args.row_count == 0) return 0;
+  with_type(args.type, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    constexpr int N = 16 / sizeof(T);
+    const bool vectors = args.width % N == 0 && args.stride % N == 0 && aligned({args.x, args.y});
+    const Tiles shape = tiles(args.tokens, args.width / (vectors ? N : 1), 1);
+    if (vectors) {
+      copy_kernel<T, N><<<shape.blocks, shape.block, 0, stream>>>(args);
+    } else {
+      copy_kernel<T, 1><<<shape.blocks, shape.block, 0, stream>>>(args);
+    }
+  });
+  return launched();
+}
+
 int combine_backward(const CombineBackward& args, Stream stream) {
-  if (args.grad_weights != nullptr && args.row_count < args.tokens * args.choices) {
-    const size_t bytes = args.tokens * args.choices * sizeof(float);
-    if (const cudaError_t error = cudaMemsetAsync(args.grad_weights, 0, bytes, stream)) return static_cast<int>(error);
-  }
-  if (args.row_count == 0) return 0;
+  if (args.tokens == 0) return 0;
   with_type(args.type, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int N = 16 / sizeof(T);
     const bool vectors = args.width % N == 0 && args.grad_stride % N == 0 && args.row_stride % N == 0 &&
                          aligned({args.grad, args.rows, args.grad_rows});
     if (vectors) {
-      combine_backward_kernel<T, N><<<grid(args.row_count, WARPS), THREADS, 0, stream>>>(args);
+      combine_backward_kernel<T, N><<<grid(args.tokens, 1), THREADS, 0, stream>>>(args);
     } else {
-      combine_backward_kernel<T, 1><<<grid(args.row_count, WARPS), THREADS, 0, stream>>>(args);
+      combine_backward_kernel<T, 1><<<grid(args.tokens, 1), THREADS, 0, stream>>>(args);
     }
   });
   return launched();

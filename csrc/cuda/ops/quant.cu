@@ -1,7 +1,7 @@
 // Quantised weights made dense: nf4 with scales that are quantised themselves, and int8 with a scale for each row.
 //
-// All that is read is a quarter (nf4) or a half (int8) of what is written, so the stores decide: each store of a warp is
-// 512 bytes on end, and a thread has all its loads under way before the first of them.
+// All that is read is a quarter (nf4) or a half (int8) of what is written, so the stores decide: each store of a warp
+// is 512 bytes on end, and a thread has all its loads under way before the first of them.
 
 #include "../common/launch.cuh"
 #include "../common/vec.cuh"
@@ -12,7 +12,7 @@ namespace megatune::cuda {
 namespace {
 
 constexpr int THREADS = 256, LANES = 32, WARPS = THREADS / LANES;
-constexpr int TILE = 1024;               // numbers of which a warp takes care
+constexpr int TILE = 512;                 // numbers of which a warp takes care
 constexpr int SCALES = TILE / NF4_BLOCK;  // theirs
 static_assert(LANES % SCALES == 0 && NF4_NESTED % SCALES == 0);
 
@@ -39,8 +39,8 @@ __device__ uint32_t some_codes(const uint8_t* packed, int64_t first, int64_t byt
   return word;
 }
 
-// N numbers a lane at a time, from the tile `begin` on. WHOLE: no tile ends early, and words can be loaded. What is read
-// and written here is too much to stay in the cache: it is marked as the first to leave.
+// N numbers a lane at a time, from the tile `begin` on. WHOLE: no tile ends early, and words can be loaded. What is
+// read and written here is too much to stay in the cache: it is marked as the first to leave.
 template <class T, int N, bool WHOLE>
 __global__ void __launch_bounds__(THREADS) nf4_kernel(const Nf4Dense args, const int64_t begin, const int64_t end) {
   using Word = typename Codes<N>::Word;
@@ -68,10 +68,11 @@ __global__ void __launch_bounds__(THREADS) nf4_kernel(const Nf4Dense args, const
 #pragma unroll
   for (int i = 0; i < TIMES; ++i) {
     const float scale = __shfl_sync(0xffffffffu, mine, (i * LANES + lane) / static_cast<int>(NF4_BLOCK / N));
-    Vec<T, N> y;
+    Vec<float, N> numbers;
 #pragma unroll
     for (int j = 0; j < N; ++j)  // the shuffle takes the lowest four bits only
-      y.at[j] = from_float<T>(__fmul_rn(__shfl_sync(0xffffffffu, table, codes[i] >> 4 * (j ^ 1), 16), scale));
+      numbers.at[j] = __fmul_rn(__shfl_sync(0xffffffffu, table, codes[i] >> 4 * (j ^ 1), 16), scale);
+    const auto y = narrow<T>(numbers);
     if (WHOLE) {
       __stcs(reinterpret_cast<uint4*>(to + i * LANES * N), *reinterpret_cast<const uint4*>(&y));
     } else {
@@ -107,11 +108,11 @@ __global__ void __launch_bounds__(THREADS) int8_kernel(const Int8Dense args) {
 #pragma unroll
   for (int i = 0; i < INT8_TIMES; ++i) {
     if (column + i * THREADS * N >= args.columns) break;
-    Vec<T, N> y;
+    Vec<float, N> wide;
 #pragma unroll
     for (int j = 0; j < N; ++j)
-      y.at[j] = from_float<T>(__fmul_rn(__fmul_rn(static_cast<float>(numbers[i].at[j]), scale), args.step));
-    store(to + column + i * THREADS * N, y);
+      wide.at[j] = __fmul_rn(__fmul_rn(static_cast<float>(numbers[i].at[j]), scale), args.step);
+    store_whole(to + column + i * THREADS * N, narrow<T>(wide));
   }
 }
 

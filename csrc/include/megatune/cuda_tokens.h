@@ -63,7 +63,18 @@ int64_t rope_qk_partials(const RopeQkBackward& args);
 constexpr int64_t ROPE_QK_NORM = 256;
 int rope_qk_backward(const RopeQkBackward& args, Stream stream);
 
-// ---- gradient of a table of which rows were looked up
+// ---- rows of a table, and its gradient
+
+struct EmbeddingRows {
+  Type type;
+  const void* table;  // [rows, width], stride elements from row to row
+  int64_t stride, rows;
+  const int64_t* ids;  // [count]; one that is of no row stops the device, but for -1 if `cut`: a row of zeros
+  int64_t count, width;
+  bool cut;
+  void* y;  // [count, width]
+};
+int embedding_rows(const EmbeddingRows& args, Stream stream);
 
 struct EmbeddingBackward {
   Type type;
@@ -74,11 +85,24 @@ struct EmbeddingBackward {
   int64_t count, width;
   int64_t rows;        // of the table
   float* partials;     // [embedding_chunks(count), 2, width]
+  uint8_t* named;      // [rows], workspace
   void* grad_weight;   // [rows, width], written whole
 };
 // Pieces in which the rows are summed first: their number depends on the count alone.
 int64_t embedding_chunks(int64_t count);
 int embedding_backward(const EmbeddingBackward& args, Stream stream);
+
+// What EmbeddingBackward asks for, of at most EMBEDDING_ORDER ids; such as are no int32 become -1.
+constexpr int64_t EMBEDDING_ORDER = 65536;
+struct EmbeddingOrder {
+  const int64_t* ids;
+  int64_t count;
+  uint64_t* keys;   // [embedding_order_keys(count)], workspace
+  int32_t* sorted;  // [count]
+  int64_t* order;   // [count]
+};
+int64_t embedding_order_keys(int64_t count);
+int embedding_order(const EmbeddingOrder& args, Stream stream);
 
 // ---- mixture of experts
 
@@ -122,6 +146,17 @@ struct TakeRows {
 };
 int take_rows(const TakeRows& args, Stream stream);
 
+// Each token's row to its places, each of which is of one assignment only.
+struct CopyRows {
+  Type type;
+  const void* x;  // [tokens, width], stride elements from row to row
+  int64_t stride;
+  const int64_t* place;  // [tokens, choices]: a row of y, or one outside of it for a choice that has none
+  int64_t tokens, choices, row_count, width;
+  void* y;  // [row_count, width]
+};
+int copy_rows(const CopyRows& args, Stream stream);
+
 struct SumChoices {
   Type type;
   const void* rows;  // row_count rows of `width`, stride elements from row to row
@@ -139,8 +174,8 @@ struct CombineBackward {
   int64_t grad_stride;
   const void* rows;  // [row_count, width], stride elements from row to row; null: no gradient of the weights
   int64_t row_stride;
-  const float* weights;   // [tokens, choices]
-  const int64_t* source;  // [row_count]: the assignment of each row, token * choices + choice
+  const float* weights;  // [tokens, choices]
+  const int64_t* place;  // [tokens, choices]: as in CopyRows
   int64_t row_count, tokens, choices, width;
   void* grad_rows;      // [row_count, width]; null: not wanted
   float* grad_weights;  // [tokens, choices]; null without rows. Assignments without a row get 0
