@@ -180,8 +180,8 @@ def _cuda_backward(
 
 
 # (x [T, H], source, place) -> rows [R, H]; (rows, place, weights [T, k] or None, whether some are dropped) -> [T, H];
-# (grad [T, H], rows or None where the weights need no gradient, weights, source, place, whether some are dropped, whether
-# the rows need theirs) -> both gradients; (x [R, H], index [N]) -> [N, H].
+# (grad [T, H], rows or None where the weights need no gradient, weights, source, place, whether some are dropped,
+# whether the rows need theirs) -> both gradients; (x [R, H], index [N]) -> [N, H].
 ROWS = add_op(
     "expert_rows",
     [
