@@ -67,6 +67,29 @@ void cross_entropy_grad(Tensor logits, const Tensor& labels, int64_t first, int6
   check_launch(cuda::cross_entropy_grad(args, static_cast<const float*>(data(log_sum)), device.stream()), op);
 }
 
+void scale_gradient(Tensor out, const Tensor& x, const Tensor& factor) {
+  const char* op = "scale_gradient";
+  check(x.dim() == 2 && (x.stride(1) == 1 || x.size(1) == 1), op, "x must be [rows, width], each row contiguous");
+  check(sizes(out) == sizes(x) && (out.stride(1) == 1 || out.size(1) == 1), op,
+        "out must have x's shape, each row contiguous");
+  check(out.scalar_type() == x.scalar_type() || x.scalar_type() == ScalarType::Float, op,
+        "out must have x's dtype, or x float32");
+  check(factor.numel() == 1 && factor.scalar_type() == ScalarType::Float, op, "factor must be one float32");
+  check_devices(x, {&out, &factor}, op);
+  const OnDeviceOf device(x);
+  const bool plain = x.is_contiguous() && out.is_contiguous();
+  const cuda::Scale args{type_of(x, op),
+                         type_of(out, op),
+                         data(x),
+                         mutable_data(out),
+                         plain ? 1 : x.size(0),
+                         plain ? x.numel() : x.size(1),
+                         x.stride(0),
+                         out.stride(0),
+                         static_cast<const float*>(data(factor))};
+  check_launch(cuda::scale(args, device.stream()), op);
+}
+
 }  // namespace
 }  // namespace megatune::bind
 
@@ -74,4 +97,5 @@ STABLE_TORCH_LIBRARY_IMPL(megatune, CUDA, m) {
   m.impl("cross_entropy_rows", TORCH_BOX(&megatune::bind::cross_entropy_rows));
   m.impl("cross_entropy_sums", TORCH_BOX(&megatune::bind::cross_entropy_sums));
   m.impl("cross_entropy_grad", TORCH_BOX(&megatune::bind::cross_entropy_grad));
+  m.impl("scale_gradient", TORCH_BOX(&megatune::bind::scale_gradient));
 }

@@ -3,6 +3,7 @@ once. Gradients are made in the forward pass, in the memory of the logits; backw
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +23,8 @@ CHUNK_LOGITS_ELSEWHERE = 3 * 2**27
 # Rows of a chunk come in these steps where they can: a product of 1024 rows is a whole number of tiles, and with a
 # hidden size of 4096 about one tile for each multiprocessor of an H100.
 CHUNK_STEPS = (1024, 128)
-PIECE = (
-    2**24
-)  # elements of a temporary: those of a product that is added to fp32, and those that are narrowed
+# Elements of a temporary: those of a product that is added to fp32, and those that are narrowed.
+PIECE = 2**24
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,17 +74,29 @@ class _Loss:
         return row_losses(log_sum, target.sum(0), mean, labels, *options)
 
 
-def _scaled(saved: Tensor | None, grad: Tensor) -> Tensor | None:
-    """saved * grad, in saved's own memory if nobody will ask for it again: it may be the head's whole gradient."""
-    if saved is None or _graph_is_kept():
-        return None if saved is None else saved * grad
-    return saved.mul_(grad)
+def _scaled(saved: Tensor | None, factor: Tensor, dtype: torch.dtype | None = None) -> Tensor | None:
+    """saved * factor in dtype (None: saved's), in saved's own memory if nobody will ask for it again: it may be the
+    head's whole gradient."""
+    if saved is None:
+        return None
+    dtype = dtype or saved.dtype
+    if torch.compiler.is_compiling():
+        return (saved * factor).to(dtype)
+    scale = ROWS_OP.pick(saved.device.type, saved.dtype).run[1]
+    if _graph_is_kept():
+        out = torch.empty_like(saved, dtype=dtype)
+    elif dtype != saved.dtype:
+        return _narrowed(saved, dtype, lambda out, wide: scale(out, wide, factor))
+    else:
+        out = saved
+    scale(out, saved, factor)
+    return out
 
 
 def _graph_is_kept() -> bool:
     """Whether the backward pass under way may be followed by another over the same graph."""
     ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return torch.compiler.is_compiling() or ask is None or ask()
+    return ask is None or ask()
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -109,8 +121,9 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """hidden [S, H], weight [V, H], labels [S] -> scalar. Saved: the finished gradients, of hidden (and of the weight
-    if it is trained), so that backward only scales them: three matrix products instead of four."""
+    """hidden [S, H], weight [V, H], labels [S] -> scalar. Saved: the gradients, of hidden (and of the weight if it is
+    trained, as it was summed, in fp32), so that backward only scales and rounds them: three matrix products instead of
+    four."""
 
     @staticmethod
     def forward(
@@ -126,13 +139,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grads_wanted = tuple(wanted and train for wanted in ctx.needs_input_grad[:2])
         total, *grads = _forward(hidden, weight, labels, weights, loss, chunk, *grads_wanted)
         ctx.save_for_backward(*grads)
+        ctx.weight_dtype = weight.dtype
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return _scaled(grad_hidden, grad), _scaled(grad_weight, grad), None, None, None, None, None
+        scaled = _scaled(grad_hidden, grad), _scaled(grad_weight, grad, ctx.weight_dtype)
+        return *scaled, None, None, None, None, None
 
 
 def _forward(
@@ -145,7 +160,7 @@ def _forward(
     hidden_grad: bool,
     weight_grad: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(loss, gradient of hidden or None, gradient of weight or None)."""
+    """(loss, gradient of hidden or None, gradient of weight or None: in the weight's dtype or wider)."""
     head = weight.to(hidden.dtype)
     grad_hidden = torch.empty_like(hidden) if hidden_grad else None
     total = None  # gradient of the weight, summed over chunks in fp32
@@ -168,9 +183,8 @@ def _forward(
             total = logits.t() @ rows
         elif weight_grad:
             total = _add_product(total, logits, rows)
-    if weight_grad:
-        buffer = logits = None  # before the gradient may need another copy
-        total = torch.zeros_like(weight) if total is None else _narrowed(total, weight.dtype)
+    if weight_grad and total is None:
+        total = torch.zeros_like(weight)
     return result, grad_hidden, total
 
 
@@ -202,19 +216,23 @@ def _add_product(total: Tensor | None, grad_logits: Tensor, rows: Tensor) -> Ten
     return total
 
 
-def _narrowed(wide: Tensor, dtype: torch.dtype) -> Tensor:
-    """wide, contiguous, in dtype. A dtype of half the size is written over it: a copy beside a head's fp32 gradient
-    would be the largest thing there. Each piece is as long as all before it together, so that it is written where
-    everything has been read."""
+def _narrowed(wide: Tensor, dtype: torch.dtype, scale: Callable[[Tensor, Tensor], None]) -> Tensor:
+    """wide, contiguous, in dtype, by scale(out, part of wide). A dtype of half the size is written over it: a copy
+    beside a head's fp32 gradient would be the largest thing there. Each piece is as long as all before it together, so
+    that it is written where everything has been read."""
     if 2 * dtype.itemsize != wide.dtype.itemsize:
-        return wide.to(dtype)
-    flat, count = wide.view(-1), wide.numel()
-    narrow = flat.view(dtype)[:count]
+        out = torch.empty_like(wide, dtype=dtype)
+        scale(out, wide)
+        return out
+    flat, count = wide.view(1, -1), wide.numel()
+    narrow = flat.view(dtype)[:, :count]
     done = min(PIECE, count)
-    narrow[:done] = flat[:done].to(dtype)
+    first = torch.empty_like(flat[:, :done], dtype=dtype)
+    scale(first, flat[:, :done])
+    narrow[:, :done] = first
     while done < count:
         end = min(2 * done, count)
-        narrow[done:end] = flat[done:end]
+        scale(narrow[:, done:end], flat[:, done:end])
         done = end
     return narrow.view(wide.shape)
 

@@ -161,9 +161,27 @@ _ROWS = define(
     _reference,
     _fake,
 )
+
+
+def _scale_gradient(out: Tensor, x: Tensor, factor: Tensor) -> None:
+    """out = x * factor, [rows, width]; out is x itself, or has its dtype, or a narrower one. factor: one number."""
+    torch.mul(x, factor, out=out)
+
+
+_SCALE = define(
+    "scale_gradient(Tensor(a!) out, Tensor x, Tensor factor) -> ()",
+    _scale_gradient,
+    nothing,
+)
+# Of each body: losses of rows, and what backward does with the gradient.
 ROWS_OP = add_op(
     "linear_cross_entropy",
-    [cpu_body(_ROWS), cuda_body(_ROWS), compiled_body(_compiled), Body("reference", (_reference,))],
+    [
+        cpu_body(_ROWS, _scale_gradient),
+        cuda_body(_ROWS, _SCALE),
+        compiled_body(_compiled, _scale_gradient),
+        Body("reference", (_reference, _scale_gradient)),
+    ],
 )
 
 

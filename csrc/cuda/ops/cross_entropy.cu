@@ -6,6 +6,8 @@
 // vectors only, so nobody waits for shared memory. A cluster of blocks with a part of the row each would save the
 // second read of longer rows, at two cluster-wide waits a row, and would be a kernel of its own for sm_80.
 
+#include "cross_entropy_cluster.cuh"
+
 #include "../common/launch.cuh"
 #include "../common/vec.cuh"
 #include "megatune/cuda_loss.h"
@@ -399,6 +401,7 @@ int launch(const CrossEntropy& args, const Outputs& out, Stream stream) {
 }  // namespace
 
 int cross_entropy(const CrossEntropy& args, bool write_grad, float* loss, Stream stream) {
+  if (write_grad && args.rows > 0 && cluster_takes(args)) return cross_entropy_cluster(args, loss, stream);
   return launch<false>(args, {loss, nullptr, nullptr, 0, write_grad, 0}, stream);
 }
 

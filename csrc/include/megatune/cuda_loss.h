@@ -32,4 +32,15 @@ int cross_entropy_sums(const CrossEntropy& args, bool with_sum, float* sums, Str
 // The logits become their gradient. log_sums: [rows], l over the whole vocabulary.
 int cross_entropy_grad(const CrossEntropy& args, const float* log_sums, Stream stream);
 
+// Rows of a tensor times a number: what backward does with gradients that forward has made.
+struct Scale {
+  Type from, to;  // the same, or from f32
+  const void* x;
+  void* out;  // x itself, or memory that nothing else of x is in
+  int64_t rows, width, x_stride, out_stride;
+  const float* factor;  // on the device; where it is 1 and out is x, nothing is read or written
+};
+
+int scale(const Scale& args, Stream stream);
+
 }  // namespace megatune::cuda
