@@ -1,12 +1,14 @@
 """The head and its loss on one GPU, at Llama-3-8B's sizes in bf16: time beside the bare products, memory, bandwidth.
 
-    python -m benchmarks.linear_loss [--rows 16384] [--repeats 5] [--out FILE]
+    python -m benchmarks.linear_loss [--rows 16384] [--repeats 9] [--out FILE]
 
 `linear_cross_entropy`, forward and backward with both gradients, for each of its fused bodies and some chunks, as a
-multiple of its three matrix products by themselves in the same run (whole, with bf16 results); and its peak memory
-beyond the inputs and the weight's fp32 gradient. Then the loss on given logits by itself (`cross_entropy_rows`): bytes
-that must move, each logit read once and its gradient written once, as a share of what a copy of the same logits
-reaches. Milliseconds between two events, medians; bodies and rivals take turns.
+multiple of its three matrix products by themselves (whole, with bf16 results), which are timed in turn with it: under
+this load clocks fall, and fall further for some numbers than for others (random ones take 5 to 10 % longer than
+gradients), so the products have the op's own numbers. And its peak memory beyond the inputs and the weight's fp32
+gradient. Then the loss of given logits (`cross_entropy_rows`, and `cross_entropy` with its backward): bytes that must
+move, each logit read once and its gradient written once, as a share of what a copy of the same logits reaches.
+Milliseconds between two events, medians.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -29,18 +32,32 @@ GIB = 2**30
 
 
 def interleaved_ms(functions: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median milliseconds of each, one after the other `repeats` times, after one call for warming up."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for turn in range(repeats + 1):
-        for name, function in functions.items():
-            began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            began.record()
-            function()
-            ended.record()
-            ended.synchronize()
-            if turn:
-                times[name].append(began.elapsed_time(ended))
-    return {name: statistics.median(found) for name, found in times.items()}
+    """Median milliseconds of each, one after the other `repeats` times without a pause, after one call each."""
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range((repeats + 1) * len(functions) + 1)]
+    marks[0].record()
+    for number, mark in enumerate(marks[1:]):
+        list(functions.values())[number % len(functions)]()
+        mark.record()
+    torch.cuda.synchronize()
+    times = [began.elapsed_time(ended) for began, ended in pairwise(marks)][len(functions) :]
+    return {name: statistics.median(times[place :: len(functions)]) for place, name in enumerate(functions)}
+
+
+def bare_products(hidden: Tensor, weight: Tensor, labels: Tensor) -> Callable[[], None]:
+    """The products of the op, whole and bare: the last two are of the logits' gradient."""
+    hidden, weight = hidden.detach(), weight.detach()
+    logits = torch.empty(hidden.shape[0], weight.shape[0], device=hidden.device, dtype=hidden.dtype)
+    grad = torch.mm(hidden, weight.t())
+    ops.cross_entropy(grad.requires_grad_().view_as(grad), labels)
+    results = torch.empty_like(hidden), torch.empty_like(weight)
+
+    @torch.no_grad()
+    def run() -> None:
+        torch.mm(hidden, weight.t(), out=logits)
+        torch.mm(grad, weight, out=results[0])
+        torch.mm(grad.t(), hidden, out=results[1])
+
+    return run
 
 
 def peak_bytes(function: Callable[[], Any]) -> int:
@@ -76,29 +93,26 @@ def head(rows: int, repeats: int) -> list[dict[str, Any]]:
     runs = {
         f"{body}, chunks of {chunk or 'the default'}": ours(body, chunk)
         for body in fused_bodies("linear_cross_entropy")
-        for chunk in (None, 2048, 2093)
+        for chunk in (None, 2048)
     }
-    memory = {}
+    flops = 6 * rows * HIDDEN * VOCAB
+    lines, memory = [], {}
     for name, run in runs.items():
         run()  # compiles, and makes the products' workspace
         memory[name] = peak_bytes(run) - 4 * VOCAB * HIDDEN
-    logits = torch.empty(rows, VOCAB, device="cuda", dtype=torch.bfloat16)
-    results = torch.empty_like(hidden, requires_grad=False), torch.empty_like(weight, requires_grad=False)
-
-    @torch.no_grad()
-    def products() -> None:
-        torch.mm(hidden, weight.t(), out=logits)
-        torch.mm(logits, weight, out=results[0])
-        torch.mm(logits.t(), hidden, out=results[1])
-
-    times = interleaved_ms(runs | {"three products": products}, repeats)
-    bare = times.pop("three products")
-    flops = 6 * rows * HIDDEN * VOCAB
-    lines = [{"name": "three products", "ms": round(bare, 2), "tflops": round(flops / bare / 1e9, 1)}]
-    for name, ms in times.items():
-        extra = round(memory[name] / GIB, 3)
+    products = bare_products(hidden, weight, labels)
+    for name, run in runs.items():
+        times = interleaved_ms({name: run, "three products": products}, repeats)
+        ms, bare = times[name], times["three products"]
         lines.append(
-            {"name": name, "ms": round(ms, 2), "times_products": round(ms / bare, 3), "extra_gib": extra}
+            {
+                "name": name,
+                "ms": round(ms, 2),
+                "products_ms": round(bare, 2),
+                "products_tflops": round(flops / bare / 1e9, 1),
+                "times_products": round(ms / bare, 3),
+                "extra_gib": round(memory[name] / GIB, 3),
+            }
         )
     return lines
 
@@ -106,17 +120,26 @@ def head(rows: int, repeats: int) -> list[dict[str, Any]]:
 def rows_alone(rows: int, repeats: int) -> list[dict[str, Any]]:
     logits = torch.randn(rows, VOCAB, device="cuda").bfloat16()
     other, labels = torch.empty_like(logits), torch.randint(VOCAB, (rows,), device="cuda")
+    leaf = logits.view_as(logits).requires_grad_()
+    ops.configure({}, "cuda", torch.bfloat16)
+
+    def whole() -> None:
+        torch.autograd.grad(ops.cross_entropy(leaf.view_as(leaf), labels), leaf)
+
     # The gradients of gradients that the repeats make are small numbers, not what is timed: kernels read all of them.
-    runs: dict[str, Callable[[], Tensor]] = {
-        body: lambda run=rows_module.ROWS_OP.bodies[body].run[0]: run(logits, labels, 0.0, True)
+    runs: dict[str, Callable[[], Any]] = {
+        f"cross_entropy_rows, {body}": lambda run=rows_module.ROWS_OP.bodies[body].run[0]: run(
+            logits, labels, 0.0, True
+        )
         for body in fused_bodies("linear_cross_entropy")
     }
+    runs["cross_entropy, forward and backward"] = whole
     times = interleaved_ms(runs | {"copy": lambda: other.copy_(logits)}, repeats)
     moved = 2 * logits.numel() * logits.element_size()
     copy = times["copy"]
     return [
         {
-            "name": f"cross_entropy_rows, {name}" if name != "copy" else "copy of the logits",
+            "name": name,
             "ms": round(ms, 3),
             "tb_per_s": round(moved / ms / 1e9, 3),
             "share_of_copy": round(copy / ms, 3),
@@ -130,13 +153,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rows", type=int, default=16384)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--out", help="write the numbers there as JSON, too")
     options = parser.parse_args()
     torch.manual_seed(0)
     lines = head(options.rows, options.repeats)
     torch.cuda.empty_cache()
-    lines += rows_alone(4096, 4 * options.repeats)
+    lines += rows_alone(options.rows, options.repeats)
     for line in lines:
         print(f"{line['name']:<44}" + "  ".join(f"{k} {v}" for k, v in line.items() if k != "name"))
     if options.out:

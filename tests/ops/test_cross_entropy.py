@@ -162,6 +162,12 @@ def test_the_gradients_of_a_head_are_scaled_in_place_unless_the_graph_is_kept() 
         torch.testing.assert_close(one, grad * 3)
         assert torch.equal(one, again)
     assert all(torch.equal(x, y) for x, y in zip(saved, first, strict=True))
+    low = [x.detach().bfloat16().requires_grad_() for x in (hidden, weight)]
+    again = ops.linear_cross_entropy(*low, labels_of(9, 20), chunk=4)  # whose sums are in fp32
+    kept = torch.autograd.grad(again * 3, low, retain_graph=True)
+    for grad, once in zip(kept, torch.autograd.grad(again * 3, low), strict=True):
+        assert grad.dtype == torch.bfloat16
+        assert torch.equal(grad, once)
     last = torch.autograd.grad(loss * 7, (hidden, weight))
     for grad, given, x in zip(first, last, saved, strict=True):
         torch.testing.assert_close(given, grad * 7)
@@ -307,13 +313,68 @@ def test_repeats_are_equal_bit_by_bit(vocab: int) -> None:
     labels, weights = labels_of(300, vocab).cuda(), torch.rand(300, device="cuda")
 
     def run() -> tuple[Tensor, ...]:
-        one, two = logits.clone(), logits.clone()
+        one, two, three = logits.clone(), logits.clone(), logits.clone()
         loss = calls.cross_entropy_rows(one, labels, 0.0, True, weights, 0.1, 0.1)
+        plain = calls.cross_entropy_rows(three, labels, 0.0, True, weights, 0.1)
         sums = calls.cross_entropy_sums(two, labels, 0, vocab, 0.0, True)
         calls.cross_entropy_grad(two, labels, 0, vocab, 0.0, sums[:, 0].contiguous(), weights)
-        return loss, one, sums, two
+        return loss, one, sums, two, plain, three
 
     repeats_bitwise(run)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_many_rows_one_after_the_other(dtype: torch.dtype) -> None:
+    """Several rows for each block pass through its shared memory: a part of a row at a time, one row, several, for one
+    block or a cluster of two or four; rows that are skipped, too large, or of -infinity but for some."""
+    need_body(OP, "cuda", dtype, "cuda")
+    reference = ops.OPS[OP].bodies["reference"].run[0]
+    for vocab in (520, 4096, 32000, 81928, 128256, 163848, 262144):
+        wide, labels = torch.randn(300, vocab + 8, device="cuda").to(dtype), labels_of(300, vocab).cuda()
+        wide[5] *= 20
+        wide[200, 7] = float("inf")
+        wide[210, 90:] = wide[220, : vocab // 2 + 4] = -float("inf")
+        labels[[133, 210, 220, 299]] = torch.tensor([-100, 3, vocab - 1, -100], device="cuda")
+        options = (0.0, True, torch.rand(300, device="cuda"), 0.01)
+        mine, theirs = wide.clone(), wide.clone()
+        loss = torch.ops.megatune.cross_entropy_rows(mine[:, :vocab], labels, *options)
+        truth = reference(theirs[:, :vocab], labels, *options)
+        good = torch.isfinite(truth)
+        assert good.sum() == 299
+        assert not torch.isfinite(loss[200])
+        assert relative_error(loss[good], truth[good]) <= 5e-6
+        assert torch.equal(mine[:, vocab:], theirs[:, vocab:])
+        error = (mine[good].double() - theirs[good].double())[:, :vocab].norm()
+        assert error <= TOLERANCE[dtype] * theirs[good][:, :vocab].double().norm()
+        assert not mine[labels == -100, :vocab].any()
+
+
+@pytest.mark.gpu
+def test_a_gradient_is_scaled_in_place_and_into_a_narrower_one() -> None:
+    need_body(OP, "cuda", torch.bfloat16, "cuda")
+    scale = torch.ops.megatune.scale_gradient
+    for shape in ((1, 7), (3, 8), (5, 1001), (300, 4096)):
+        x, factor = torch.randn(shape, device="cuda"), torch.tensor(0.3, device="cuda")
+        for given, dtype in (
+            (x, torch.float32),
+            (x, torch.bfloat16),
+            (x, torch.float16),
+            (x.half(), torch.float16),
+            (x.bfloat16(), torch.bfloat16),
+            (torch.cat([x, x], 1).bfloat16()[:, 1 : 1 + shape[1]], torch.bfloat16),
+        ):
+            out = torch.empty_like(given, dtype=dtype)
+            scale(out, given, factor)
+            expected = (given.float() * factor).to(dtype)
+            assert torch.equal(out, expected)
+            if given.dtype == dtype:
+                padded = torch.cat([given, given], 1)
+                same = padded[:, shape[1] :]
+                for number in (torch.ones_like(factor), factor):
+                    scale(same, same, number)
+                assert torch.equal(same, expected)
+                assert torch.equal(padded[:, : shape[1]], given)
 
 
 @pytest.mark.gpu
@@ -336,6 +397,7 @@ def test_opcheck_on_a_gpu() -> None:
         (calls.cross_entropy_rows, (logits[:, 1:39], labels.clamp(max=37), 0.0, True, weights, 0.1, 0.1)),
         (calls.cross_entropy_sums, (logits, labels, 8, 60, 0.0, True)),
         (calls.cross_entropy_grad, (logits, labels, 8, 60, 0.0, weights)),
+        (calls.scale_gradient, (torch.empty_like(logits), logits, weights[0])),
     ):
         assert set(opcheck(operator.default, arguments).values()) == {"SUCCESS"}
 
