@@ -21,6 +21,7 @@ constexpr int SIDE = WARPS * WARP;
 constexpr int SLOT = SIDE * EACH;  // vectors of 16 bytes
 constexpr int MOST_SLOTS = 28;     // as many as a multiprocessor has room for
 constexpr int MOST_BLOCKS = 4;     // of a cluster
+constexpr int LEAST_VOCAB = 8192;  // shorter rows are not worth a ring
 // Rows whose sums are kept. The ring holds at most half as many: sums of a row can be sent only when all blocks have
 // begun the gradient of the row that many before it, and so have read all sums that were in its place.
 constexpr int TURNS = 16;
@@ -421,7 +422,7 @@ int launch(const CrossEntropy& args, float* loss, Stream stream) {
 
 bool cluster_takes(const CrossEntropy& args) {
   if (args.type == Type::f32 || args.softcap != 0.0f || args.smoothing != 0.0f) return false;
-  if (args.vocab % 8 != 0 || args.row_stride % 8 != 0 || !aligned({args.logits})) return false;
+  if (args.vocab < LEAST_VOCAB || args.vocab % 8 != 0 || args.row_stride % 8 != 0 || !aligned({args.logits})) return false;
   cudaFuncAttributes found;  // code that was made from PTX for sm_80 is empty
   const cudaError_t error = cudaFuncGetAttributes(&found, cross_entropy_cluster_kernel<__nv_bfloat16>);
   return error == cudaSuccess && found.ptxVersion >= 90 && plan_of(args.vocab).blocks > 0;
