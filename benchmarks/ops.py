@@ -1,41 +1,61 @@
 """Every op against the limit that this GPU reaches itself, and against what others have, at three models' sizes.
 
-    python -m benchmarks.ops [--only OP,..] [--models MODEL,..] [--list] [--seconds 140] [--out FILE]
+    python -m benchmarks.ops [--only OP,..] [--models MODEL,..] [--list] [--seconds 200] [--out FILE]
+    python -m benchmarks.ops --table FILE
 
 Sizes: Llama-3-8B and Qwen3-30B-A3B at 16k tokens, one of eight processes of a 70B under tensor parallelism. For each
 body of an op and each rival: device time forward and backward (`benchmarks/ops_timing.py` says how), bytes or
-operations a second of the least that must be done, `share` of the limit measured in the same run (a large copy from
-device memory to device memory; for products the bare bf16 products of the same shapes), the host's time in one plain
-forward call, and the relative difference of its results (outputs and gradients) from plain PyTorch's. Rows are
-written to benchmarks/results/ops_GPU.json after each op: a run that is cut leaves what it has. `--device cpu --tiny`
-runs every case once anywhere.
+operations a second of the least that must be done, `share` of the limit measured in the same run (the better of two
+ways to copy a large tensor from device memory to device memory; for products the bare bf16 products of the same
+shapes, in turn with the op), the host's time in one plain forward call, and the relative difference of its results
+(outputs and gradients) from plain PyTorch's. Work of less than 30 us at that limit is held against a copy of as many
+bytes (`small_share`), too: no kernel of that length reaches the rate of a long one.
+
+Compiling comes first, in as many processes as there are cores (`benchmarks/ops_warm.py`). Rows are written to
+benchmarks/results/ops_GPU.json after each case: a run that is cut leaves what it has, and a later one on the same GPU,
+driver and torch puts its rows in the place of those of the same model and op. At the end, and in the file: what is
+below its target, and what is slower than the best of its rivals by more than 3 %. `--table` prints the page
+docs/ops.md of a file. `--device cpu --tiny` runs every case once anywhere.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import re
+import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks import ops_cases_more  # noqa: F401 - registers its cases
+from benchmarks import ops_cases_fp8, ops_cases_loss, ops_cases_moe, ops_cases_optim  # noqa: F401 - register their cases
 from benchmarks.common import RESULTS, device_name
-from benchmarks.ops_cases import MODELS, TINY, Case, Other, Work, cases
+from benchmarks.ops_cases import CASES, MODELS, TINY, Case, Other, Work, makers
+from benchmarks.ops_report import line_of, page, said, verdicts
 from benchmarks.ops_rivals import absent, present, rivals
-from benchmarks.ops_timing import Device, tensors_in
+from benchmarks.ops_timing import LARGE_COPY, SMALL_MS, Device, Timed, tensors_in
+from benchmarks.ops_warm import configure_compiler, share, warm
 from megatune import ops
 from megatune.launch.show_environment import nvidia_versions
 
 SLOW_BODIES = ("reference", "flex", "sdpa")  # on CUDA only with --all: they are not what runs there
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One who computes a case: a body of ours (`chosen`: whether it is the automatic choice) or a rival."""
+
+    name: str
+    other: Other
+    chosen: bool | None = None
+    bodies: tuple[tuple[str, str], ...] = ()  # to be configured for it
 
 
 def gradients(outputs: list[Tensor], leaves: Iterable[Tensor], grads: list[Tensor]) -> tuple[Tensor, ...]:
@@ -72,16 +92,16 @@ def measure(case: Case, other: Other, device: Device, dtype: torch.dtype) -> Row
     """Times of one implementation."""
     first = other.prepare(case.make())
     # Leaves as such: what made them is not part of the op.
-    count = device.sets(sum(x.nbytes for x in first))
+    count = 1 if case.forward.products else device.sets(sum(x.nbytes for x in first))
     sets = [first, *(other.prepare(case.make()) for _ in range(count - 1))]
     sets = [tuple(x.detach().requires_grad_(x.requires_grad) for x in leaves) for leaves in sets]
     has_gradient = any(x.requires_grad for x in first)
     if case.joint:
         return _measure_joint(case, other, sets, device, dtype)
     forward = [lambda leaves=leaves: other.run(*leaves) for leaves in sets]
-    taken, how = device.milliseconds(forward)
-    row = {"forward_ms": taken, "timed": how, "host_us": device.host_microseconds(forward[0])}
-    row |= rates("forward", taken, case.forward, device, dtype)
+    timed = _timed(forward, case.forward, device, dtype)
+    row = {"timed": timed.how, **rates("forward", timed, case.forward, device, dtype)}
+    row["host_us"] = device.host_microseconds(forward[0])
     if has_gradient and case.backward is not None:
         outputs = [tensors_in(call()) for call in forward]
         grads = [seeded(one) for one in outputs]
@@ -89,45 +109,68 @@ def measure(case: Case, other: Other, device: Device, dtype: torch.dtype) -> Row
             lambda out=out, leaves=leaves, grad=grad: gradients(out, leaves, grad)
             for out, leaves, grad in zip(outputs, sets, grads, strict=True)
         ]
-        row["backward_ms"], _ = device.milliseconds(backward)
-        row |= rates("backward", row["backward_ms"], case.backward, device, dtype)
+        timed = _timed(backward, case.backward, device, dtype)
+        row |= rates("backward", timed, case.backward, device, dtype)
     return row
 
 
 def _measure_joint(
     case: Case, other: Other, sets: list[tuple[Tensor, ...]], device: Device, dtype: torch.dtype
 ) -> Row:
+    grads: list[Tensor] = []
+
     def both(leaves: tuple[Tensor, ...]) -> Any:
-        output = other.run(*leaves)
-        return torch.autograd.grad(output, leaves)
+        outputs = tensors_in(other.run(*leaves))
+        if not grads:
+            grads.extend(seeded(outputs))
+        return torch.autograd.grad(outputs, [x for x in leaves if x.requires_grad], grads)
 
-    calls = [lambda leaves=leaves: both(leaves) for leaves in sets[:1]]
+    calls = [lambda leaves=leaves: both(leaves) for leaves in sets]
     peak = device.peak_bytes(calls[0])
-    taken, how = device.milliseconds(calls)
-    return {
-        "forward_backward_ms": taken,
-        "timed": how,
-        "peak_mib": peak / 2**20,
-        **rates("forward_backward", taken, case.forward, device, dtype),
-    }
+    timed = _timed(calls, case.forward, device, dtype)
+    taken = rates("forward_backward", timed, case.forward, device, dtype)
+    return {"timed": timed.how, "peak_mib": peak / 2**20, **taken}
 
 
-def rates(name: str, taken: float, work: Work, device: Device, dtype: torch.dtype) -> Row:
-    """Rate of the least work, and the share of the limit."""
-    share = {f"{name}_share": device.limit_ms(work, dtype) / taken}
+def _timed(calls: list[Callable[[], Any]], work: Work, device: Device, dtype: torch.dtype) -> Timed:
+    return device.beside_products(calls, work, dtype) if work.products else device.milliseconds(calls)
+
+
+def rates(name: str, timed: Timed, work: Work, device: Device, dtype: torch.dtype) -> Row:
+    """Time, rate of the least work, and the share of the limit."""
+    limit = device.limit_ms(work, timed, dtype)
+    row = {f"{name}_ms": timed.ms, f"{name}_share": limit / timed.ms}
     if work.flops:
-        return share | {f"{name}_tflops": work.flops / taken / 1e9}
-    return share | {f"{name}_gbytes_per_s": work.size / taken / 1e6}
+        return row | {f"{name}_tflops": work.flops / timed.ms / 1e9}
+    if limit < SMALL_MS:
+        row[f"{name}_small_share"] = device.small_copy_ms(int(work.size)) / timed.ms
+    return row | {f"{name}_gbytes_per_s": work.size / timed.ms / 1e6}
 
 
-def bodies_of(case: Case, device: Device, dtype: torch.dtype, everything: bool) -> list[str]:
+def bodies_of(case: Case, device_type: str, dtype: torch.dtype, everything: bool) -> list[str]:
+    """The bodies that are measured. On a GPU, without `everything`: none that is slow by design, and none that
+    torch.compile makes where a kernel of ours stands before it."""
     op = ops.OPS.get(case.registry or case.op)
     if op is None:
         return []
-    fit = [name for name, body in op.bodies.items() if body.unfit(device.type, dtype) is None]
-    if everything or device.type == "cpu":
+    fit = [name for name, body in op.bodies.items() if body.unfit(device_type, dtype) is None]
+    if everything or device_type == "cpu":
         return fit
-    return [name for name in fit if name not in SLOW_BODIES] or fit[:1]
+    passed = (*SLOW_BODIES, "compiled") if fit[0] == "cuda" else SLOW_BODIES
+    return [name for name in fit if name not in passed] or fit[:1]
+
+
+def candidates(case: Case, device_type: str, dtype: torch.dtype, everything: bool) -> Iterator[Candidate]:
+    """The bodies of ours, then the rivals."""
+    registry = case.registry or case.op
+    names = bodies_of(case, device_type, dtype, everything)
+    best = ops.chosen(device_type, dtype).get(registry, "megatune")
+    for name in names:
+        yield Candidate(name, Other(case.run), name == best, ((registry, name),))
+    if not names:
+        yield Candidate("megatune", Other(case.run), True)
+    for name, other in rivals(case, device_type):
+        yield Candidate(name, other)
 
 
 def truth_of(case: Case) -> list[Tensor]:
@@ -138,42 +181,32 @@ def truth_of(case: Case) -> list[Tensor]:
         return results_of(case, Other(case.run))
 
 
-def rows_of(
-    case: Case, device: Device, dtype: torch.dtype, everything: bool, compiled: bool
-) -> Iterable[Row]:
-    """A row for each body of ours, then one for each rival. What fails has a row that says why."""
-    registry = case.registry or case.op
-    names = bodies_of(case, device, dtype, everything)
-    chosen = ops.chosen(device.type, dtype).get(registry, "megatune")
-    ours = Other(case.run)
-    truth = truth_of(case)
-    for name in names or ["megatune"]:
-        with_body = {registry: name} if names else {}
-        ops.configure(with_body, device.type, dtype)
-        yield _row(name, name == chosen, case, ours, device, dtype, truth)
+def rows_of(case: Case, device: Device, dtype: torch.dtype, everything: bool) -> Iterator[Row]:
+    """A row for each candidate. What fails has a row that says why."""
+    with device.clock("truth"):
+        truth = truth_of(case)
+    for candidate in list(candidates(case, device.type, dtype, everything)):
+        ops.configure(dict(candidate.bodies), device.type, dtype)
+        row = row_of(candidate, case, device, dtype, truth)
+        yield row | {"targets": case.targets} if candidate.chosen else row
     ops.configure({}, device.type)
-    for name, other in rivals(case, device.type, compiled):
-        yield _row(name, None, case, other, device, dtype, truth)
+    del truth
+    with device.clock("freeing"):
+        device.forget()
 
 
-def _row(
-    name: str,
-    chosen: bool | None,
-    case: Case,
-    other: Other,
-    device: Device,
-    dtype: torch.dtype,
-    truth: list[Tensor],
-) -> Row:
-    row: Row = {"by": name} if chosen is None else {"body": name, "chosen": chosen}
+def row_of(candidate: Candidate, case: Case, device: Device, dtype: torch.dtype, truth: list[Tensor]) -> Row:
+    row: Row = {"by": candidate.name}
+    if candidate.chosen is not None:
+        row = {"body": candidate.name, "chosen": candidate.chosen}
     try:
-        row["difference"] = difference(case, other, truth)
-        row |= measure(case, other, device, dtype)
+        with device.clock(f"first call, {candidate.name}"):
+            row["difference"] = difference(case, candidate.other, truth)
+        with device.clock("timing"):
+            row |= measure(case, candidate.other, device, dtype)
     except Exception as error:  # a rival's own failure must not end the run
         row["failed"] = _said(error)
-    if device.type == "cuda":
-        gc.collect()
-        torch.cuda.empty_cache()
+        device.forget()
     return {key: _short(value) for key, value in row.items()}
 
 
@@ -186,70 +219,116 @@ def _short(value: Any) -> Any:
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
-def line_of(row: Row) -> str:
-    name = row.get("body") or row["by"]
-    parts = [f"{name:<18}" + ("<- chosen" if row.get("chosen") else "         ")]
-    for what in ("forward", "backward", "forward_backward"):
-        if f"{what}_ms" in row:
-            parts.append(f"{what} {row[f'{what}_ms']:>8.4g} ms {row[f'{what}_share']:>6.1%}")
-    if "host_us" in row:
-        parts.append(f"host {row['host_us']:.0f} us")
-    parts.append(row.get("failed") or f"differs {row['difference']:.1e}")
-    return "    " + "  ".join(parts)
+def wanted(options: argparse.Namespace, dtype: torch.dtype) -> Iterator[tuple[str, str, Callable[[], Case]]]:
+    """(model, op, what makes the case) of what is asked for."""
+    for model, sizes in (TINY if options.tiny else MODELS).items():
+        if not options.models or model in options.models:
+            for op, make in makers(model, sizes, dtype, options.device):
+                if not options.only or op in options.only:
+                    yield model, op, make
 
 
-def run(options: argparse.Namespace, write: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Measures what was asked for; `write` is called with the whole content after each op."""
-    began = time.monotonic()
-    dtype = torch.float32 if options.tiny else torch.bfloat16
-    device = Device.here(options.device)
-    device.measure_copy(2**16 if options.tiny else 2**31)
-    content: dict[str, Any] = {
+def header(device: Device, dtype: torch.dtype) -> Row:
+    return {
         "benchmark": "ops",
-        "device": device_name() if options.device == "cuda" else "CPU",
+        "device": device_name() if device.type == "cuda" else "CPU",
         "torch": torch.__version__,
         "versions": dict(nvidia_versions()),
         "dtype": str(dtype)[6:],
         "copy_gbytes_per_s": round(device.copy / 1e9, 1),
-        "rivals": present(options.device),
-        "rivals_absent": absent(options.device),
-        "left_out": [],
-        "rows": [],
+        "copies_gbytes_per_s": {name: round(rate / 1e9, 1) for name, rate in device.copies.items()},
+        "empty_kernel_us": round(device.launch_ms * 1e3, 2),
+        "rivals": present(device.type),
+        "rivals_absent": absent(device.type),
     }
-    seen: set[str] = set()  # torch.compile is a rival at an op's first size: each size takes it seconds
-    for model, sizes in (TINY if options.tiny else MODELS).items():
-        if options.models and model not in options.models:
+
+
+def merged(content: Row, path: Path) -> Row:
+    """`content` with what a run before it left in the file, if that was with the same GPU, driver and torch."""
+    before = json.loads(path.read_text()) if path.exists() else {}
+    keys = ("benchmark", "device", "torch", "versions", "dtype")
+    same = all(before.get(key) == content[key] for key in keys)
+    kept = before if same else {}
+    return content | {name: kept.get(name, []) for name in ("runs", "left_out", "rows")}
+
+
+def without(rows: list[Row], model: str, op: str) -> list[Row]:
+    return [row for row in rows if (row["model"], row["op"]) != (model, op)]
+
+
+def run(options: argparse.Namespace, path: Path) -> Row:
+    """Measures what was asked for; the file has all of it after each case."""
+    began = time.monotonic()
+    dtype = torch.float32 if options.tiny else torch.bfloat16
+    device = Device.here(options.device)
+    spent: Row = {}
+    if options.device == "cuda" and not options.cold:
+        spent["compiling"] = warm(options.arguments, options.seconds / 2)
+        print(f"compiled before: {spent['compiling']}", flush=True)
+    with device.clock("limits"):
+        device.measure_limits(2**16 if options.tiny else LARGE_COPY)
+    content = merged(header(device, dtype), path)
+    # Shares are of the limit of their own run; a copy's rate moves by a percent from one to the next.
+    this = {"copy_gbytes_per_s": content["copy_gbytes_per_s"], "models": []}
+    content["runs"] = [*content["runs"], this]
+    seen: dict[tuple[str, str], str] = {}
+    for model, op, make in wanted(options, dtype):
+        if time.monotonic() - began > options.seconds:
+            left = {"model": model, "op": op, "why": "no time left"}
+            if not any((row["model"], row["op"]) == (model, op) for row in content["rows"]):
+                content["left_out"] = [*without(content["left_out"], model, op), left]
             continue
-        for case in cases(model, sizes, dtype, options.device):
-            if options.only and case.op not in options.only:
-                continue
-            if time.monotonic() - began > options.seconds:
-                content["left_out"].append(f"{model} {case.op}: no time left")
-                continue
-            print(f"{model}  {case.op}  {case.shape}", flush=True)
-            compiled = case.op not in seen
-            seen.add(case.op)
-            what = {"model": model, "op": case.op, "shape": case.shape}
-            try:
-                for row in rows_of(case, device, dtype, options.all, compiled):
-                    content["rows"].append(what | row)
-                    print(line_of(row), flush=True)
-            except Exception as error:  # the other ops still have their turn
-                content["left_out"].append(f"{model} {case.op}: {_said(error)}")
-            products = {name: _short(ms) for name, ms in device.products.items()}
-            content |= {"products_ms": products, "seconds": round(time.monotonic() - began, 1)}
-            write(content)
+        case = make()
+        same = seen.setdefault((op, case.shape), model)
+        content["rows"] = without(content["rows"], model, op)
+        content["left_out"] = without(content["left_out"], model, op)
+        if same != model:
+            content["left_out"].append({"model": model, "op": op, "why": f"the same as {same}'s"})
+            continue
+        print(f"{model}  {op}  {case.shape}  (after {time.monotonic() - began:.0f} s)", flush=True)
+        what = {"model": model, "op": op, "shape": case.shape}
+        try:
+            for row in rows_of(case, device, dtype, options.all):
+                content["rows"].append(what | row)
+                print(line_of(row), flush=True)
+        except Exception as error:  # the other ops still have their turn
+            content["left_out"].append({"model": model, "op": op, "why": _said(error)})
+        spent |= {name: round(seconds, 1) for name, seconds in device.spent.items()}
+        this |= {"products_ms": {name: _short(ms) for name, ms in device.products.items()}}
+        this |= {"seconds": round(time.monotonic() - began, 1), "seconds_of": spent}
+        this["models"] = sorted({*this["models"], model})
+        write(content, path)
+    content["verdicts"] = verdicts(content["rows"])
+    write(content, path)
+    print("\n".join(["", *said(content["verdicts"])]))
     return content
 
 
-def write_to(path: Path) -> Callable[[dict[str, Any]], None]:
-    def write(content: dict[str, Any]) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".tmp")
-        unfinished.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(unfinished, path)
+def compile_into(options: argparse.Namespace) -> None:
+    """One of the processes of `warm`."""
+    dtype = torch.bfloat16
 
-    return write
+    def run(case: Case, candidate: Candidate) -> None:
+        ops.configure(dict(candidate.bodies), "cuda", dtype)
+        results_of(case, candidate.other)
+
+    def compiled(candidate: Candidate) -> bool:
+        return candidate.name not in ("cuda", "megatune", "torch") and not candidate.name.startswith("torch ")
+
+    def jobs() -> Iterator[tuple[str, Case, list[tuple[str, Candidate]]]]:
+        for model, _, make in wanted(options, dtype):
+            case = make()
+            others = [c for c in candidates(case, "cuda", dtype, options.all) if compiled(c)]
+            yield model, case, [(candidate.name, candidate) for candidate in others]
+
+    share(jobs(), Path(options.compile_into), run)
+
+
+def write(content: Row, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(unfinished, path)
 
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
@@ -263,38 +342,47 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", type=names, help="ops, with commas between them")
     parser.add_argument("--models", type=names, help=f"of {', '.join(MODELS)}")
     parser.add_argument("--list", action="store_true", help="print the cases and stop")
+    parser.add_argument("--table", type=Path, help="print the page of a result file and stop")
     parser.add_argument("--all", action="store_true", help="the bodies too that are not meant for a GPU")
-    parser.add_argument("--seconds", type=float, default=140, help="begin no new op after that")
+    parser.add_argument("--seconds", type=float, default=200, help="begin no new case after that")
+    parser.add_argument("--cold", action="store_true", help="compile each kernel when its turn comes")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a few numbers in fp32 instead of models' sizes")
-    parser.add_argument("--out")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--compile-into", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    options.arguments = sys.argv[1:] if arguments is None else arguments
     for model in options.models or ():
         if model not in MODELS:
             parser.error(f"--models has {model!r}, must be of {', '.join(MODELS)}")
-    if not options.list and options.device == "cuda" and not torch.cuda.is_available():
+    known = {op for _, op, _ in CASES}
+    for op in options.only or ():
+        if op not in known:
+            parser.error(f"--only has {op!r}, must be of {', '.join(sorted(known))}")
+    here = options.list or options.table or options.device == "cpu"
+    if not here and not torch.cuda.is_available():
         parser.error("there is no CUDA device; --device cpu --tiny runs every case once")
     return options
 
 
-def main(arguments: list[str] | None = None) -> dict[str, Any]:
+def main(arguments: list[str] | None = None) -> Row:
     options = parsed(arguments)
-    if options.list:
-        for model, sizes in TINY.items():
-            for case in cases(model, sizes, torch.float32, "cpu"):
-                print(f"{model:<16}{case.op}")
+    if options.table:
+        print(page(json.loads(options.table.read_text())), end="")
         return {}
-    name = (
-        re.sub(r"\W+", "_", device_name().removeprefix("NVIDIA ").lower())
-        if options.device == "cuda"
-        else "cpu"
-    )
-    write = write_to(Path(options.out) if options.out else RESULTS / f"ops_{name}.json")
+    if options.list:
+        for model, op, _ in wanted(options, torch.bfloat16):
+            print(f"{model:<16}{op}")
+        return {}
     if options.device == "cpu":
-        return run(options, write)
-    torch._dynamo.config.recompile_limit = 64  # one function at many sizes
+        return run(options, options.out or RESULTS / "ops_cpu_tiny.json")
+    configure_compiler()
     with torch.cuda.stream(torch.cuda.Stream()):
-        return run(options, write)
+        if options.compile_into:
+            compile_into(options)
+            return {}
+        name = re.sub(r"\W+", "_", device_name().removeprefix("NVIDIA ").lower())
+        return run(options, options.out or RESULTS / f"ops_{name}.json")
 
 
 if __name__ == "__main__":

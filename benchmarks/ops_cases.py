@@ -1,12 +1,12 @@
 """What the op benchmarks time: every op at the sizes of three models, and what people write for it in plain PyTorch.
 
-A new op is one function, `@case(MODEL, ..)`, that makes a `Case`: here those of the dense layers, in `ops_cases_more`
-the others. Other libraries' kernels are in `ops_rivals`, how time and limits are taken in `ops_timing`.
+A new op is one function, `@case(MODEL, ..)`, that makes a `Case`: here norms, rotations and gated units, the others in
+`ops_cases_*`. Other libraries' kernels are in `ops_rivals`, how time and limits are taken in `ops_timing`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatune import ops
-from megatune.ops import LoraLayout, Segments
+from megatune.ops import Segments
 from megatune.ops.glu import Activation
 
 Tensors = tuple[Tensor, ...]
@@ -36,25 +36,83 @@ class Sizes:
     rank: int = 16
     experts: int = 0
     choices: int = 1  # experts of each token
+    tp: int = (
+        1  # processes that share the layers: Q, K, I and V are one's part, and between layers T / tp tokens
+    )
     trained: tuple[int, ...] = ()  # elements of each tensor that an optimizer updates here
 
     @property
     def mlp_rows(self) -> int:
         return self.T * self.choices
 
+    @property
+    def stream(self) -> int:
+        """Tokens of the stream that a process has between the layers."""
+        return self.T // self.tp
+
+    @property
+    def qkv(self) -> int:
+        """Rows of the fused projection."""
+        return (self.Q + 2 * self.K) * self.D
+
 
 LAYER_8B = (6144 * 4096, 4096 * 4096, 28672 * 4096, 4096 * 14336, 4096, 4096)
 MODELS = {
     "llama-8b": Sizes(16384, 4096, 14336, 32, 8, 128, 128256, document=4096, trained=LAYER_8B),
-    "qwen3-30b-a3b": Sizes(16384, 2048, 768, 32, 4, 128, 151936, document=4096, experts=128, choices=8),
-    "llama-70b-tp8": Sizes(16384, 8192, 3584, 8, 1, 128, 16032, document=4096),
+    "qwen3-30b-a3b": Sizes(
+        16384,
+        2048,
+        768,
+        32,
+        4,
+        128,
+        151936,
+        document=4096,
+        experts=128,
+        choices=8,
+        # One of eight processes that share the experts.
+        trained=(
+            5120 * 2048,
+            2048 * 4096,
+            16 * 1536 * 2048,
+            16 * 2048 * 768,
+            128 * 2048,
+            2048,
+            2048,
+            128,
+            128,
+        ),
+    ),
+    "llama-70b-tp8": Sizes(
+        16384,
+        8192,
+        3584,
+        8,
+        1,
+        128,
+        16032,
+        document=4096,
+        tp=8,
+        trained=(1280 * 8192, 8192 * 1024, 7168 * 8192, 8192 * 3584, 8192, 8192),
+    ),
 }
 SMOLLM2_135M = Sizes(1024, 576, 1536, 9, 3, 64, 49152, document=256)
-_TINY = {"T": 32, "H": 16, "I": 32, "Q": 4, "K": 2, "D": 8, "V": 40, "document": 8, "rank": 2}
+_TINY = {
+    "T": 32,
+    "H": 128,
+    "I": 128,
+    "Q": 4,
+    "K": 2,
+    "D": 32,
+    "V": 48,
+    "document": 8,
+    "rank": 2,
+    "trained": (300, 7),
+}
 TINY = {
-    "llama-8b": Sizes(**_TINY, trained=(300, 7)),
+    "llama-8b": Sizes(**_TINY),
     "qwen3-30b-a3b": Sizes(**_TINY, experts=5, choices=2),
-    "llama-70b-tp8": Sizes(**_TINY),
+    "llama-70b-tp8": Sizes(**_TINY | {"V": 24}, tp=2),
 }
 
 
@@ -96,6 +154,10 @@ class Case:
     registry: str = (
         ""  # op in megatune.ops.OPS whose bodies are compared; "": that of the same name, if there is one
     )
+    targets: tuple[float | None, float | None] = (
+        0.88,
+        0.88,
+    )  # shares that forward (or both), backward shall reach
     facts: dict[str, Any] = field(default_factory=dict)  # what rivals need to know
     plain_name: str = "torch eager"
     compiled: bool = True  # `plain` through torch.compile is a rival too
@@ -122,25 +184,34 @@ class New:
         return self.dtype.itemsize
 
 
-Maker = Callable[[Sizes, New], Case]
-CASES: list[tuple[tuple[str, ...], Maker]] = []
+Maker = Callable[..., Case]
+CASES: list[tuple[tuple[str, ...], str, Maker]] = []  # (models, op, what makes its case)
 
 
-def case(*models: str) -> Callable[[Maker], Maker]:
-    """Registers a case for some models, None: for all of them."""
+def case(*models: str, variants: Mapping[str, tuple[Any, ...]] | None = None) -> Callable[[Maker], Maker]:
+    """Registers a case for some models (none named: for all), the function's name being its op's; `variants`: one for
+    each name, made with these arguments more."""
 
     def register(maker: Maker) -> Maker:
-        CASES.append((models or tuple(MODELS), maker))
+        for op, more in (variants or {maker.__name__: ()}).items():
+            named = (lambda s, new, op=op, more=more: maker(s, new, op, *more)) if variants else maker
+            CASES.append((models or tuple(MODELS), op, named))
         return maker
 
     return register
 
 
-def cases(model: str, sizes: Sizes, dtype: torch.dtype, device: str) -> Iterable[Case]:
-    """The cases of a model, in the order of this file; each is made when its turn comes."""
-    for models, maker in CASES:
+def makers(
+    model: str, sizes: Sizes, dtype: torch.dtype, device: str
+) -> Iterable[tuple[str, Callable[[], Case]]]:
+    """(op, what makes the case) of a model, in the order of the files."""
+    for models, op, maker in CASES:
         if model in models:
-            yield maker(sizes, New(dtype, device))
+            yield op, lambda maker=maker: maker(sizes, New(dtype, device))
+
+
+NORMS = (0.88, 0.80)
+NO_TARGETS = (None, None)
 
 
 def plain_norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -151,15 +222,16 @@ def plain_norm(x: Tensor, weight: Tensor) -> Tensor:
 
 @case()
 def rms_norm(s: Sizes, new: New) -> Case:
-    size = s.T * s.H * new.width
+    size = s.stream * s.H * new.width
     return Case(
         "rms_norm",
-        f"{s.T} x {s.H}",
-        lambda: (new.leaf(s.T, s.H), new.leaf(s.H)),
+        f"{s.stream} x {s.H}",
+        lambda: (new.leaf(s.stream, s.H), new.leaf(s.H)),
         lambda x, weight: ops.rms_norm(x, weight, 1e-5),
         Other(plain_norm),
         Work(2 * size),
         Work(3 * size),
+        targets=NORMS,
     )
 
 
@@ -169,15 +241,16 @@ def add_rms_norm(s: Sizes, new: New) -> Case:
         total = x + residual
         return total, plain_norm(total, weight)
 
-    size = s.T * s.H * new.width
+    size = s.stream * s.H * new.width
     return Case(
         "add_rms_norm",
-        f"{s.T} x {s.H}",
-        lambda: (new.leaf(s.T, s.H), new.leaf(s.T, s.H), new.leaf(s.H)),
+        f"{s.stream} x {s.H}",
+        lambda: (new.leaf(s.stream, s.H), new.leaf(s.stream, s.H), new.leaf(s.H)),
         lambda x, residual, weight: ops.add_rms_norm(x, residual, weight, 1e-5),
         Other(plain),
         Work(4 * size),
         Work(4 * size),
+        targets=NORMS,
     )
 
 
@@ -200,6 +273,7 @@ def qk_norm(s: Sizes, new: New) -> Case:
         Work(2 * size),
         Work(3 * size),
         registry="rms_norm",
+        targets=NORMS,
     )
 
 
@@ -300,55 +374,37 @@ def geglu(s: Sizes, new: New) -> Case:
     return _glu(s, new, "gelu_tanh", "geglu")
 
 
-@case()
-def linear_cross_entropy(s: Sizes, new: New) -> Case:
-    labels = new.whole(s.V, s.T)
-    products = (("NT", s.T, s.V, s.H), ("NN", s.T, s.H, s.V), ("TN", s.V, s.H, s.T))
+@case("qwen3-30b-a3b")
+def clamped_glu(s: Sizes, new: New) -> Case:
+    """GPT-OSS's gate, at the size of these experts."""
+
+    def plain(gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, -1)
+        gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+        return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+
+    size = s.mlp_rows * s.I * new.width
     return Case(
-        "linear_cross_entropy",
-        f"{s.T} x {s.H} x {s.V}",
-        lambda: (new.leaf(s.T, s.H), new.leaf(s.V, s.H, scale=0.02)),
-        lambda x, head: ops.linear_cross_entropy(x, head, labels),
-        Other(lambda x, head: F.cross_entropy((x @ head.t()).float(), labels, reduction="sum")),
-        Work(flops=6 * s.T * s.H * s.V, products=products),
-        joint=True,
-        facts={"labels": labels},
-        compiled=False,  # takes as much memory as eager and its product's time
+        "clamped_glu",
+        f"{s.mlp_rows} x {s.I}",
+        lambda: (new.leaf(s.mlp_rows, 2 * s.I),),
+        ops.clamped_glu,
+        Other(plain, prepare=lambda leaves: (halves(*leaves),)),
+        Work(3 * size),
+        Work(5 * size),
     )
 
 
 @case("llama-8b")
-def lora_linear(s: Sizes, new: New) -> Case:
-    """The fused gate and up projection with adapters on both; plain: both by themselves, as peft has them."""
-    weight = new.normal(2 * s.I, s.H, scale=0.02)
-    layout = LoraLayout.of((("gate", 1), ("up", 1)), s.I, ["gate", "up"])
-
-    def plain(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        outputs = []
-        for part in range(2):
-            base = F.linear(x, weights[part])
-            low = F.linear(x, a[part * s.rank : (part + 1) * s.rank])
-            outputs.append(base + F.linear(low, b[part * s.I : (part + 1) * s.I]) * 2.0)
-        return torch.cat(outputs, 1)
-
-    weights = weight[0::2].contiguous(), weight[1::2].contiguous()
-    low = 2 * s.T * s.rank * (2 * s.H + 2 * s.I)
-    product = 2 * s.T * s.H * 2 * s.I
+def keyed_dropout(s: Sizes, new: New) -> Case:
+    """Its mask is a function of rows and columns: nobody else makes the same."""
+    size = s.T * s.H * new.width
     return Case(
-        "lora_linear",
-        f"{s.T} x {s.H} x {2 * s.I}, rank {s.rank}",
-        lambda: (
-            new.leaf(s.T, s.H),
-            new.leaf(2 * s.rank, s.H, scale=0.1),
-            new.leaf(2 * s.I, s.rank, scale=0.1),
-        ),
-        lambda x, a, b: ops.lora_linear(x, weight, None, a, b, layout, 2.0),
-        Other(
-            plain,
-            prepare=lambda leaves: (*leaves[:2], torch.cat((leaves[2][0::2], leaves[2][1::2]))),
-            same=lambda out: torch.stack(out.chunk(2, 1), -1).flatten(1),
-        ),
-        Work(flops=product + low, products=(("NT", s.T, 2 * s.I, s.H),)),
-        Work(flops=product + 2 * low, products=(("NN", s.T, s.H, 2 * s.I),)),
-        compiled=False,
+        "keyed_dropout",
+        f"{s.T} x {s.H}",
+        lambda: (new.leaf(s.T, s.H),),
+        lambda x: ops.keyed_dropout(x, 0.1, 12345),
+        None,
+        Work(2 * size),
+        Work(2 * size),
     )

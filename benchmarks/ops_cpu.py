@@ -20,7 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-from benchmarks import ops_cases_more  # noqa: F401 - registers its cases
+from benchmarks import ops_cases_fp8, ops_cases_loss, ops_cases_moe, ops_cases_optim  # noqa: F401 - register their cases
 from benchmarks.common import RESULTS, device_name
 from benchmarks.ops_cases import SMOLLM2_135M, Case, Other, Tensors, cases
 from benchmarks.ops_timing import tensors_in

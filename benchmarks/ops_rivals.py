@@ -74,11 +74,11 @@ def present(device: str) -> dict[str, str]:
     return found
 
 
-def rivals(case: Case, device: str, compiled: bool) -> Iterator[tuple[str, Other]]:
-    """(name, implementation) of all others for a case, plain PyTorch first; `compiled`: also through torch.compile."""
+def rivals(case: Case, device: str) -> Iterator[tuple[str, Other]]:
+    """(name, implementation) of all others for a case, plain PyTorch first, on a GPU also through torch.compile."""
     if case.plain is not None:
         yield case.plain_name, case.plain
-        if compiled and case.compiled and device == "cuda":
+        if case.compiled and device == "cuda":
             fused = torch.compile(case.plain.run, dynamic=False)
             yield "torch.compile", Other(fused, case.plain.prepare, case.plain.same)
     for name, package, make in RIVALS.get(case.op, ()):
@@ -196,15 +196,6 @@ def bitsandbytes_nf4(case: Case) -> Other:
 
     tables: dict[str, Tensors] = {}
     return Other(run)
-
-
-@rival("cross_entropy", package="liger_kernel")
-def liger_cross_entropy(case: Case) -> Other:
-    """In place too."""
-    from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction as Loss
-
-    labels = case.facts["labels"]
-    return Other(lambda logits: Loss.apply(logits, labels, None, -100, 0.0, 0.0, "sum")[0])
 
 
 @rival("lion", package="bitsandbytes")

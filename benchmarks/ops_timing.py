@@ -1,9 +1,9 @@
 """How the op benchmark measures: device time, host time, memory, and the limits that this device reaches itself.
 
-Device time is that of a CUDA graph of many calls, replayed several times: the median replay over the number of calls,
-so that no launch is waited for. The calls go over enough sets of inputs (and each call writes outputs of its own) that
-the second level cache holds nothing of the next one's. What takes longer than `LONG_MS` is timed call by call with
-events: there the host is no limit. On a CPU: the median call.
+Device time is that of a CUDA graph of many calls, replayed until the replays agree: the median replay over the number
+of calls, so that no launch is waited for. The calls go over enough sets of inputs (and each call writes outputs of its
+own) that the second level cache holds nothing of the next one's. What takes longer than `LONG_MS`, or cannot be in a
+graph, is timed with events while the host is ahead of the device. On a CPU: the median call.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ import gc
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,10 +25,14 @@ from benchmarks.ops_cases import Work
 
 Call = Callable[[], Any]
 LONG_MS = 3.0
-GRAPH_MS = 4.0  # of work in one graph
+GRAPH_MS = 3.0  # of work in one graph
 MOST_CALLS = 64
-REPLAYS = 9
+SPREAD = 0.005  # of the middle half of the measurements, where they are enough
+REPLAYS = (4, 12)  # at least, at most
+TURNS = 4
+LARGE_COPY = 2**31
 LARGE_PRODUCT = ("NT", 8192, 8192, 8192)
+SMALL_MS = 0.03  # work whose limit is below that is held against a copy of its own size, too
 
 
 def tensors_in(value: Any) -> list[Tensor]:
@@ -36,6 +42,16 @@ def tensors_in(value: Any) -> list[Tensor]:
     return [part for part in value or () if isinstance(part, Tensor)]
 
 
+@dataclass(frozen=True)
+class Timed:
+    """Milliseconds of one call; how they were taken: with a "graph", "events" or a "clock"; those of the work's own
+    products, bare, one after the other between the calls (0: it has none)."""
+
+    ms: float
+    how: str
+    products_ms: float = 0.0
+
+
 @dataclass
 class Device:
     """Where the benchmark runs. On CUDA all of it is on the current stream, which must not be the default one (graphs
@@ -43,8 +59,13 @@ class Device:
 
     type: str
     cache: int = 0  # bytes of the second level cache
-    products: dict[str, float] = field(default_factory=dict)  # measured bare products: ms
     copy: float = 0.0  # bytes a second of a large copy, read and written
+    copies: dict[str, float] = field(default_factory=dict)  # the same of each way to copy
+    products: dict[str, float] = field(default_factory=dict)  # the last measurement of each bare product: ms
+    small_copies: dict[int, float] = field(default_factory=dict)  # bytes read and written -> ms
+    launch_ms: float = 0.0  # of an empty kernel between others in a graph
+    spent: dict[str, float] = field(default_factory=dict)  # seconds of the wall clock, by what they went into
+    _operands: dict[str, Call] = field(default_factory=dict)
 
     @classmethod
     def here(cls, type_: str) -> Device:
@@ -53,38 +74,73 @@ class Device:
 
     def sets(self, size: int) -> int:
         """How many sets of inputs of `size` bytes are needed for none of them to be in the cache when it is used."""
-        return 1 if self.type == "cpu" else max(2, min(16, -(-4 * self.cache // max(size, 1))))
+        return 1 if self.type == "cpu" else max(2, min(MOST_CALLS, -(-3 * self.cache // max(size, 1))))
 
     def synchronize(self) -> None:
         if self.type == "cuda":
             torch.cuda.synchronize()
 
+    @contextmanager
+    def clock(self, what: str) -> Iterator[None]:
+        """Adds the wall time of what is done within to `spent`."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.synchronize()
+            self.spent[what] = self.spent.get(what, 0.0) + time.perf_counter() - began
+
     # ---- time
 
-    def milliseconds(self, calls: Sequence[Call]) -> tuple[float, str]:
-        """(time of one call, taken with a "graph", "events" or a "clock"); `calls` do the same on different inputs."""
+    def milliseconds(self, calls: Sequence[Call]) -> Timed:
+        """Of one call; `calls` do the same on different inputs."""
         for call in calls:
             call()
         self.synchronize()
         if self.type == "cpu":
-            return statistics.median(_clock(call) for call in [*calls] * 3), "clock"
-        estimate = self._events(calls, 1) / len(calls)
+            return Timed(statistics.median(_clock(call) for call in [*calls] * 3), "clock")
+        estimate = self._events(calls) / len(calls)
         if estimate < LONG_MS:
             rounds = max(1, min(MOST_CALLS, round(GRAPH_MS / max(estimate, 1e-3))) // len(calls))
             try:
-                return self._graph([*calls] * rounds, len(calls)), "graph"
+                return Timed(self._graph([*calls] * rounds, len(calls)), "graph")
             except RuntimeError:  # something in it waits for the device: no graph of it
                 torch.cuda.synchronize()
-        once = [self._events([calls[i % len(calls)]], 1) for i in range(5 if estimate > 20 else 11)]
-        return statistics.median(once), "events"
+        turn = iter(range(10**9))
+        return Timed(_settled(lambda: self._events([calls[next(turn) % len(calls)]]), 3, 7), "events")
 
-    def _events(self, calls: Sequence[Call], rounds: int) -> float:
-        """Milliseconds of all calls, `rounds` times."""
+    def beside_products(self, calls: Sequence[Call], work: Work, dtype: torch.dtype) -> Timed:
+        """`milliseconds`, the work's bare products in turn with it: clocks that fall under load fall for both."""
+        products = [self._product(product, dtype) for product in work.products]
+        for call in (calls[0], *products):
+            call()
+        self.synchronize()
+        times = self._turns([calls[0], *products])
+        for product, ms in zip(work.products, times[1:], strict=True):
+            self.products[name_of(product)] = ms
+        return Timed(times[0], "clock" if self.type == "cpu" else "events", sum(times[1:]))
+
+    def _turns(self, calls: Sequence[Call]) -> list[float]:
+        """Median milliseconds of each, one after the other `TURNS` times."""
+        if self.type == "cpu":
+            return [statistics.median(_clock(call) for _ in range(3)) for call in calls]
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(TURNS * len(calls) + 1)]
+        torch.cuda._sleep(4_000_000)  # the host gets ahead
+        marks[0].record()
+        for number, mark in enumerate(marks[1:]):
+            calls[number % len(calls)]()
+            mark.record()
+        torch.cuda.synchronize()
+        times = [began.elapsed_time(ended) for began, ended in pairwise(marks)]
+        return [statistics.median(times[number :: len(calls)]) for number in range(len(calls))]
+
+    def _events(self, calls: Sequence[Call]) -> float:
+        """Milliseconds of all calls."""
         began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(1_000_000)
         began.record()
-        for _ in range(rounds):
-            for call in calls:
-                call()
+        for call in calls:
+            call()
         ended.record()
         ended.synchronize()
         return began.elapsed_time(ended)
@@ -103,14 +159,13 @@ class Device:
                 graph.capture_end()
         finally:
             gc.enable()
-        times = []
-        for _ in range(REPLAYS + 2):
-            times.append(self._events([graph.replay], 1) / len(calls))
+        self._events([graph.replay])
+        found = _settled(lambda: self._events([graph.replay]), *REPLAYS)
         alive.clear()
         graph.reset()
-        return statistics.median(times[2:])
+        return found / len(calls)
 
-    def host_microseconds(self, call: Call, repeats: int = 30) -> float:
+    def host_microseconds(self, call: Call, repeats: int = 10) -> float:
         """Of the host's time in one plain call, the device's not waited for."""
         call()
         self.synchronize()
@@ -134,40 +189,91 @@ class Device:
 
     # ---- limits
 
-    def measure_copy(self, size: int = 2**31) -> float:
-        """Bytes a second, read and written, of a copy from device memory to device memory."""
-        source = torch.randint(100, (size,), dtype=torch.uint8, device=self.type)
+    def measure_limits(self, size: int = LARGE_COPY) -> None:
+        """Bytes a second of a copy of `size` bytes, by the driver and by a kernel: the better one is the limit. And
+        what a kernel takes that does nothing."""
+        source = torch.randint(100, (size // 4,), dtype=torch.int32, device=self.type)
         target = torch.empty_like(source)
-        if self.type == "cpu":
-            taken, _ = self.milliseconds([lambda: target.copy_(source)])
-        else:
-            self._events([lambda: target.copy_(source)], 2)
-            taken = statistics.median(self._events([lambda: target.copy_(source)], 1) for _ in range(11))
-        self.copy = max(self.copy, 2 * size / taken * 1e3)
-        return self.copy
+        ways = {
+            "memcpy": lambda: target.copy_(source),
+            "kernel": lambda: torch.bitwise_not(source, out=target),
+        }
+        for name, call in ways.items():
+            call()
+            ms = (
+                self._turns([call])[0]
+                if self.type == "cpu"
+                else _settled(lambda call=call: self._events([call]), 5, 15)
+            )
+            self.copies[name] = 2 * source.nbytes / ms * 1e3
+        self.copy = max(self.copies.values())
+        if self.type == "cuda":
+            self.launch_ms = self._graph([lambda: torch.cuda._sleep(0)] * 256, 1)
 
-    def product_ms(self, product: tuple[str, int, int, int], dtype: torch.dtype) -> float:
+    def small_copy_ms(self, size: int) -> float:
+        """Of a copy that reads and writes `size` bytes together, none of them in the cache."""
+        if size not in self.small_copies:
+            half = max(16, size // 2)
+            sets = self.sets(half)
+            pairs = [torch.zeros(2, -(-half // 4), dtype=torch.int32, device=self.type) for _ in range(sets)]
+            ways = (
+                [lambda pair=pair: pair[1].copy_(pair[0]) for pair in pairs],
+                [lambda pair=pair: torch.bitwise_not(pair[0], out=pair[1]) for pair in pairs],
+            )
+            self.small_copies[size] = min(self.milliseconds(calls).ms for calls in ways)
+        return self.small_copies[size]
+
+    def _product(self, product: tuple[str, int, int, int], dtype: torch.dtype) -> Call:
         """[m, k] x [k, n], bare: of A and B row by row (NN), of B or of A transposed (NT, TN)."""
-        kind, m, n, k = product
-        name = f"{kind} {m} x {n} x {k}"
-        if name not in self.products:
+        if name_of(product) not in self._operands:
+            kind, m, n, k = product
             a = torch.randn((m, k) if kind[0] == "N" else (k, m), dtype=dtype, device=self.type)
             b = torch.randn((k, n) if kind[1] == "N" else (n, k), dtype=dtype, device=self.type)
             left = a if kind[0] == "N" else a.t()
             right = b if kind[1] == "N" else b.t()
             out = torch.empty(m, n, dtype=dtype, device=self.type)
-            self.products[name], _ = self.milliseconds([lambda: torch.mm(left, right, out=out)])
-        return self.products[name]
+            self._operands[name_of(product)] = lambda: torch.mm(left, right, out=out)
+        return self._operands[name_of(product)]
 
-    def limit_ms(self, work: Work, dtype: torch.dtype) -> float:
+    def forget(self) -> None:
+        """Frees what the bare products hold, and what Python has not freed yet."""
+        self._operands.clear()
+        gc.collect()
+        if self.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def limit_ms(self, work: Work, timed: Timed, dtype: torch.dtype) -> float:
         """The time that the work takes at the rates measured here."""
         if work.products:
-            return sum(self.product_ms(product, dtype) for product in work.products)
+            return timed.products_ms
         if work.flops:
-            _, m, n, k = LARGE_PRODUCT if self.type == "cuda" else ("NT", 256, 256, 256)
-            rate = 2 * m * n * k / self.product_ms(("NT", m, n, k), dtype)
-            return work.flops / rate
+            product = LARGE_PRODUCT if self.type == "cuda" else ("NT", 64, 64, 64)
+            if name_of(product) not in self.products:
+                call = self._product(product, dtype)
+                self.products[name_of(product)] = self.milliseconds([call]).ms
+            _, m, n, k = product
+            return work.flops * self.products[name_of(product)] / (2 * m * n * k)
         return work.size / self.copy * 1e3
+
+
+def name_of(product: tuple[str, int, int, int]) -> str:
+    kind, m, n, k = product
+    return f"{kind} {m} x {n} x {k}"
+
+
+def _settled(once: Call, least: int, most: int) -> float:
+    """The median of `once`, called until the middle half of what it gives is close together."""
+    times: list[float] = []
+    while len(times) < most:
+        times.append(once())
+        ordered = sorted(times)
+        quarter = len(times) // 4
+        if (
+            len(times) >= least
+            and ordered[-1 - quarter] - ordered[quarter] <= SPREAD * ordered[len(times) // 2]
+        ):
+            break
+    return statistics.median(times)
 
 
 def _clock(call: Call) -> float:
