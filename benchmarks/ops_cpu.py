@@ -22,7 +22,7 @@ import torch
 
 from benchmarks import ops_cases_fp8, ops_cases_loss, ops_cases_moe, ops_cases_optim  # noqa: F401 - register their cases
 from benchmarks.common import RESULTS, device_name
-from benchmarks.ops_cases import SMOLLM2_135M, Case, Other, Tensors, cases
+from benchmarks.ops_cases import SMOLLM2_135M, Case, Other, Tensors, makers
 from benchmarks.ops_timing import tensors_in
 from megatune import ops
 
@@ -75,10 +75,10 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
-        for case in cases("llama-8b", SMOLLM2_135M, dtype, "cpu"):
-            if case.op not in TIMED:
+        for op, make in makers("llama-8b", SMOLLM2_135M, dtype, "cpu"):
+            if op not in TIMED:
                 continue
-            found = rows_of(case, dtype, options.repeats)
+            found = rows_of(make(), dtype, options.repeats)
             rows += found
             for row in found:
                 mark = "<- chosen" if row["chosen"] else ""

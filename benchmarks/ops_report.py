@@ -10,6 +10,23 @@ DIRECTIONS = {"forward": 0, "backward": 1, "forward_backward": 0}  # -> index of
 SLOWER = 1.03  # times the best rival's
 SAME = 0.05  # a rival whose results differ more computes something else
 
+_HEAD = """# Ops: measured
+
+What `python -m benchmarks.ops` found on one {device} (driver {driver}, torch {torch}, cuDNN {cudnn}), in {dtype}; this
+page is `python -m benchmarks.ops --table {file}`. Sizes are those of Llama-3-8B and Qwen3-30B-A3B with 16k tokens, and
+of one of eight processes of a 70B model under tensor parallelism.
+
+- Milliseconds are those of the device, from CUDA graphs over inputs that are not in its cache; an empty kernel takes
+  {launch} us of them.
+- A share is that of a limit measured in the same run: the least bytes that must move at the rate of a large copy in
+  device memory ({copies} TB/s, the better of the driver's and a kernel's), for products the bare bf16 products of the
+  same shapes, timed in turn with the op. Reading is faster than writing: what reads more than it writes can pass 100 %.
+  In brackets, for work below 30 us: of a copy of as many bytes.
+- "Best other" is the fastest of PyTorch's eager mode, torch.compile, {rivals} and our other bodies, each where it has
+  the op, with results that are the same within rounding.
+- Not measured: {absent}.
+"""
+
 
 def name_of(row: Row) -> str:
     return row.get("body") or row["by"]
@@ -21,7 +38,7 @@ def line_of(row: Row) -> str:
         if f"{what}_ms" in row:
             parts.append(f"{what} {row[f'{what}_ms']:>8.4g} ms {row[f'{what}_share']:>6.1%}")
         if f"{what}_small_share" in row:
-            parts.append(f"(of a copy of its size {row[f'{what}_small_share']:.1%})")
+            parts.append(f"({row[f'{what}_small_share']:.1%})")
     if "host_us" in row:
         parts.append(f"host {row['host_us']:.0f} us")
     parts.append(row.get("failed") or f"differs {row['difference']:.1e}")
@@ -70,9 +87,13 @@ def verdicts(rows: list[Row]) -> list[Row]:
 
 def said(found: list[Row]) -> list[str]:
     """Verdicts as lines."""
-    lines = [f"{len(found)} below target or slower than a rival:" if found else "Every target is reached."]
+    lines = (
+        [f"{len(found)} below target or slower than the best other:"]
+        if found
+        else ["All targets are reached."]
+    )
     for row in found:
-        line = f"  {row['model']:<14} {row['op']:<22} "
+        line = f"{row['model']:<14} {row['op']:<24} "
         if "failed" in row:
             lines.append(line + row["failed"])
             continue
@@ -85,6 +106,58 @@ def said(found: list[Row]) -> list[str]:
     return lines
 
 
-def page(content: Row) -> str:
+def _measured(row: Row, direction: str) -> str:
+    if f"{direction}_ms" not in row:
+        return ""
+    text = f"{row[f'{direction}_ms']:.3g} ms, {row[f'{direction}_share']:.0%}"
+    if f"{direction}_small_share" in row:
+        text += f" ({row[f'{direction}_small_share']:.0%})"
+    return text
+
+
+def _other(others: list[Row], direction: str) -> str:
+    best = best_of(others, direction)
+    return "" if best is None else f"{best[f'{direction}_ms']:.3g} ms, {name_of(best)}"
+
+
+def _table(rows: list[Row]) -> list[str]:
+    lines = ["| op | size | body | forward | best other | backward | best other |", "|" + " --- |" * 7]
+    for row, others in groups(rows):
+        first = "forward_backward" if "forward_backward_ms" in row else "forward"
+        cells = [row["op"], row["shape"], row["body"], _measured(row, first), _other(others, first)]
+        if first == "forward_backward":
+            cells[3] += ", both passes"
+        if "failed" in row:
+            cells[3] = row["failed"].split(":")[0]
+        cells += [_measured(row, "backward"), _other(others, "backward")]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def page(content: Row, file: str) -> str:
     """docs/ops.md"""
-    return "\n".join(said(content["verdicts"])) + "\n"
+    versions, rivals = content["versions"], content["rivals"]
+    head = _HEAD.format(
+        device=content["device"],
+        driver=versions.get("NVIDIA driver", "?"),
+        torch=content["torch"],
+        cudnn=versions.get("cuDNN", "?"),
+        dtype=content["dtype"],
+        file=file,
+        launch=content["empty_kernel_us"],
+        copies=" and ".join(f"{run['copy_gbytes_per_s'] / 1e3:.2f}" for run in content["runs"]),
+        rivals=", ".join(f"{name} {version}" for name, version in rivals.items() if name != "torch")
+        or "no library",
+        absent="; ".join(f"{name} ({reason})" for name, reason in content["rivals_absent"].items()),
+    )
+    parts = [head]
+    for model in dict.fromkeys(row["model"] for row in content["rows"]):
+        parts += [f"## {model}", "", *_table([row for row in content["rows"] if row["model"] == model]), ""]
+    first, *lines = said(content["verdicts"])
+    parts += ["## Not reached", "", first, ""]
+    if lines:
+        parts += ["```text", *lines, "```", ""]
+    if content["left_out"]:
+        parts += ["## Left out", ""]
+        parts += [f"- {left['model']}, {left['op']}: {left['why']}" for left in content["left_out"]] + [""]
+    return "\n".join(parts)

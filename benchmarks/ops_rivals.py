@@ -7,9 +7,10 @@ library itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from torch import Tensor
 from benchmarks.ops_cases import Case, Other, Tensors, halves
 from megatune.ops import quant
 from megatune.ops.optim import code_values
+from megatune.optim.muon import COEFFICIENTS, STEPS
 
 # Looked for and not used here, in the versions of November 2026. Those of `RIVALS` are left out where they import.
 NO_USE = {
@@ -178,23 +180,29 @@ def cut_loss(case: Case) -> Other:
     return Other(lambda x, head: linear_cross_entropy(x, head, labels, reduction="sum"))
 
 
+def _nf4_state(parts: Sequence[Tensor], shape: tuple[int, int], dtype: torch.dtype, codes: Tensors) -> Any:
+    """bitsandbytes' state of a weight in nf4 with scales in 8 bits: (scales, their scales, offset)."""
+    from bitsandbytes.functional import QuantState
+
+    scales, nested, offset = parts
+    inner = QuantState(absmax=nested, code=codes[0], blocksize=quant.NESTED, dtype=torch.float32)
+    return QuantState(scales, torch.Size(shape), codes[1], quant.BLOCK, "nf4", dtype, offset, inner)
+
+
+def _nf4_codes() -> Tensors:
+    return quant.dynamic_code().cuda(), torch.tensor(quant.NF4, device="cuda")
+
+
 @rival("nf4_dequantise", package="bitsandbytes")
 def bitsandbytes_nf4(case: Case) -> Other:
-    from bitsandbytes.functional import QuantState, dequantize_4bit
+    from bitsandbytes.functional import dequantize_4bit
 
-    shape, dtype = case.facts["shape"], case.facts["dtype"]
+    codes = _nf4_codes()
 
-    def run(packed: Tensor, scales: Tensor, nested: Tensor, offset: Tensor) -> Tensor:
-        device = packed.device
-        if "codes" not in tables:
-            codes = quant.dynamic_code(), torch.tensor(quant.NF4)
-            tables["codes"] = tuple(code.to(device) for code in codes)
-        dynamic, nf4 = tables["codes"]
-        inner = QuantState(absmax=nested, code=dynamic, blocksize=quant.NESTED, dtype=torch.float32)
-        state = QuantState(scales, shape, nf4, quant.BLOCK, "nf4", dtype, offset, inner)
-        return dequantize_4bit(packed, state)
+    def run(packed: Tensor, *parts: Tensor) -> Tensor:
+        state = _nf4_state(parts, case.facts["shape"], case.facts["dtype"], codes)
+        return dequantize_4bit(packed.view(-1, 1), state)
 
-    tables: dict[str, Tensors] = {}
     return Other(run)
 
 
@@ -238,3 +246,21 @@ def bitsandbytes_adamw_8bit(case: Case) -> Other:
 
     tables: dict[str, Tensors] = {}
     return Other(run)
+
+
+@rival("nf4_linear", package="bitsandbytes")
+def bitsandbytes_nf4_linear(case: Case) -> Other:
+    from bitsandbytes import matmul_4bit
+
+    weight = case.facts["weight"]
+    packed, *parts = weight.buffers()
+    state = _nf4_state(parts, tuple(weight.shape), weight.dtype, _nf4_codes())
+    return Other(lambda x: matmul_4bit(x, packed.view(-1, 1).t(), quant_state=state))
+
+
+@rival("muon", package="torch", name="torch.optim.Muon")
+def torch_muon(case: Case) -> Other:
+    """It multiplies in bf16 too, and leaves the result so."""
+    from torch.optim._muon import _zeropower_via_newtonschulz as orthogonal
+
+    return Other(lambda x: orthogonal(x, COEFFICIENTS, STEPS, 1e-7))

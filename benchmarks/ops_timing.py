@@ -98,7 +98,7 @@ class Device:
             call()
         self.synchronize()
         if self.type == "cpu":
-            return Timed(statistics.median(_clock(call) for call in [*calls] * 3), "clock")
+            return Timed(statistics.median(_clock(call) for call in calls), "clock")
         estimate = self._events(calls) / len(calls)
         if estimate < LONG_MS:
             rounds = max(1, min(MOST_CALLS, round(GRAPH_MS / max(estimate, 1e-3))) // len(calls))
@@ -115,16 +115,16 @@ class Device:
         for call in (calls[0], *products):
             call()
         self.synchronize()
-        times = self._turns([calls[0], *products])
+        times = self.turns([calls[0], *products])
         for product, ms in zip(work.products, times[1:], strict=True):
             self.products[name_of(product)] = ms
         return Timed(times[0], "clock" if self.type == "cpu" else "events", sum(times[1:]))
 
-    def _turns(self, calls: Sequence[Call]) -> list[float]:
-        """Median milliseconds of each, one after the other `TURNS` times."""
+    def turns(self, calls: Sequence[Call], count: int = TURNS) -> list[float]:
+        """Median milliseconds of each, one after the other `count` times; they have been called before."""
         if self.type == "cpu":
-            return [statistics.median(_clock(call) for _ in range(3)) for call in calls]
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(TURNS * len(calls) + 1)]
+            return [_clock(call) for call in calls]
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(count * len(calls) + 1)]
         torch.cuda._sleep(4_000_000)  # the host gets ahead
         marks[0].record()
         for number, mark in enumerate(marks[1:]):
@@ -165,9 +165,8 @@ class Device:
         graph.reset()
         return found / len(calls)
 
-    def host_microseconds(self, call: Call, repeats: int = 10) -> float:
-        """Of the host's time in one plain call, the device's not waited for."""
-        call()
+    def host_microseconds(self, call: Call, repeats: int) -> float:
+        """Of the host's time in one plain call, which has been called before; the device's is not waited for."""
         self.synchronize()
         began = time.perf_counter()
         for _ in range(repeats):
@@ -201,7 +200,7 @@ class Device:
         for name, call in ways.items():
             call()
             ms = (
-                self._turns([call])[0]
+                self.turns([call])[0]
                 if self.type == "cpu"
                 else _settled(lambda call=call: self._events([call]), 5, 15)
             )
@@ -238,8 +237,8 @@ class Device:
     def forget(self) -> None:
         """Frees what the bare products hold, and what Python has not freed yet."""
         self._operands.clear()
-        gc.collect()
         if self.type == "cuda":
+            gc.collect()
             torch.cuda.empty_cache()
 
     def limit_ms(self, work: Work, timed: Timed, dtype: torch.dtype) -> float:

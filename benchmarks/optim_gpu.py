@@ -2,25 +2,25 @@
 
     python -m benchmarks.optim_gpu [--shards 8] [--repeats 10] [--out FILE]
 
-The tensors of Llama-3-8B, each divided by `--shards` (8: one thousand million elements). Milliseconds: a run of five
-calls between two events, median of `--repeats` runs, so that what the host does while the GPU works is not counted;
-`host_ms` is what one call takes on the host. Bytes are those that must move: each input once, each output once.
-`share`: of the bandwidth of a copy of 4 GiB in the same run. What is left out, and why, is in the file.
+The tensors of Llama-3-8B, each divided by `--shards` (8: one thousand million elements, 291 tensors; one layer's are
+in `python -m benchmarks.ops`). Milliseconds on the GPU, medians of `--repeats` calls in turn; `host_ms` is what one
+call takes on the host. Bytes are those that must move: each input once, each output once. `share`: of the bandwidth of
+a large copy in the same run. What is left out, and why, is in the file.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from benchmarks.common import RESULTS, device_name
+from benchmarks.ops_timing import Device
 from megatune import ops
+from megatune.launch.show_environment import nvidia_versions
 
 LR, BETAS, EPS, DECAY = 1e-4, (0.9, 0.95), 1e-8, 0.1
 Step = Callable[[], Any]
@@ -31,26 +31,6 @@ def sizes(shards: int) -> list[int]:
     width, mlp, vocabulary = 4096, 14336, 128256
     layer = [(width + 2048) * width, width * width, 2 * mlp * width, mlp * width, width, width]
     return [size // shards for size in [*layer * 32, width, vocabulary * width, vocabulary * width]]
-
-
-def milliseconds(step: Step, repeats: int, calls: int = 5) -> tuple[float, float]:
-    """(on the GPU, on the host) of one call."""
-    step()
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    step()
-    host = (time.perf_counter() - began) * 1e3
-    found = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize()
-        start.record()
-        for _ in range(calls):
-            step()
-        end.record()
-        end.synchronize()
-        found.append(start.elapsed_time(end) / calls)
-    return statistics.median(found), host
 
 
 class Lists:
@@ -213,21 +193,18 @@ def configured(op: str, body: str, step: Step, norm: str | None = None) -> Step:
     return run
 
 
-def copy_bandwidth(repeats: int) -> float:
-    """GB/s, read and written, of a copy of 4 GiB."""
-    source = torch.empty(2**30, device="cuda")
-    target = torch.empty_like(source)
-    return 8 * 2**30 / milliseconds(lambda: target.copy_(source), repeats)[0] / 1e6
-
-
 def measure(t: Lists, repeats: int) -> tuple[list[dict[str, Any]], dict[str, str], float]:
-    copied = copy_bandwidth(repeats)
+    device = Device.here("cuda")
+    device.measure_limits()
+    copied = device.copy / 1e9
     rows, left_out = [], {}
     for cases in (adamw, torch_optimizers, apex, adamw_8bit, bitsandbytes, adamw_bf16, lion, norms):
         try:
             for name, width, step in cases(t):
                 ops.configure(getattr(step, "bodies", {}), "cuda")
-                gpu, host = milliseconds(step, repeats)
+                step()
+                (gpu,) = device.turns([step], repeats)
+                host = device.host_microseconds(step, 3) / 1e3
                 rate = width * t.elements / gpu / 1e6
                 share = round(rate / copied, 3)
                 rows.append({"name": name, "ms": round(gpu, 3), "host_ms": round(host, 2), "bytes": width}
@@ -257,7 +234,7 @@ def main() -> None:
         "benchmark": "optim_gpu",
         "device": device_name(),
         "torch": torch.__version__,
-        "cuda": torch.version.cuda,
+        "versions": dict(nvidia_versions()),
         "elements": tensors.elements,
         "tensors": len(tensors.sizes),
         "copy_gigabytes_a_second": round(copied, 1),
