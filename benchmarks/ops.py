@@ -28,6 +28,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -309,20 +310,19 @@ def compile_into(options: argparse.Namespace) -> None:
     """One of the processes of `warm`."""
     dtype = torch.bfloat16
 
-    def run(case: Case, candidate: Candidate) -> None:
-        ops.configure(dict(candidate.bodies), "cuda", dtype)
-        results_of(case, candidate.other)
-
-    def compiled(candidate: Candidate) -> bool:
+    def compiles(candidate: Candidate) -> bool:
         return candidate.name not in ("cuda", "megatune", "torch") and not candidate.name.startswith("torch ")
 
-    def jobs() -> Iterator[tuple[str, Case, list[tuple[str, Candidate]]]]:
-        for model, _, make in wanted(options, dtype):
-            case = make()
-            others = [c for c in candidates(case, "cuda", dtype, options.all) if compiled(c)]
-            yield model, case, [(candidate.name, candidate) for candidate in others]
+    def do(make: Callable[[], Case]) -> None:
+        case = make()
+        for candidate in list(candidates(case, "cuda", dtype, options.all)):
+            if compiles(candidate):
+                ops.configure(dict(candidate.bodies), "cuda", dtype)
+                results_of(case, candidate.other)
+        torch.cuda.empty_cache()
 
-    share(jobs(), Path(options.compile_into), run)
+    jobs = ((f"{model} {op}", partial(do, make)) for model, op, make in wanted(options, dtype))
+    share(jobs, Path(options.compile_into))
 
 
 def write(content: Row, path: Path) -> None:

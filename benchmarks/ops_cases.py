@@ -372,39 +372,3 @@ def swiglu(s: Sizes, new: New) -> Case:
 @case("llama-8b")
 def geglu(s: Sizes, new: New) -> Case:
     return _glu(s, new, "gelu_tanh", "geglu")
-
-
-@case("qwen3-30b-a3b")
-def clamped_glu(s: Sizes, new: New) -> Case:
-    """GPT-OSS's gate, at the size of these experts."""
-
-    def plain(gate_up: Tensor) -> Tensor:
-        gate, up = gate_up.chunk(2, -1)
-        gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
-        return (up + 1) * gate * torch.sigmoid(1.702 * gate)
-
-    size = s.mlp_rows * s.I * new.width
-    return Case(
-        "clamped_glu",
-        f"{s.mlp_rows} x {s.I}",
-        lambda: (new.leaf(s.mlp_rows, 2 * s.I),),
-        ops.clamped_glu,
-        Other(plain, prepare=lambda leaves: (halves(*leaves),)),
-        Work(3 * size),
-        Work(5 * size),
-    )
-
-
-@case("llama-8b")
-def keyed_dropout(s: Sizes, new: New) -> Case:
-    """Its mask is a function of rows and columns: nobody else makes the same."""
-    size = s.T * s.H * new.width
-    return Case(
-        "keyed_dropout",
-        f"{s.T} x {s.H}",
-        lambda: (new.leaf(s.T, s.H),),
-        lambda x: ops.keyed_dropout(x, 0.1, 12345),
-        None,
-        Work(2 * size),
-        Work(2 * size),
-    )

@@ -150,6 +150,21 @@ def lora_linear(s: Sizes, new: New) -> Case:
     )
 
 
+@case("llama-8b")
+def keyed_dropout(s: Sizes, new: New) -> Case:
+    """Its mask is a function of rows and columns: nobody else makes the same."""
+    size = s.T * s.H * new.width
+    return Case(
+        "keyed_dropout",
+        f"{s.T} x {s.H}",
+        lambda: (new.leaf(s.T, s.H),),
+        lambda x: ops.keyed_dropout(x, 0.1, 12345),
+        None,
+        Work(2 * size),
+        Work(2 * size),
+    )
+
+
 @case("llama-8b", "llama-70b-tp8", variants={"int8_linear": ("int8",), "nf4_linear": ("nf4",)})
 def quantised_linear(s: Sizes, new: New, op: str, kind: quant.Kind) -> Case:
     """Plain: the product with a frozen weight in the model's dtype, which takes two or four times the memory."""

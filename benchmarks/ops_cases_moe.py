@@ -1,4 +1,4 @@
-"""Cases of the op benchmark: routers, and tokens to their experts and back."""
+"""Cases of the op benchmark: routers, tokens to their experts and back, experts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.ops_cases import NO_TARGETS, Case, New, Other, Sizes, Tensors, Work, case
+from benchmarks.ops_cases import NO_TARGETS, Case, New, Other, Sizes, Tensors, Work, case, halves
 from megatune import ops
 from megatune.ops import moe
 
@@ -122,4 +122,25 @@ def router(s: Sizes, new: New) -> Case:
         Other(plain),
         Work(2 * size + 12 * s.T * s.choices),
         Work(3 * size + 12 * s.T * s.choices),
+    )
+
+
+@case("qwen3-30b-a3b")
+def clamped_glu(s: Sizes, new: New) -> Case:
+    """GPT-OSS's gate, at the size of these experts."""
+
+    def plain(gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, -1)
+        gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+        return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+
+    size = s.mlp_rows * s.I * new.width
+    return Case(
+        "clamped_glu",
+        f"{s.mlp_rows} x {s.I}",
+        lambda: (new.leaf(s.mlp_rows, 2 * s.I),),
+        ops.clamped_glu,
+        Other(plain, prepare=lambda leaves: (halves(*leaves),)),
+        Work(3 * size),
+        Work(5 * size),
     )

@@ -29,7 +29,7 @@ GRAPH_MS = 3.0  # of work in one graph
 MOST_CALLS = 64
 SPREAD = 0.005  # of the middle half of the measurements, where they are enough
 REPLAYS = (4, 12)  # at least, at most
-TURNS = 4
+TURNS, TURNS_MS = (3, 9), 200.0  # of an op and its products: at least, at most; as many as take that long
 LARGE_COPY = 2**31
 LARGE_PRODUCT = ("NT", 8192, 8192, 8192)
 SMALL_MS = 0.03  # work whose limit is below that is held against a copy of its own size, too
@@ -59,6 +59,7 @@ class Device:
 
     type: str
     cache: int = 0  # bytes of the second level cache
+    memory: int = 0  # bytes of the device's own
     copy: float = 0.0  # bytes a second of a large copy, read and written
     copies: dict[str, float] = field(default_factory=dict)  # the same of each way to copy
     products: dict[str, float] = field(default_factory=dict)  # the last measurement of each bare product: ms
@@ -69,8 +70,10 @@ class Device:
 
     @classmethod
     def here(cls, type_: str) -> Device:
-        cache = torch.cuda.get_device_properties(0).L2_cache_size if type_ == "cuda" else 0
-        return cls(type_, cache)
+        if type_ == "cpu":
+            return cls(type_)
+        facts = torch.cuda.get_device_properties(0)
+        return cls(type_, facts.L2_cache_size, facts.total_memory)
 
     def sets(self, size: int) -> int:
         """How many sets of inputs of `size` bytes are needed for none of them to be in the cache when it is used."""
@@ -112,15 +115,17 @@ class Device:
     def beside_products(self, calls: Sequence[Call], work: Work, dtype: torch.dtype) -> Timed:
         """`milliseconds`, the work's bare products in turn with it: clocks that fall under load fall for both."""
         products = [self._product(product, dtype) for product in work.products]
-        for call in (calls[0], *products):
+        everyone = [calls[0], *products]
+        for call in everyone:
             call()
-        self.synchronize()
-        times = self.turns([calls[0], *products])
+        least, most = TURNS
+        once = sum(self.turns(everyone, 1))
+        times = self.turns(everyone, max(least, min(most, round(TURNS_MS / once))))
         for product, ms in zip(work.products, times[1:], strict=True):
             self.products[name_of(product)] = ms
         return Timed(times[0], "clock" if self.type == "cpu" else "events", sum(times[1:]))
 
-    def turns(self, calls: Sequence[Call], count: int = TURNS) -> list[float]:
+    def turns(self, calls: Sequence[Call], count: int) -> list[float]:
         """Median milliseconds of each, one after the other `count` times; they have been called before."""
         if self.type == "cpu":
             return [_clock(call) for call in calls]
@@ -200,7 +205,7 @@ class Device:
         for name, call in ways.items():
             call()
             ms = (
-                self.turns([call])[0]
+                _clock(call)
                 if self.type == "cpu"
                 else _settled(lambda call=call: self._events([call]), 5, 15)
             )
@@ -235,9 +240,9 @@ class Device:
         return self._operands[name_of(product)]
 
     def forget(self) -> None:
-        """Frees what the bare products hold, and what Python has not freed yet."""
+        """Frees what the bare products hold; where much of the memory is taken, what Python has not freed yet, too."""
         self._operands.clear()
-        if self.type == "cuda":
+        if self.type == "cuda" and torch.cuda.memory_reserved() > self.memory // 4:
             gc.collect()
             torch.cuda.empty_cache()
 

@@ -1,26 +1,23 @@
 """Compiles before anything is timed: what torch.compile and Triton make for the op benchmark, in many processes.
 
 Compiling takes far longer than timing, and torch compiles one function at a time in a process. So as many processes as
-there are cores call each implementation once; what they compile is in the caches on disk (torch's and Triton's own)
-when the benchmark itself asks for it. Which of a kernel's variants is the fastest is not kept: the processes use the
-GPU together, and the benchmark finds it again by itself.
+there are cores share the cases and call each implementation once; what they compile is in the caches on disk (torch's
+and Triton's own) when the benchmark itself asks for it. Which of a kernel's variants is the fastest is not kept: the
+processes use the GPU together, and the benchmark finds it again by itself.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
-
-import torch
-
-from benchmarks.ops_cases import Case, Other
 
 MOST_PROCESSES = 14
 
@@ -28,6 +25,7 @@ MOST_PROCESSES = 14
 def configure_compiler() -> None:
     """The same here and there: caches are found by it."""
     import torch._functorch.config
+    import torch._inductor.compile_fx
     import torch._inductor.config
 
     torch._dynamo.config.recompile_limit = 64  # one function at many sizes
@@ -35,6 +33,7 @@ def configure_compiler() -> None:
     torch._inductor.config.compile_threads = 1
     torch._inductor.config.fx_graph_cache = True
     torch._functorch.config.enable_autograd_cache = True
+    gc.freeze()  # what has been imported is never garbage: looking for some takes a tenth of the time
 
 
 def warm(arguments: list[str], seconds: float) -> dict[str, Any]:
@@ -65,19 +64,17 @@ def warm(arguments: list[str], seconds: float) -> dict[str, Any]:
     }
 
 
-def share(cases: Iterator[tuple[str, Case, list[tuple[str, Other]]]], claims: Path, run: Any) -> None:
-    """One of those processes: takes jobs that no other has, `run(case, other)`, and notes the seconds of each."""
-    for model, case, others in cases:
-        for name, other in others:
-            job = claims / f"{model} {case.op} {case.shape} {name}".replace("/", "_")
-            try:
-                os.close(os.open(job, os.O_CREAT | os.O_EXCL))
-            except FileExistsError:
-                continue
-            began = time.monotonic()
-            try:
-                run(case, other)
-            except Exception as error:  # it fails again, and is noted, when it is measured
-                print(f"{job.name}: {error}", file=sys.stderr)
-            job.write_text(json.dumps([job.name, round(time.monotonic() - began, 1)]))
-            torch.cuda.empty_cache()
+def share(jobs: Iterable[tuple[str, Callable[[], None]]], claims: Path) -> None:
+    """One of those processes: does the jobs (name, what to do) that no other has begun, notes the seconds of each."""
+    for name, do in jobs:
+        claim = claims / name
+        try:
+            os.close(os.open(claim, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            continue
+        began = time.monotonic()
+        try:
+            do()
+        except Exception as error:  # it fails again, and is noted, when it is measured
+            print(f"{name}: {error}", file=sys.stderr)
+        claim.write_text(json.dumps([name, round(time.monotonic() - began, 1)]))

@@ -171,10 +171,15 @@ def test_product_and_op_take_turns() -> None:
 
 def test_a_job_is_taken_once_by_those_who_compile(tmp_path: Path) -> None:
     taken = []
-    jobs = [("m", case, [("a", "first"), ("b", "second")]) for _, _, case in [next(all_cases())]]
+
+    def fail() -> None:
+        taken.append("fails")
+        raise RuntimeError("cannot be compiled")
+
     for _ in range(2):
-        ops_warm.share(iter(jobs), tmp_path, lambda case, other: taken.append(other))
-    assert taken == ["first", "second"]
+        ops_warm.share([("m a", fail), ("m b", lambda: taken.append("second"))], tmp_path)
+    assert taken == ["fails", "second"]
+    assert [json.loads((tmp_path / name).read_text())[0] for name in ("m a", "m b")] == ["m a", "m b"]
 
 
 def test_without_time_nothing_is_begun_and_it_is_said(tmp_path: Path) -> None:
