@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,19 +44,22 @@ def warm(arguments: list[str], seconds: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as claims:
         command = [sys.executable, "-m", "benchmarks.ops", *arguments, "--compile-into", claims]
         processes = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(count)]
-        late = 0
-        for process in processes:
-            try:
-                process.wait(max(0.1, began + seconds - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-                late += 1
+        killed = 0
+        try:
+            for process in processes:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(max(0.1, began + seconds - time.monotonic()))
+        finally:
+            for process in processes:
+                if process.poll() is None:
+                    process.kill()
+                    process.wait()
+                    killed += 1
         jobs = [json.loads(path.read_text() or "null") for path in Path(claims).iterdir()]
     done = [job for job in jobs if job]
     return {
         "processes": count,
-        "killed": late,
+        "killed": killed,
         "failed": sum(process.returncode not in (0, -9) for process in processes),
         "compiled": len(done),
         "unfinished": len(jobs) - len(done),
