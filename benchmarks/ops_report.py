@@ -109,7 +109,11 @@ def said(found: list[Row]) -> list[str]:
 def _measured(row: Row, direction: str) -> str:
     if f"{direction}_ms" not in row:
         return ""
-    text = f"{row[f'{direction}_ms']:.3g} ms, {row[f'{direction}_share']:.0%}"
+    if f"{direction}_tflops" in row:
+        rate = f"{row[f'{direction}_tflops']:.0f} TFLOP/s"
+    else:
+        rate = f"{row[f'{direction}_gbytes_per_s'] / 1e3:.2f} TB/s"
+    text = f"{row[f'{direction}_ms']:.3g} ms, {rate}, {row[f'{direction}_share']:.0%}"
     if f"{direction}_small_share" in row:
         text += f" ({row[f'{direction}_small_share']:.0%})"
     return text
