@@ -78,7 +78,11 @@ def fp8_quantise(s: Sizes, new: New, op: str, scaling: Scaling, copies: int) -> 
     )  # fmt: skip
 
 
-@case(variants={"fp8_quantise_heads": ("rowwise", BOTH), "fp8_quantise_heads_blocks": ("blocks", BOTH)})
+@case(
+    "qwen3-30b-a3b",
+    "llama-70b-tp8",
+    variants={"fp8_quantise_heads": ("rowwise", BOTH), "fp8_quantise_heads_blocks": ("blocks", BOTH)},
+)
 def fp8_quantise_heads(s: Sizes, new: New, op: str, scaling: Scaling, copies: int) -> Case:
     """What attention gives, the input of its output projection."""
     width = s.Q * s.D
