@@ -5,16 +5,18 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._subclasses import FakeTensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatune.parallel import World
 
+META = torch.device("meta")
 # Of S bytes, the larger of what goes in and what comes out, one of n processes sends this share.
 _SHARES: dict[str, Callable[[int], float]] = {
     "allreduce_": lambda n: 2 * (n - 1) / n,
@@ -33,9 +35,9 @@ _NAMES = ("tp", "pp", "cp", "fsdp", "dp_replicate", "ep", "etp", "efsdp", "dp_sh
 
 
 class Tracker(TorchDispatchMode):
-    """Active inside a `FakeTensorMode`.
+    """Within, every new tensor is on meta, whatever device it is for; others that come in are taken for such.
 
-    `live`, `peak`: bytes of all fake tensors' storages, now and at most. `sent`: bytes that this process sends, by
+    `live`, `peak`: bytes of all their storages, now and at most. `sent`: bytes that this process sends, by
     axis: all-gather and reduce-scatter of S bytes in all count as rings of n processes do, (n - 1) / n * S, all-reduce
     twice that. `calls`: collectives and messages.
     """
@@ -74,14 +76,19 @@ class Tracker(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        out = func(*args, **(kwargs or {}))
+        args, named = tuple(map(_on_meta, args)), {name: _on_meta(one) for name, one in (kwargs or {}).items()}
+        makes = _takes_device(func) and not any(isinstance(one, Tensor) for one in args)
+        if makes or named.get("device") is not None:
+            named["device"] = META
+        out = func(*args, **named)
         if self._inside_kernel:
             return out
         if func.namespace == "c10d":
             self._count(func._schema.name.removeprefix("c10d::"), args)
             return out
         for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, FakeTensor):
+            # A DTensor's own storage is for show.
+            if isinstance(tensor, Tensor) and tensor.is_meta and not isinstance(tensor, DTensor):
                 self.see(tensor)
         return out
 
@@ -112,6 +119,7 @@ class Tracker(TorchDispatchMode):
 
     def leave_out(self, tensor: Tensor) -> None:
         """Do not count this one's memory: it is not the device's."""
+        self.see(tensor)
         key = id(tensor.untyped_storage())
         reference, size = self._known[key]
         self._known[key] = reference, 0
@@ -171,6 +179,18 @@ def _bytes_sent(name: str, args: tuple[Any, ...], group: dist.ProcessGroup) -> i
         return others * (args[1].nbytes // max(1, sum(rows)))
     whole = max(sum(tensor.nbytes for tensor in _tensors(one)) for one in args)
     return round(whole * _SHARES[name](group.size()))
+
+
+@cache
+def _takes_device(func: Any) -> bool:
+    return any(argument.name == "device" for argument in func._schema.arguments)
+
+
+def _on_meta(one: Any) -> Any:
+    """An argument without values; a tensor of no dimensions goes with any device."""
+    if isinstance(one, Tensor):
+        return one if one.is_meta or one.dim() == 0 else one.to(META)
+    return type(one)(map(_on_meta, one)) if type(one) in (tuple, list) else one
 
 
 def _tensors(one: Any) -> Iterator[Tensor]:

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch._subclasses import FakeTensorMode
 
 from megatune.config.layout import layout_of
 from megatune.config.schema import Config
@@ -322,7 +321,7 @@ def test_a_model_that_nobody_knows_is_refused() -> None:
 
 
 def test_tracker_counts_storages_and_their_peak() -> None:
-    with FakeTensorMode(), Tracker(World.alone()) as tracker:
+    with Tracker(World.alone()) as tracker:
         a = torch.empty(100)
         b = a.view(10, 10)[:5] + 1
         assert tracker.live == 400 + 200
