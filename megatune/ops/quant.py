@@ -71,7 +71,9 @@ def _tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     if found is None:
         nf4, borders, code = (table.to(device) for table in _ON_CPU)
         found = (nf4, borders, code)
-        if type(code) is Tensor and not code.is_meta:  # a FakeTensor or on meta it has no values: not for later
+        if (
+            type(code) is Tensor and not code.is_meta
+        ):  # a FakeTensor or on meta it has no values: not for later
             _ELSEWHERE[device] = found
     return found
 

@@ -1,6 +1,6 @@
 """One process of any layout on this machine: its own code, on tensors without memory and with sends that go nowhere.
 
-`torch`'s fake process group says that this is rank r of n; under `Tracker` all tensors are on meta and have no values, so
+`torch`'s fake process group says that this is rank r of n; under `Tracker` tensors are on meta and have no values, so
 the model, ZeRO, the optimizer and the pipeline of that rank are built and run a whole step as they would there.
 (`FakeTensorMode` would tell "cpu" from "meta", and take four times as long.)
 """

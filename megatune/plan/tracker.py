@@ -76,7 +76,10 @@ class Tracker(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        args, named = tuple(map(_on_meta, args)), {name: _on_meta(one) for name, one in (kwargs or {}).items()}
+        args, named = (
+            tuple(map(_on_meta, args)),
+            {name: _on_meta(one) for name, one in (kwargs or {}).items()},
+        )
         makes = _takes_device(func) and not any(isinstance(one, Tensor) for one in args)
         if makes or named.get("device") is not None:
             named["device"] = META

@@ -20,8 +20,6 @@ from tests.helpers.dist import PRELOAD
 from tests.helpers.faults import Forked, forked
 
 PACE = "MEGATUNE_TEST_PACE"
-# Imported late by what a rank does: torch's own parts, and megatune's trainer with all below it.
-LATE = ["torch._dynamo", "megatune.training.run", "megatune.cli"]
 
 
 def _fork(command: Sequence[str], variables: Mapping[str, str], stdout: int, stderr: int) -> Forked:
@@ -53,7 +51,7 @@ def _keep_pace(file: Path) -> None:
 
 def main(words: list[str]) -> None:
     """Be `megatune *words`."""
-    for name in (*PRELOAD, *LATE):
+    for name in PRELOAD:
         importlib.import_module(name)
     from megatune import cli
     from megatune.ops._load import cpu_problem
