@@ -26,15 +26,24 @@ import pytest  # noqa: E402
 _PROCESSES = Path(__file__).parent / "parallel"
 
 
+def _group(item: pytest.Item) -> str | None:
+    """Tests of many processes that one worker runs, one after the other: those of a file, or of a family of models,
+    whose layouts share their processes."""
+    if _PROCESSES not in item.path.parents:
+        return None
+    run = getattr(item, "callspec", None) and item.callspec.params.get("run")
+    return f"{item.path.stem}-{run.family}" if hasattr(run, "family") else item.path.stem
+
+
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Tests of many processes one after the other, by one worker, while the other worker has the rest: two of them at
-    once are only in each other's way."""
-    if _PROCESSES in item.path.parents:
-        item.add_marker(pytest.mark.xdist_group("processes"))
+    group = _group(item)
+    if group is not None:
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: _PROCESSES not in item.path.parents)  # the longest part begins at once
+    # The longest begin at once. What looks at silence and signals comes when the longest are over.
+    items.sort(key=lambda item: (_PROCESSES not in item.path.parents, item.path.stem != "test_parity"))
     if not any(item.get_closest_marker("gpu") for item in items):
         return
     import torch

@@ -92,12 +92,10 @@ def test_a_failing_rank_ends_the_others_and_is_named(
         if rank == 2:
             print("what rank 2 said")
             raise ValueError("the reason")
-        time.sleep(60)
+        time.sleep(3600)
         """
     )
-    began = time.monotonic()
     assert run_local([], 3, command=command, log_folder=tmp_path) == 1
-    assert time.monotonic() - began < 10
     said = capfd.readouterr().err
     host = socket.gethostname()
     assert (
@@ -118,17 +116,17 @@ def test_ranks_that_do_not_listen_and_what_they_started_are_killed(worker, tmp_p
         """
         import subprocess
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
         (here / f"child-{rank}").write_text(str(child.pid))
         here_all("up")
         if rank == 1:
             os._exit(7)
-        time.sleep(60)
+        time.sleep(3600)
         """
     )
     began = time.monotonic()
     assert run_local([], 2, command=command, log_folder=tmp_path, grace=0.3) == 7
-    assert 0.3 < time.monotonic() - began < 8
+    assert time.monotonic() - began > 0.3  # they were given that time
     pids = [int((tmp_path / f"{name}-{rank}").read_text()) for rank in range(2) for name in ("up", "child")]
     wait_until(lambda: not any(is_alive(pid) for pid in pids))
 

@@ -76,7 +76,7 @@ def agents(tmp_path: Path, port: int) -> Iterator:
 
 
 def end(*processes: subprocess.Popen[str]) -> tuple[list[int], list[str]]:
-    said = [process.communicate(timeout=30)[1] for process in processes]
+    said = [process.communicate(timeout=90)[1] for process in processes]
     return [process.returncode for process in processes], said
 
 
@@ -113,13 +113,11 @@ def test_a_death_on_one_node_starts_all_again(worker, agents, tmp_path: Path) ->
             (here / "failed").touch()
             raise ValueError("the reason")
         if not again:
-            time.sleep(60)
+            time.sleep(3600)
         """
     )
-    began = time.monotonic()
     codes, said = end(agents(command, 0, restarts=2), agents(command, 1, restarts=2))
     assert codes == [0, 0], said
-    assert time.monotonic() - began < 20
     assert f"rank 1 of 2 on {socket.gethostname()} failed with exit code 1 while starting" in said[0]
     assert "ValueError: the reason" in said[0]
     assert "starting again from the newest checkpoint (restart 1 of 2 without progress)" in said[0]
@@ -181,17 +179,15 @@ def _listens(port: int) -> bool:
 
 
 def test_a_lost_agent_ends_the_others(worker, agents, tmp_path: Path) -> None:  # noqa: F811
-    command = worker("signal.signal(signal.SIGTERM, signal.SIG_IGN)\nhere_all('up')\ntime.sleep(60)")
+    command = worker("signal.signal(signal.SIGTERM, signal.SIG_IGN)\nhere_all('up')\ntime.sleep(3600)")
     first, second = agents(command, 0, restarts=3), agents(command, 1, restarts=3)
     wait_until(lambda: len(list(tmp_path.glob("up-*"))) == 2, 20)
     pids = [int((tmp_path / f"up-{rank}").read_text()) for rank in range(2)]
-    began = time.monotonic()
     second.kill()
     codes, said = end(first)
     assert codes == [76]
     assert f"node 1 ({socket.gethostname()}) is lost" in said[0]
     wait_until(lambda: not any(is_alive(pid) for pid in pids))
-    assert time.monotonic() - began < 20
 
 
 def test_the_verb_refuses_what_cannot_be(tmp_path: Path, monkeypatch) -> None:
@@ -422,9 +418,9 @@ def test_heartbeats(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv(hb.HEARTBEAT_FILE, str(reader.path))
     hb.heartbeat().begin(9)
     assert reader.read().step == 9
-    calls = 20_000
-    began = time.perf_counter()
-    for _ in range(calls):
-        writer.phase(hb.FORWARD)
-    assert (time.perf_counter() - began) / calls < 50e-6  # a few stores; no system call
+    called = []
+    sys.setprofile(lambda frame, event, function: event == "c_call" and called.append(function))
+    writer.phase(hb.FORWARD)
+    sys.setprofile(None)
+    assert called == [time.monotonic_ns, sys.setprofile]  # a few stores; no system call
     assert os.path.getsize(reader.path) == 64

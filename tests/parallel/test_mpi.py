@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -122,13 +121,11 @@ def test_a_rank_that_fails_ends_all_and_is_named(start, tmp_path: Path) -> None:
         here_all("up")
         if rank == 2:
             raise ValueError("the reason")
-        time.sleep(60)
+        time.sleep(3600)
         """,
         3,
     )
-    began = time.monotonic()
     code, _, err = ended(run)
-    assert time.monotonic() - began < 20, err
     assert code == 1
     assert err.count("megatune: rank 2 of 3") == 1
     assert "ValueError: the reason" in err

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -142,16 +141,19 @@ def test_a_batch_larger_than_the_set(folder: Path, tokenizer: Tokenizer) -> None
     assert np.bincount(loader.sequences(0)).min() >= 50 // loader.num_sequences
 
 
-def test_resuming_at_any_step_is_exact_and_fast(folder: Path, tokenizer: Tokenizer) -> None:
+def test_resuming_at_any_step_is_exact_and_fast(
+    folder: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     running = module(folder, tokenizer).train
     steps = [running.step(step) for step in range(12)]
     for step in (11, 3, 0, 7):
         resumed = module(folder, tokenizer).train
         assert all(same(a, b) for a, b in zip(resumed.step(step), steps[step], strict=True))
         assert all(same(a, b) for a, b in zip(running.step(step), steps[step], strict=True))
-    began = time.perf_counter()
+    made = []
+    monkeypatch.setattr("megatune.data.loader.permutation", lambda *of: made.append(of) or permutation(*of))
     module(folder, tokenizer).train.step(10**6)
-    assert time.perf_counter() - began < 1
+    assert 0 < len(made) <= 4  # of the epochs of that step and of the next, not of a million
 
 
 def test_the_order_is_written_in_stone() -> None:
@@ -159,9 +161,7 @@ def test_the_order_is_written_in_stone() -> None:
     assert permutation(0, 0, 8).tolist() == [3, 1, 0, 7, 5, 6, 4, 2]
     assert permutation(7, 3, 5).tolist() == [4, 3, 0, 1, 2]
     assert permutation(0, 1, 8).tolist() != permutation(1, 0, 8).tolist()
-    began = time.perf_counter()
     assert np.array_equal(np.sort(permutation(5, 2, 300_000)), np.arange(300_000))
-    assert time.perf_counter() - began < 2
 
 
 def test_packed_targets_are_the_unpacked_ones(folder: Path, tokenizer: Tokenizer) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -250,12 +249,10 @@ def test_equal_to_transformers(smol: Tokenizer, tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_templates_that_raise_or_run_wild(source: str, message: str) -> None:
-    began = time.perf_counter()
     with pytest.raises(RowError, match=message) as raised:
         compiled(source).render(ONE)
     assert raised.value.kind == "template"
     assert "\n" not in str(raised.value)
-    assert time.perf_counter() - began < 5
 
 
 def test_a_syntax_error_names_the_line() -> None:
