@@ -14,16 +14,20 @@ from megatune.config.loader import dump_config
 from megatune.training import STOPPED_EXIT_CODE
 from tests.helpers.dist import run_ranks
 from tests.helpers.runs import LORA, losses, metrics, tiny_config
+from tests.helpers.warm import Warm
 
 STEPS = 12
 
 
-def start(config, path: Path, *overrides: str) -> subprocess.Popen:
+def start(config, path: Path, *, cold: bool = False) -> subprocess.Popen | Warm:
+    """`megatune train` of the configuration; `cold`: and its ranks, as processes of their own from the first import."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(dump_config(config))
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if not cold:
+        return Warm(["train", str(path)], path.with_suffix(".out"), env)
     return subprocess.Popen(
-        [sys.executable, "-m", "megatune", "train", str(path), *overrides],
+        [sys.executable, "-m", "megatune", "train", str(path)],
         env=env,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -31,7 +35,7 @@ def start(config, path: Path, *overrides: str) -> subprocess.Popen:
     )
 
 
-def wait_for_step(folder: Path, step: int, process: subprocess.Popen, seconds: float = 90) -> None:
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen | Warm, seconds: float = 90) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         lines = (
@@ -131,7 +135,7 @@ def test_resume_on_other_numbers_of_processes(uninterrupted, tmp_path):
 def test_a_finished_run_says_so_and_changes_nothing(uninterrupted):
     make, whole = uninterrupted
     before = (whole / "metrics.jsonl").read_bytes()
-    process = start(make(whole), whole.parent / "run.yaml")
+    process = start(make(whole), whole.parent / "run.yaml", cold=True)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 0
     assert "is done" in output
@@ -178,11 +182,11 @@ def test_two_ranks_stop_on_a_signal_and_resume_after_a_kill(uninterrupted, tmp_p
         os.kill(workers[-1], signal.SIGKILL)
         output = process.communicate(timeout=60)[0]
         assert process.returncode in (0, 128 + signal.SIGKILL), output
-    output = start(config, tmp_path / "run.yaml").communicate(timeout=120)[0]
+    output = start(config, tmp_path / "run.yaml", cold=True).communicate(timeout=120)[0]
     assert losses(tmp_path / "run") == pytest.approx(losses(whole), rel=1e-6), output
 
 
-def _children(process: subprocess.Popen) -> list[int]:
+def _children(process: Warm) -> list[int]:
     """The worker processes of a launcher, once there are two."""
     path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     deadline = time.monotonic() + 30

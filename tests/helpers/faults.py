@@ -230,7 +230,7 @@ def _agent(request: Request, node: int, port: int) -> None:
 
     folder = Path(request.folder)
     output = os.open(folder / f"agent-{node}.out", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    _redirect(output, output)
+    redirect(output, output)
     plain = Restarts.seen
 
     def seen(self: Restarts, finished: int, saved: int) -> None:
@@ -291,7 +291,7 @@ def forked(program: Callable[[], None], variables: Mapping[str, str], stdout: in
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         prepare()
-        _redirect(stdout, stderr)
+        redirect(stdout, stderr)
         os.closerange(3, 256)
         os.environ.clear()
         os.environ.update(variables)
@@ -307,7 +307,7 @@ def forked(program: Callable[[], None], variables: Mapping[str, str], stdout: in
         os._exit(code)
 
 
-def _redirect(stdout: int, stderr: int) -> None:
+def redirect(stdout: int, stderr: int) -> None:
     nothing = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((nothing, 0), (stdout, 1), (stderr, 2)):
         os.dup2(source, target)
