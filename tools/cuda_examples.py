@@ -228,5 +228,6 @@ def optimizers_in_fewer_bits(sizes: list[int]) -> Iterator[Example]:
         yield "adamw_8bit_", (*arguments, *step), low
         yield "lion_", (lists(), lists(), lists(grads), lists(weights), *common, 0.01, 0.9, 0.95), low
     squares = [x.square() for x in lists()]
-    arguments = (lists(low), lists(), squares, lists(low), *common, [*range(count)], [7] * count)
+    places = [[*range(count)], *([one] * count for one in (7, 40, 64))]  # keys, firsts, widths, strides
+    arguments = (lists(low), lists(), squares, lists(low), *common, *places)
     yield "adamw_bf16_", (*arguments, *step), low

@@ -87,15 +87,16 @@ void adamw(Tensors masters, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors grads
 }
 
 void adamw_bf16(Tensors masters, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors grads, Tensor scale,
-                std::vector<double> decays, std::vector<int64_t> keys, std::vector<int64_t> firsts, double lr,
-                double beta1, double beta2, double eps, int64_t number) {
+                std::vector<double> decays, std::vector<int64_t> keys, std::vector<int64_t> firsts,
+                std::vector<int64_t> widths, std::vector<int64_t> strides, double lr, double beta1, double beta2,
+                double eps, int64_t number) {
   const Lists lists("adamw_bf16_", masters, scale, decays);
   lists.states(masters, ScalarType::BFloat16, "masters must be contiguous bfloat16");
   for (const Tensors* list : {&exp_avgs, &exp_avg_sqs}) lists.states(*list, ScalarType::Float, STATE);
   lists.values(grads, false);
-  lists.as_long(keys);
-  lists.as_long(firsts);
+  for (const std::vector<int64_t>* list : {&keys, &firsts, &widths, &strides}) lists.as_long(*list);
   for (int64_t first : firsts) lists.check(first >= 0, "firsts must not be negative");
+  for (int64_t width : widths) lists.check(width > 0, "widths must be positive");
   const cpu::AdamWStep common = adamw_step(scale, lr, beta1, beta2, eps, number, false);
   parallel(masters, 1, [&](size_t i, int64_t begin, int64_t end) {
     cpu::AdamWStep step = common;
@@ -107,6 +108,8 @@ void adamw_bf16(Tensors masters, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors 
                                    pointer<float>(exp_avg_sqs[i]),
                                    static_cast<const G*>(grads[i].const_data_ptr()),
                                    firsts[i],
+                                   widths[i],
+                                   strides[i],
                                    static_cast<uint64_t>(keys[i]),
                                    static_cast<uint64_t>(number),
                                    step};

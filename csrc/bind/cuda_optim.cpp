@@ -39,22 +39,25 @@ void adamw(Tensors masters, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors grads
 }
 
 void adamw_bf16(Tensors masters, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors grads, Tensor scale,
-               std::vector<double> decays, std::vector<int64_t> keys, std::vector<int64_t> firsts, double lr,
-               double beta1, double beta2, double eps, int64_t number) {
+               std::vector<double> decays, std::vector<int64_t> keys, std::vector<int64_t> firsts,
+                std::vector<int64_t> widths, std::vector<int64_t> strides, double lr, double beta1, double beta2,
+                double eps, int64_t number) {
   const char* op = "adamw_bf16_";
   const Lists lists(op, masters, scale, decays);
   lists.states(masters, ScalarType::BFloat16, "masters must be contiguous bfloat16");
   for (const Tensors* list : {&exp_avgs, &exp_avg_sqs}) lists.states(*list, ScalarType::Float, STATE);
   lists.values(grads, false);
-  lists.as_long(keys);
-  lists.as_long(firsts);
+  for (const std::vector<int64_t>* list : {&keys, &firsts, &widths, &strides}) lists.as_long(*list);
   std::vector<cuda::AdamWBf16Tensor> tensors;
   tensors.reserve(masters.size());
   for (size_t i = 0; i < masters.size(); ++i) {
     lists.check(firsts[i] >= 0, "firsts must not be negative");
+    lists.check(widths[i] > 0, "widths must be positive");
+    lists.check(widths[i] >= masters[i].numel() || masters[i].numel() < int64_t{1} << 32,
+                "tensors of many rows must have fewer than 2^32 elements");
     tensors.push_back({pointer<void>(masters[i]), pointer<float>(exp_avgs[i]), pointer<float>(exp_avg_sqs[i]),
-                       grads[i].const_data_ptr(), masters[i].numel(), firsts[i], static_cast<uint64_t>(keys[i]),
-                       kept(lr, decays[i]), is_low(grads[i])});
+                       grads[i].const_data_ptr(), masters[i].numel(), firsts[i], widths[i], strides[i],
+                       static_cast<uint64_t>(keys[i]), kept(lr, decays[i]), is_low(grads[i])});
   }
   if (tensors.empty()) return;
   const OnDeviceOf device(scale);

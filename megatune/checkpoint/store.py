@@ -339,8 +339,9 @@ def _matching_names(
         pairs += [("dtype", stored.dtype, tensor.dtype) for _, tensor in wanted.parts]
         for what, there, here in pairs:
             if there != here:
+                other = "with another optim.name or model.dtype" if what == "dtype" else "from another model"
                 raise CheckpointError(
-                    f"{step_folder}: {name} has {what} {there}, this run needs {here}; it was saved from another model"
+                    f"{step_folder}: {name} has {what} {there}, this run needs {here}; it was saved {other}"
                 )
     return names
 

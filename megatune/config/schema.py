@@ -18,7 +18,7 @@ class ModelConfig(Section):
     dtype: Literal["auto", "bf16", "fp32"] = Field(
         "auto",
         description="Compute dtype. auto: bf16 on GPUs and on CPUs with AMX tiles, else fp32. Trainable weights and "
-        "optimizer states are kept in fp32 in any case.",
+        "optimizer states are kept in fp32 in any case, but for optim.name: adamw_8bit and adamw_bf16.",
     )
     quantise: Literal["nf4", "int8"] | None = Field(
         None,
@@ -173,7 +173,7 @@ class ParallelConfig(Section):
     offload_optimizer: bool = Field(
         False,
         description="Keep fp32 masters and optimizer states in host memory; the CPU updates them, in chunks behind the "
-        "copies of gradients and weights (zero 0, 1 or 2; not for muon).",
+        "copies of gradients and weights (zero 0, 1 or 2; not for muon and adamw_bf16).",
     )
 
     @field_validator("*", mode="before")
@@ -257,10 +257,10 @@ class TrainConfig(Section):
 
 
 class OptimConfig(Section):
-    name: Literal["adamw", "adamw_8bit", "lion", "muon"] = Field(
+    name: Literal["adamw", "adamw_8bit", "adamw_bf16", "lion", "muon"] = Field(
         "adamw",
-        description="Optimizer: AdamW, AdamW with moments in 8 bits, Lion, or Muon on the layers' matrices with AdamW "
-        "on the rest.",
+        description="Optimizer: AdamW, AdamW with moments in 8 bits, AdamW on bf16 matrices with stochastic rounding "
+        "and no fp32 masters, Lion, or Muon on the layers' matrices with AdamW on the rest.",
     )
     lr: float = Field(2.0e-5, gt=0, description="Peak learning rate.")
     schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(

@@ -88,6 +88,7 @@ def check_layout(config: Config, processes: int) -> None:
         or config.moe.model_fields_set
         or config.model.quantise
         or config.model.fp8
+        or config.optim.name == "adamw_bf16"
     )
     if not asks:
         return  # nothing there that could be wrong
@@ -127,12 +128,13 @@ def dry_run(config: Config) -> int:
     from megatune import adapters, checkpoint, models, plan
     from megatune.training.layout import check as check_model
     from megatune.training.layout import describe
-    from megatune.training.precision import check_fp8, compute_dtype
+    from megatune.training.precision import check_fp8, check_masters, compute_dtype, masters
 
     processes = world_size(config)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     dtype = compute_dtype(config.model.dtype, device)
     check_fp8(config.model.fp8, device)
+    check_masters(config, dtype)
     source = checkpoint.resolve_model(config.model.path, config.model.cache)
     layout = check_model(config, source.spec, processes)
     model = models.build(source.spec)
@@ -145,7 +147,9 @@ def dry_run(config: Config) -> int:
     table.add_row("model", f"{source.spec.family}, {source.spec.num_layers} layers, {total:,} parameters")
     table.add_row("trainable", f"{trainable:,} ({trainable / total:.3%})")
     table.add_row("layout", describe(config, source.spec, layout, device.type))
-    table.add_row("dtype", f"compute {str(dtype).removeprefix('torch.')}, masters and optimizer float32")
+    table.add_row(
+        "dtype", f"compute {str(dtype).removeprefix('torch.')}, masters {masters(config)}, moments float32"
+    )
     accumulate = config.train.global_batch_size // check_batch(config, layout)
     table.add_row(
         "tokens per step",

@@ -21,6 +21,7 @@ from megatune.ops.registry import Body, add_op, cpu_body, cuda_body, define, not
 
 _WORD = 2**32 - 1
 _BF16 = (torch.bfloat16,)
+MOST_OF_ROWS = 2**32  # elements of a tensor that is no single run of its parameter
 
 
 def parameter_key(seed: int, name: str) -> int:
@@ -46,12 +47,19 @@ def philox(blocks: Tensor, step: int, key: int) -> Tensor:
     return torch.stack((a, b, c, d), -1)
 
 
-def random_bits(first: int, count: int, step: int, key: int, device: torch.device) -> Tensor:
+def bits_of_run(first: int, count: int, step: int, key: int, device: torch.device) -> Tensor:
     """int64 [count]: the 16 bits of elements first .. first + count of a parameter."""
     blocks = torch.arange(first // 8, (first + count + 7) // 8, device=device)
     words = philox(blocks, step, key)
     halves = torch.stack((words & 0xFFFF, words >> 16), -1).view(-1)
     return halves[first % 8 : first % 8 + count]
+
+
+def bits_of(elements: Tensor, step: int, key: int) -> Tensor:
+    """int64 [n]: the 16 bits of any elements of a parameter, by their places in it (int64 [n])."""
+    words = philox(elements // 8, step, key)
+    word = words.gather(-1, (elements // 2 % 4).unsqueeze(-1)).squeeze(-1)
+    return word >> elements % 2 * 16 & 0xFFFF
 
 
 def round_by(x: Tensor, bits: Tensor) -> Tensor:
@@ -70,26 +78,34 @@ def _reference(
     decays: Sequence[float],
     keys: Sequence[int],
     firsts: Sequence[int],
+    widths: Sequence[int],
+    strides: Sequence[int],
     lr: float,
     beta1: float,
     beta2: float,
     eps: float,
     step: int,
 ) -> None:
-    lists = (masters, exp_avgs, exp_avg_sqs, grads, decays, keys, firsts)
-    for master, m, v, grad, decay, key, first in zip(*lists, strict=True):
+    lists = (masters, exp_avgs, exp_avg_sqs, grads, decays, keys, firsts, widths, strides)
+    for master, m, v, grad, decay, key, first, width, stride in zip(*lists, strict=True):
         flat, m, v, grad = master.view(-1), m.view(-1), v.view(-1), grad.view(-1)
         for start in range(0, flat.numel(), _PIECE):
             here = slice(start, start + _PIECE)
             p = flat[here].float()
             args = ([p], [m[here]], [v[here]], [grad[here]], [p.new_empty(0)], scale, [decay])
             _adamw_reference(*args, lr, beta1, beta2, eps, step)
-            flat[here] = round_by(p, random_bits(first + start, p.numel(), step, key, p.device))
+            if width >= flat.numel():
+                bits = bits_of_run(first + start, p.numel(), step, key, p.device)
+            else:
+                at = torch.arange(start, start + p.numel(), device=p.device)
+                bits = bits_of(first + at // width * stride + at % width, step, key)
+            flat[here] = round_by(p, bits)
 
 
 _ADAMW_BF16 = define(
     "adamw_bf16_(Tensor(a!)[] masters, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor[] grads, Tensor scale, "
-    "float[] decays, int[] keys, int[] firsts, float lr, float beta1, float beta2, float eps, int step) -> ()",
+    "float[] decays, int[] keys, int[] firsts, int[] widths, int[] strides, float lr, float beta1, float beta2, "
+    "float eps, int step) -> ()",
     _reference,
     nothing,
 )
@@ -110,21 +126,31 @@ def adamw_bf16_(
     step: int,
     keys: Sequence[int],
     firsts: Sequence[int] | None = None,
+    widths: Sequence[int] | None = None,
+    strides: Sequence[int] | None = None,
 ) -> None:
     """`adamw_` on bf16 masters, which are the weights: computed in fp32 with fp32 moments, then rounded at random.
 
-    `keys`: of each tensor's parameter (`parameter_key`). `firsts`: which element of it is the tensor's first, in
-    row-major order (None: 0); a tensor holds a contiguous run of its parameter. All bodies draw the same bits; the fp32
-    results that they round differ between the reference and the compiled ones by fp32 rounding, as those of `adamw_`
-    do. ValueError where lengths, dtypes, sizes, devices or strides do not fit.
+    `keys`: of each tensor's parameter (`parameter_key`). Element i of a tensor is element first + i // width * stride +
+    i % width of its parameter, in row-major order: `firsts` None: 0; `widths` and `strides` None: each is a contiguous
+    run; else each holds, of rows `stride` elements long, `width` elements, fewer than 2^32 in all. All bodies draw the
+    same bits; the fp32 results that they round differ between the reference and the compiled ones by fp32 rounding, as
+    those of `adamw_` do. ValueError where lengths, dtypes, sizes, devices or strides do not fit.
     """
     firsts = [0] * len(masters) if firsts is None else firsts
+    widths = [max(1, master.numel()) for master in masters] if widths is None else widths
+    strides = widths if strides is None else strides
     lists = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "grads": grads}
     check_lists("adamw_bf16", masters, lists, decays, scale, _BF16)
-    if len(keys) != len(masters) or len(firsts) != len(masters):
-        raise ValueError(f"adamw_bf16: {len(masters)} masters, but {len(keys)} keys and {len(firsts)} firsts")
-    if any(first < 0 for first in firsts):
-        raise ValueError(f"adamw_bf16: firsts must not be negative, but one is {min(firsts)}")
+    places = {"keys": keys, "firsts": firsts, "widths": widths, "strides": strides}
+    for what, found in places.items():
+        if len(found) != len(masters):
+            raise ValueError(f"adamw_bf16: {len(masters)} masters, but {len(found)} {what}")
+    for what, lowest in (("firsts", 0), ("widths", 1), ("strides", 0)):
+        if any(one < lowest for one in places[what]):
+            raise ValueError(f"adamw_bf16: {what} must be at least {lowest}, but one is {min(places[what])}")
+    if any(width < master.numel() >= MOST_OF_ROWS for master, width in zip(masters, widths, strict=True)):
+        raise ValueError("adamw_bf16: tensors of more than one row must have fewer than 2^32 elements")
     if masters:
         run = _OP.pick(masters[0].device.type, masters[0].dtype).run[0]
-        run(masters, *lists.values(), scale, decays, keys, firsts, lr, *betas, eps, step)
+        run(masters, *lists.values(), scale, decays, *places.values(), lr, *betas, eps, step)

@@ -6,6 +6,7 @@
 | lion | exp_avg: fp32, shaped as the parameter |
 | adamw_8bit, matrices of 4096 elements and more | exp_avg_code, exp_avg_sq_code: uint8, shaped as the parameter; \
 exp_avg_scale, exp_avg_sq_scale: fp32 [ceil(elements / 256)], one for each 256 elements in row-major order |
+| adamw_bf16 | as adamw; the masters of matrices are bf16 |
 | muon, matrices of layers | momentum: fp32, shaped as the parameter |
 | adamw_8bit and muon, other parameters | as adamw |
 """

@@ -1,4 +1,4 @@
-"""Optimizers over this process's shards: fp32 masters, whatever the layout.
+"""Optimizers over this process's shards: of masters in fp32 (`adamw_bf16`: of matrices in bf16), whatever the layout.
 
 Masters that stand in line in a bucket, and are treated alike, are updated as one tensor: the optimizer's cost on the
 host does not grow with the number of adapters.
@@ -14,27 +14,33 @@ from torch import Tensor
 
 from megatune.config.schema import OptimConfig
 from megatune.ops.optim import square_sum
+from megatune.optim.bf16 import AdamWBf16
 from megatune.optim.host import HostUpdate
 from megatune.optim.muon import Muon, is_orthogonal
 from megatune.optim.rules import AdamW, AdamW8bit, Lion, Rule, Run, is_8bit
 from megatune.parallel import Master, Parts, ShardSpec, World
+from megatune.parallel.units import is_base_matrix
 
 
 class ShardedOptimizer:
     """The optimizer `config.name`, with decoupled weight decay on matrices only; states sharded as the masters.
 
     `masters`: by name; none where all that this process holds is frozen (a pipeline stage). `world`: theirs. `steps`
-    counts finished steps. Use: gradients finished, `grad_square()`, `step_with(lr, scale)`. ConfigError where the
-    optimizer cannot work under this layout.
+    counts finished steps. `seed`: of random rounding. Use: gradients finished, `grad_square()`, `step_with(lr, scale)`.
+    ConfigError where the optimizer cannot work under this layout.
     """
 
     def __init__(
-        self, masters: Mapping[str, Master], config: OptimConfig, world: World | None = None
+        self,
+        masters: Mapping[str, Master],
+        config: OptimConfig,
+        world: World | None = None,
+        seed: int = 0,
     ) -> None:
         self.config = config
         self.steps = 0
         self._masters = masters
-        rule_of = _rules(config, world or World.alone())
+        rule_of = _rules(config, world or World.alone(), seed)
         self._runs: list[Run] = []
         self._of_rule: list[tuple[Rule, list[Run]]] = []
         self._rule_of = {name: rule_of(master.spec) for name, master in masters.items()}
@@ -100,9 +106,16 @@ class ShardedOptimizer:
         self.steps = steps
 
 
-def build(masters: Mapping[str, Master], config: OptimConfig, world: World | None = None) -> ShardedOptimizer:
+def build(
+    masters: Mapping[str, Master], config: OptimConfig, world: World | None = None, seed: int = 0
+) -> ShardedOptimizer:
     """The optimizer of `config` over the trainable parameters of a model (`Zero.masters`)."""
-    return ShardedOptimizer(masters, config, world)
+    return ShardedOptimizer(masters, config, world, seed)
+
+
+def master_dtype(config: OptimConfig, compute_dtype: torch.dtype) -> torch.dtype:
+    """Of the masters that the optimizer of `config` updates of base matrices (`Zero`)."""
+    return compute_dtype if config.name == "adamw_bf16" else torch.float32
 
 
 def state_width(config: OptimConfig) -> Callable[[ShardSpec], float]:
@@ -111,12 +124,15 @@ def state_width(config: OptimConfig) -> Callable[[ShardSpec], float]:
     return lambda spec: rule_of(spec).width
 
 
-def _rules(config: OptimConfig, world: World) -> Callable[[ShardSpec], Rule]:
+def _rules(config: OptimConfig, world: World, seed: int = 0) -> Callable[[ShardSpec], Rule]:
     """The rule for each parameter."""
     plain: Rule = Lion(config) if config.name == "lion" else AdamW(config)
     if config.name == "adamw_8bit":
         low = AdamW8bit(config)
         return lambda spec: low if is_8bit(spec) else plain
+    if config.name == "adamw_bf16":
+        rounded = AdamWBf16(config, seed)
+        return lambda spec: rounded if is_base_matrix(spec) else plain
     if config.name == "muon":
         muon = Muon(config, world)
         return lambda spec: muon if is_orthogonal(spec) else plain

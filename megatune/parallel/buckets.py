@@ -7,8 +7,8 @@ partial sums, tied embeddings of two pipeline stages).
 
 | tensor | shape, dtype | lives |
 | --- | --- | --- |
-| `master` | [width] fp32 | always; on the host where it is offloaded |
-| `weight` | [shards * width] compute dtype, parameter by parameter | always; the master itself if whole and fp32 |
+| `master` | [width] fp32, or the compute dtype | always; on the host where it is offloaded |
+| `weight` | [shards * width] compute dtype, parameter by parameter | always; if whole and of its dtype the master |
 | `grad` | [width] fp32, summed gradients of the shard | always |
 | whole gradient | [shards, width] fp32 | always (0, 1); from first gradient to reduction in each micro-batch (2) |
 """
@@ -113,6 +113,7 @@ class Pool:
 
 class Bucket:
     """Parameters of one dtype that are reduced over the same processes and belong to the same pipeline stage.
+    `master_dtype`: fp32, or that dtype.
 
     `axis`: over it they are sharded and their gradients summed; `replicas`: the axis of further copies (hybrid
     sharding). `zero`: stage 0 (all shards on each process), 1 or 2. `is_late`: gradients come from several pipeline
@@ -124,6 +125,7 @@ class Bucket:
         self,
         members: Sequence[Member],
         dtype: torch.dtype,
+        master_dtype: torch.dtype,
         axis: Axis,
         replicas: Axis,
         zero: int,
@@ -133,11 +135,12 @@ class Bucket:
         offloads: bool = False,
     ) -> None:
         self.dtype, self.axis, self.replicas, self.is_late = dtype, axis, replicas, is_late
+        self.master_dtype = master_dtype
         self.shards = axis.size if zero else 1
         self.reduces_each = zero == 2 and self.shards > 1 and not is_late
         self.offloads = offloads
         is_single = self.shards == 1 and dtype == torch.float32
-        self.is_whole = is_single and not offloads
+        self.is_whole = self.shards == 1 and dtype == master_dtype and not offloads
         self.slots: list[Slot] = []
         self.width = 0
         for one in members:
@@ -170,7 +173,8 @@ class Bucket:
     def allocate(self, device: torch.device, pool: Pool) -> None:
         """Memory for weights, masters and gradients. Zeros: the padding stays zero for good."""
         self.grad = torch.zeros(self.width, dtype=torch.float32, device=device)
-        self.master = torch.zeros_like(self.grad, device="cpu" if self.offloads else device)
+        place = "cpu" if self.offloads else device
+        self.master = torch.zeros(self.width, dtype=self.master_dtype, device=place)
         if self.is_whole:
             self.weight = self.master
         else:
@@ -307,7 +311,7 @@ class Bucket:
     def rounded(self, start: int, numel: int) -> Tensor | None:
         """Where an update may put masters [start, start + numel) in the compute dtype as it makes them, which spares
         `gather` a pass over them; it must fill all of it. None where masters are neither cast nor on the host."""
-        if (self.dtype == torch.float32 and not self.offloads) or not numel:
+        if (self.dtype == self.master_dtype and not self.offloads) or not numel:
             return None
         if self._rounded is None:
             # A whole bucket's weights lie as its masters do.

@@ -27,6 +27,11 @@ def is_adapter(name: str) -> bool:
     return ".adapter." in name
 
 
+def is_base_matrix(spec: ShardSpec) -> bool:
+    """Whether a parameter is a matrix of the model itself: what stage 3 shards, and what may be trained in bf16."""
+    return is_matrix(spec) and not is_adapter(spec.name)
+
+
 class Units:
     """The modules of a model that are gathered each as one: the experts of a layer, the rest of it, and what is
     outside the layers.
@@ -42,23 +47,26 @@ class Units:
         world: World,
         compute_dtype: torch.dtype,
         stages_of: Callable[[str], tuple[int, ...]],
+        master_dtype: torch.dtype = torch.float32,
     ) -> None:
         self._model, self._world = model, world
+        self._sums: dict[str, Tensor] | None = None if master_dtype == torch.float32 else {}
         self._tensors: dict[str, tuple[DTensor, Tensor]] | None = None
         self._units: list[tuple[FSDPModule, tuple[int, ...]]] = []
         parameters = dict(model.named_parameters())
         sizes = {True: world.efsdp.size, False: world.fsdp.size}
         self.names = frozenset(
-            name
-            for name in parameters
-            if is_matrix(specs[name]) and not is_adapter(name) and sizes[specs[name].expert] > 1
+            name for name in parameters if is_base_matrix(specs[name]) and sizes[specs[name].expert] > 1
         )
         self._specs = {name: specs[name] for name in self.names}
         if not self.names:
             return
+        for name in self.names:
+            if parameters[name].requires_grad:
+                parameters[name].data = parameters[name].data.to(master_dtype)
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-        # Masters are fp32, and cast when gathered.
+        # Masters are cast when gathered, where they are fp32.
         cast = None if compute_dtype == torch.float32 else compute_dtype
         self._options = {
             "reshard_after_forward": True,
@@ -83,9 +91,40 @@ class Units:
 
     def begin(self, stage: int, is_last: bool) -> None:
         """Before a backward: each reduce-scatters its gradients, the last of a stage also sums them over replicas."""
+        self._take()
         for module, stages in self._units:
             if stage in stages or not stages:
                 module.set_requires_all_reduce(is_last, recurse=False)
+
+    def gradients(self) -> dict[str, Tensor | None]:
+        """After the last backward of a step: the sums, in fp32, of each shard's gradients; None: there is none."""
+        if self._sums is None:
+            grads = {name: parameter.grad for name, (parameter, _) in self.tensors().items()}
+            return {name: None if grad is None else grad.to_local() for name, grad in grads.items()}
+        self._take()
+        return {name: self._sums.get(name) for name in self.tensors()}
+
+    def clear(self) -> None:
+        """Forget all gradients."""
+        for parameter, _ in self.tensors().values():
+            parameter.grad = None
+        if self._sums:
+            self._sums.clear()
+
+    @torch.no_grad()
+    def _take(self) -> None:
+        """`fully_shard` leaves gradients in the parameters' dtype: where that is not fp32, those of each micro-batch
+        are added up here."""
+        if self._sums is None:
+            return
+        for name, (parameter, _) in self.tensors().items():
+            if parameter.grad is None:
+                continue
+            grad, parameter.grad = parameter.grad.to_local(), None
+            if name in self._sums:
+                self._sums[name].add_(grad)
+            else:
+                self._sums[name] = grad.float()
 
     def box(self, name: str, shape: tuple[int, ...]) -> Box:
         """The elements of the local tensor (of this shape) that this process's shard of it holds."""

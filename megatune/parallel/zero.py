@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from megatune.parallel.buckets import Bucket, Member, Pool, fill, is_matrix
 from megatune.parallel.collectives import sum_
 from megatune.parallel.shard import Box, Cut, Parts, ShardSpec, local_shape, parts_of_flat, parts_of_local
-from megatune.parallel.units import Units, is_adapter
+from megatune.parallel.units import Units, is_adapter, is_base_matrix
 from megatune.parallel.world import World
 
 _EMBEDDING = "embed.weight"
@@ -36,11 +36,12 @@ _EMBEDDING = "embed.weight"
 
 @dataclass(eq=False)
 class Master:
-    """This process's shard of a trainable parameter, in fp32; on the host where the optimizer is offloaded.
+    """This process's shard of a trainable parameter, in fp32 or, where the optimizer keeps no fp32 master, in the
+    compute dtype; on the host where the optimizer is offloaded.
 
-    `tensor`, `grad`: of one shape; flat [n], padded with zeros, or a box of the local tensor. `grad` is valid after
-    `Zero.finish`. `counts`: of the processes that hold the same elements, this one counts them (in the gradient's norm)
-    and writes them. `run`: (flat masters, flat gradients, first element) where it stands in line with others;
+    `tensor`, `grad`: of one shape; flat [n], padded with zeros, or a box of the local tensor. `grad`, in fp32, is valid
+    after `Zero.finish`. `counts`: of the processes that hold the same elements, this one counts them (in the gradient's
+    norm) and writes them. `run`: (flat masters, flat gradients, first element) where it stands in line with others;
     `rounded(first element, elements)` then gives what an update may fill with the new masters in the compute dtype
     (`Bucket.rounded`).
     """
@@ -71,7 +72,8 @@ class Zero:
     """What `world.config.zero` says, for a `model` on meta.
 
     `specs`: its parameters by name. Trainable ones must be fp32; base weights are cast to `compute_dtype` for compute,
-    adapters cast by themselves. Frozen ones keep the dtype that they have.
+    adapters cast by themselves. Frozen ones keep the dtype that they have. `master_dtype`: of the masters of base
+    matrices, fp32 or `compute_dtype`; all other masters are fp32.
 
     Use: `materialise`, fill the tensors of `weights()`, `publish`. Then each step: `begin_backward` before each
     backward, `finish`, update the `masters`, `publish`, `zero_grad`.
@@ -83,8 +85,10 @@ class Zero:
         specs: Mapping[str, ShardSpec],
         world: World,
         compute_dtype: torch.dtype,
+        master_dtype: torch.dtype = torch.float32,
     ) -> None:
         self._model, self._world, self._compute_dtype = model, world, compute_dtype
+        self._master_dtype = master_dtype
         held = dict(model.named_parameters()) | dict(model.named_buffers())
         self._specs = {name: spec for name, spec in specs.items() if name in held}
         unknown = [name for name, _ in model.named_parameters() if name not in specs]
@@ -94,7 +98,9 @@ class Zero:
         self._tied = bool(getattr(getattr(model, "spec", None), "tied_embeddings", False))
         self._trained = [name for name, p in model.named_parameters() if p.requires_grad]
         zero = world.config.zero
-        self._units = Units(model, specs, world, compute_dtype, self._stages_of) if zero == 3 else None
+        self._units = None
+        if zero == 3:
+            self._units = Units(model, specs, world, compute_dtype, self._stages_of, master_dtype)
         sharded = self._units.names if self._units else frozenset()
         # Backward with weight gradients put off: those of a micro-batch still come when the next has begun.
         self._puts_off = world.pp.size > 1 and world.config.schedule.startswith("zb")
@@ -111,17 +117,18 @@ class Zero:
         for name in names:
             spec, stages = self._specs[name], self._stages_of(name)
             dtype = torch.float32 if is_adapter(name) else self._compute_dtype
-            key = (spec.expert, dtype, stages)
+            kept = self._master_dtype if is_base_matrix(spec) else torch.float32
+            key = (spec.expert, dtype, stages, kept)
             members.append(Member(name, spec, local_shape(spec, self._world.cut), key))
         world, stage = self._world, min(self._world.config.zero, 2)
         self._buckets: list[Bucket] = []
         self._of_stage: dict[int, list[Bucket]] = {}
         for group in fill(members):
-            expert, dtype, stages = group[0].key
+            expert, dtype, stages, kept = group[0].key
             axis = world.efsdp if expert else world.fsdp
             is_late, puts_off = len(stages) > 1, self._puts_off
             rest = {"puts_off": puts_off, "offloads": world.config.offload_optimizer}
-            bucket = Bucket(group, dtype, axis, world.dp_replicate, stage, is_late=is_late, **rest)
+            bucket = Bucket(group, dtype, kept, axis, world.dp_replicate, stage, is_late=is_late, **rest)
             self._buckets.append(bucket)
             if not bucket.is_late:
                 self._of_stage.setdefault(stages[0], []).append(bucket)
@@ -350,10 +357,11 @@ class Zero:
         if self._stream is not None:
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
         if self._units is not None:
-            for name, (parameter, local) in self._units.tensors().items():
-                if name in self._masters:
-                    grad = parameter.grad
-                    self._masters[name].grad = torch.zeros_like(local) if grad is None else grad.to_local()
+            for name, grad in self._units.gradients().items():
+                if (master := self._masters.get(name)) is not None:
+                    if grad is None:
+                        grad = torch.zeros_like(master.tensor, dtype=torch.float32)
+                    master.grad = grad
         self._sum_partial()
         self._sum_tied()
 
@@ -398,10 +406,9 @@ class Zero:
         for parameter, grad in self._direct:
             parameter.grad = grad
         if self._units is not None:
-            for name, (parameter, _) in self._units.tensors().items():
-                parameter.grad = None
-                if name in self._masters:
-                    self._masters[name].grad = None
+            self._units.clear()
+            for name in self._units.names & self._masters.keys():
+                self._masters[name].grad = None
 
 
 def _empty(tensor: Tensor, device: torch.device) -> Tensor:

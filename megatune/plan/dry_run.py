@@ -44,7 +44,7 @@ class Report:
     """What one process of a layout has and does in a step; sizes in bytes.
 
     `parameters`: how many it holds (its slices; of sharded ones its shards), `trainable`: of these, trained. `weights`:
-    tensors that compute uses; `masters`: fp32 ones beside them; `gradients`; `optimizer`: moments. `activations`: what
+    tensors that compute uses; `masters`: those beside them; `gradients`; `optimizer`: moments. `activations`: what
     is alive beside all these when most is: activations of the micro-batches under way, buffers, gathered weights.
     `sent`, `calls`: bytes sent and collectives or messages of the step, by axis. `seconds`: what planning took.
     """
@@ -125,7 +125,7 @@ class _Process:
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             tracker.leave_out(_local(tensor))  # without memory, which `materialise` gives
         self.zero.materialise(world.device)
-        self.optimizer = optim.build(self.zero.masters(), config.optim, world)
+        self.optimizer = optim.build(self.zero.masters(), config.optim, world, seed=config.train.seed)
         self.pipeline = Pipeline(self.model, world, dtype=_dtype(config), trains=trains)
         if config.parallel.offload:
             self.model.offloader = Offload(world.device, tracker.leave_out)

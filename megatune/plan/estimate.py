@@ -23,6 +23,7 @@ from megatune.parallel.pipeline import held, stages_of
 from megatune.parallel.pipeline.partition import virtual_of
 from megatune.parallel.pipeline.schedules import play, schedule
 from megatune.parallel.shard import local_shape
+from megatune.parallel.units import is_base_matrix
 from megatune.plan.activations import Kept, layer_activations, layer_input
 
 GIB = 2**30
@@ -138,6 +139,7 @@ class _Rank:
         quantised = self.config.model.quantise
         frozen = weights = gradients = moments = 0
         state_width = optim.state_width(self.config.optim)
+        low = self.width if self.config.optim.name == "adamw_bf16" else 4
         gathered: list[int] = []
         whole_gradients = 0
         for name, one in specs.items():
@@ -146,7 +148,7 @@ class _Rank:
             size = math.prod(local_shape(one, cut))
             is_adapter = ".adapter." in name
             shards = (layout.efsdp if one.expert else layout.fsdp) if zero else 1
-            by_layer = zero == 3 and shards > 1 and is_matrix(one) and not is_adapter
+            by_layer = zero == 3 and shards > 1 and is_base_matrix(one)
             by_layer = by_layer and not (quantised and name.startswith("layers."))
             if by_layer:
                 gathered.append(size)
@@ -158,10 +160,12 @@ class _Rank:
                 continue
             width = 4 if is_adapter else self.width
             offloads = self.config.parallel.offload_optimizer
+            # Bytes of an element of the masters.
+            kept = low if is_base_matrix(one) else 4
             if not offloads:
-                weights += 4 * size // shards
+                weights += kept * size // shards
                 moments += int(state_width(one) * size) // shards
-            if not by_layer and (offloads or shards > 1 or width < 4):
+            if not by_layer and (offloads or shards > 1 or width < kept):
                 weights += width * size  # beside the masters
             gradients += 4 * size // shards
             if zero == 1 and shards > 1:

@@ -19,7 +19,7 @@ from megatune.training.layout import describe
 GIB = 2**30
 _STATE = {
     "weights": "weights",
-    "masters": "fp32 masters",
+    "masters": "masters",
     "gradients": "gradients",
     "optimizer": "optimizer",
     "activations": "activations and buffers, at most",

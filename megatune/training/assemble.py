@@ -47,7 +47,7 @@ def outline(spec: DecoderSpec, config: Config, world: parallel.World, dtype: tor
     if config.train.compile:
         compile_layers(model)
     specs = model.shard_specs()
-    zero = parallel.Zero(model, specs, world, dtype)
+    zero = parallel.Zero(model, specs, world, dtype, optim.master_dtype(config.optim, dtype))
     return Assembled(model, zero, specs)
 
 
@@ -57,7 +57,7 @@ def training_parts(
     """(optimizer, pipeline, what a checkpoint holds: trained weights, the optimizer's states, and routers' biases that
     are balanced) for a model whose weights are filled."""
     zero = assembled.zero
-    optimizer = optim.build(zero.masters(), config.optim, world)
+    optimizer = optim.build(zero.masters(), config.optim, world, seed=config.train.seed)
     weights = zero.weights()
     kept = set(zero.masters())
     if config.moe.bias_rate:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from megatune.config.layout import Layout, check_batch, layout_of
 from megatune.config.schema import Config
 from megatune.errors import ConfigError, ParallelError
@@ -11,6 +13,7 @@ from megatune.models.spec import DecoderSpec
 from megatune.parallel.context import check_context
 from megatune.parallel.pipeline import check_micro_batches, check_schedule, held, stages_of
 from megatune.parallel.stages import Stage
+from megatune.training.precision import check_masters
 
 
 def check(config: Config, spec: DecoderSpec, world_size: int) -> Layout:
@@ -60,6 +63,7 @@ def check_options(config: Config, layout: Layout) -> None:
             "parallel.offload_optimizer: true does not go with optim.name: muon, whose products the CPU is too slow "
             "for; use optim.name: adamw, or leave offload_optimizer out"
         )
+    _check_low_masters(config)
     cut = {"tensor": layout.tp, "pipeline": layout.pp, "context": layout.cp, "expert": layout.ep}
     for key, size in cut.items():
         if config.train.compile and size > 1:
@@ -73,6 +77,22 @@ def check_options(config: Config, layout: Layout) -> None:
             "parallel.expert_tensor does nothing without tensor parallelism; set parallel.tensor above 1, or leave it "
             "out"
         )
+
+
+def _check_low_masters(config: Config) -> None:
+    """What an optimizer of bf16 weights goes with."""
+    if config.optim.name != "adamw_bf16":
+        return
+    what = "optim.name: adamw_bf16"
+    if config.model.dtype == "fp32":
+        check_masters(config, torch.float32)
+    if config.parallel.offload_optimizer:
+        raise ConfigError(
+            f"{what} keeps no masters that parallel.offload_optimizer: true could move; leave that out, or use "
+            "optim.name: adamw"
+        )
+    if config.method.type == "lora":
+        raise ConfigError(f"{what} does nothing for adapters, which are small and stay in fp32; use adamw")
 
 
 def _check_fp8(config: Config, layout: Layout) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from megatune import ops
+from megatune.config.schema import Config
 from megatune.errors import ConfigError
 from megatune.models import Decoder
 
@@ -57,6 +58,20 @@ def check_fp8(scaling: str | None, device: torch.device) -> None:
     raise ConfigError(
         f"model.fp8: {scaling} needs a GPU of compute capability 8.9 or newer; {has}: leave it out"
     )
+
+
+def check_masters(config: Config, dtype: torch.dtype) -> None:
+    """ConfigError where the optimizer updates bf16 weights, and the run computes in another `dtype`."""
+    if config.optim.name == "adamw_bf16" and dtype != torch.bfloat16:
+        raise ConfigError(
+            f"optim.name: adamw_bf16 updates weights in bf16, and model.dtype: {config.model.dtype} computes in "
+            f"{str(dtype).removeprefix('torch.')} here; set model.dtype: bf16, or optim.name: adamw"
+        )
+
+
+def masters(config: Config) -> str:
+    """What the optimizer updates, for people."""
+    return "bf16 (vectors fp32)" if config.optim.name == "adamw_bf16" else "fp32"
 
 
 def can_compile() -> bool:

@@ -25,7 +25,7 @@ from megatune.training.folder import RunFolder, goal, read_json, write_atomicall
 from megatune.training.layout import check as check_layout
 from megatune.training.layout import describe as describe_layout
 from megatune.training.loop import Loop, Progress
-from megatune.training.precision import check_fp8, compute_dtype, peak_flops
+from megatune.training.precision import check_fp8, check_masters, compute_dtype, masters, peak_flops
 from megatune.training.samples import answers
 from megatune.training.siblings import neighbours_watched
 from megatune.training.signals import stop_requests
@@ -68,6 +68,7 @@ class _Run:
         self.folder = RunFolder(config.checkpoint.folder)
         self.dtype = compute_dtype(config.model.dtype, world.device)
         check_fp8(config.model.fp8, world.device)
+        check_masters(config, self.dtype)
 
     def run(self) -> TrainResult:
         config, world = self.config, self.world
@@ -281,7 +282,7 @@ class _Run:
             "model": f"{config.model.path} ({source.spec.family}, {total / 1e6:,.1f} M parameters)",
             "method": f"{config.method.type}, {trainable / 1e6:,.2f} M trainable ({trainable / total:.2%})",
             "layout": describe_layout(config, source.spec, world.layout, world.device.type),
-            "compute": f"{str(self.dtype).removeprefix('torch.')}, masters fp32; {bodies}",
+            "compute": f"{str(self.dtype).removeprefix('torch.')}, masters {masters(config)}; {bodies}",
             "data": module.describe(),
             "steps": f"{total_steps} of {config.train.global_batch_size} sequences x {config.data.seq_length} tokens",
             "folder": str(self.folder.path),

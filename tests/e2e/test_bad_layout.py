@@ -63,6 +63,15 @@ WRONG = {
         ("parallel.offload_optimizer=true", "parallel.zero=2", "optim.name=muon"),
         ("parallel.offload_optimizer", "optim.name: adamw"),
     ),
+    "bf16 weights of a run in fp32": (("optim.name=adamw_bf16",), ("model.dtype: bf16", "optim.name: adamw")),
+    "bf16 weights and adapters": (
+        ("optim.name=adamw_bf16", "model.dtype=bf16"),
+        ("optim.name: adamw_bf16", "adapters", "use adamw"),
+    ),
+    "bf16 weights in host memory": (
+        ("optim.name=adamw_bf16", "model.dtype=bf16", "parallel.offload_optimizer=true", "parallel.zero=2"),
+        ("parallel.offload_optimizer", "optim.name: adamw"),
+    ),
     "schedule without pipeline": (("parallel.schedule=gpipe",), ("parallel.schedule", "parallel.pipeline")),
     "virtual without pipeline": (("parallel.virtual=2",), ("parallel.virtual",)),
     "stages without pipeline": (("parallel.stages=[2]",), ("parallel.stages",)),

@@ -136,6 +136,28 @@ def test_states_that_are_not_adamws_stay_behind(
     assert equal(tmp_path / "back", tmp_path / "run/model")
 
 
+def test_bf16_weights_are_widened_where_masters_are_fp32(
+    tiny_llama: Path, tiny_data: tuple[Path, Path], tmp_path: Path
+) -> None:
+    changes = {
+        "optim__name": "adamw_bf16",
+        "model__dtype": "bf16",
+        "train__steps": 1,
+        "parallel": {"zero": 1},
+    }
+    megatune.train(tiny_config(tiny_llama, tiny_data, tmp_path / "run", **changes))
+    result = convert(tmp_path / "run", tmp_path / "out", "megatune", workers=1, verify=True)
+    assert result.tensors == 4 * 21 and not [line for line in result.report if line.what == "skipped"]
+    converted = tensors(next((tmp_path / "out/checkpoints").iterdir()))
+    own = tensors(next((tmp_path / "run/checkpoints").iterdir()))
+    assert own["model/embed.weight"].dtype == torch.bfloat16
+    for name, tensor in own.items():
+        assert converted[name].dtype == torch.float32 and torch.equal(converted[name], tensor.float()), name
+    for source, to in (("run", "exact"), ("out", "back")):
+        convert(tmp_path / source, tmp_path / to, "hf", workers=1)
+        assert equal(tmp_path / to, tmp_path / "run/model")
+
+
 def test_an_adapter_of_another_model_is_refused(
     runs: dict[str, Path], tiny_llama: Path, tmp_path: Path
 ) -> None:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatune.config.schema import OptimConfig
-from megatune.optim import ShardedOptimizer
+from megatune.optim import ShardedOptimizer, master_dtype
 from megatune.parallel import Parts, ShardSpec, Stage, World, Zero, collectives, deferred
 
 WIDTH, INNER, OUT, RANK, EXPERTS = 7, 13, 5, 3, 2
@@ -121,12 +121,18 @@ def inputs(step: int, micro_batches: int, tokens: int = 4) -> list[Tensor]:
     return [torch.randn(tokens, WIDTH, generator=generator) for _ in range(micro_batches)]
 
 
-def build(model: nn.Module, specs: dict[str, ShardSpec], world: World, dtype: torch.dtype) -> Zero:
-    """`model` (on meta, fp32) sharded, with memory, filled with `values`."""
+def build(
+    model: nn.Module,
+    specs: dict[str, ShardSpec],
+    world: World,
+    dtype: torch.dtype,
+    config: OptimConfig = OPTIM,
+) -> Zero:
+    """`model` (on meta, fp32) sharded for the optimizer of `config`, with memory, filled with `values`."""
     for p in model.parameters():
         if not p.requires_grad:
             p.data = p.data.to(dtype)
-    zero = Zero(model, specs, world, dtype)
+    zero = Zero(model, specs, world, dtype, master_dtype(config, dtype))
     zero.materialise(world.device)
     fill(zero.weights(), values(specs))
     zero.publish()

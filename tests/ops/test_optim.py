@@ -166,7 +166,10 @@ def test_random_rounding_is_bit_for_bit_the_references(body: str, device: str) -
     """No gradient and a decay that fp32 computes exactly: what is rounded is the same everywhere, so the result is."""
     need_body("adamw_bf16", body, torch.bfloat16, device)
     rest = {"decays": [2.0**-6, 2.0**-9], "lr": 0.5, "betas": (0.9, 0.99), "eps": 1e-8, "step": 5}
-    for lead, first in ((0, 0), (1, 3), (0, 2**35 + 12)):
+    # In one run, and in rows of which the tensors hold a part.
+    places = ((0, 0, None), (1, 3, None), (0, 2**35 + 12, None), (0, 16, (40, 64)), (1, 3, (7, 2**34 + 1)))
+    for lead, first, row in places:
+        apart = {} if row is None else {"widths": row[:1] * 2, "strides": row[1:] * 2}
         found = []
         for name, place in (("reference", "cpu"), (body, device)):
             ops.configure({"adamw_bf16": name}, place)
@@ -174,7 +177,9 @@ def test_random_rounding_is_bit_for_bit_the_references(body: str, device: str) -
             masters = tensors(lambda n: torch.randn(n).bfloat16(), place, lead, (5003, 264))
             zeros = [tensors(torch.zeros, place, lead, (5003, 264)) for _ in range(3)]
             scale = torch.ones((), device=place)
-            ops.adamw_bf16_(masters, *zeros, scale=scale, keys=[3, 2**63 - 5], firsts=[first, 8], **rest)
+            ops.adamw_bf16_(
+                masters, *zeros, scale=scale, keys=[3, 2**63 - 5], firsts=[first, 8], **apart, **rest
+            )
             found.append([one.cpu() for one in masters])
         assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
@@ -234,11 +239,13 @@ def test_what_bf16_masters_refuse() -> None:
     rest = {"scale": torch.tensor(1.0), "decays": [0.0], "step": 1, **REST}
     for masters, keys, firsts, message in (
         ([m], [1], None, r"adamw_bf16: masters\[0\] is float32, must be bfloat16"),
-        ([p], [1, 2], None, "adamw_bf16: 1 masters, but 2 keys and 1 firsts"),
-        ([p], [1], [-1], "adamw_bf16: firsts must not be negative"),
+        ([p], [1, 2], None, "adamw_bf16: 1 masters, but 2 keys"),
+        ([p], [1], [-1], "adamw_bf16: firsts must be at least 0, but one is -1"),
     ):
         with pytest.raises(ValueError, match=message):
             ops.adamw_bf16_(masters, [m], [m], [g], keys=keys, firsts=firsts, **rest)
+    with pytest.raises(ValueError, match="adamw_bf16: widths must be at least 1, but one is 0"):
+        ops.adamw_bf16_([p], [m], [m], [g], keys=[1], widths=[0], strides=[8], **rest)
     with pytest.raises(ValueError, match=r"adamw: masters\[0\] is bfloat16, must be float32 or float64"):
         ops.adamw_([p], [m], [m], [g], **rest)
 

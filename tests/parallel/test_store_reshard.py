@@ -253,7 +253,8 @@ def test_names_that_only_some_processes_have(verdicts) -> None:
     assert first["misfits"] == [
         f"{at} lacks new; {other} or method",
         f"{at}: model/norm.weight has shape (7,), this run needs (8,); {other}",
-        f"{at}: model/norm.weight has dtype torch.float32, this run needs torch.float64; {other}",
+        f"{at}: model/norm.weight has dtype torch.float32, this run needs torch.float64; it was "
+        "saved with another optim.name or model.dtype",
         f"{at} holds model/norm.weight too; {other} or method",
         "model/embed.weight: its chunks do not cover (131, 6) exactly once",
     ]

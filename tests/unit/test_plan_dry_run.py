@@ -198,6 +198,14 @@ def test_an_offloaded_optimizer_takes_no_memory_of_the_gpu(shapes: dict[str, Pat
         assert getattr(plain, what) == getattr(offloaded, what), what
 
 
+def test_bf16_weights_without_masters_save_four_bytes(shapes: dict[str, Path]) -> None:
+    """On one GPU: 2 of weights, 4 of gradients, 8 of moments; with fp32 masters 18."""
+    config = config_for(shapes["llama"], 1, parallel={"zero": 1}, optim={"name": "adamw_bf16"})
+    report, _ = plan(config, "dp1", "first")
+    found = [report.weights, report.masters, report.gradients, report.optimizer]
+    assert [size / report.parameters for size in found] == pytest.approx([2, 0, 4, 8], abs=0.02)
+
+
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_zero_stages_shard_what_they_say(shapes: dict[str, Path], zero: int) -> None:
     dp, count = 8, 4

@@ -52,6 +52,8 @@ CASES = [
     ("llama", "pp2-dp2", {}, {"optim": {"name": "lion"}}),
     ("llama", "pp2-dp2", {}, {"optim": {"name": "muon"}}),
     ("llama", "dp2", {}, {"optim": {"name": "adamw_8bit"}}),
+    ("llama", "dp2", {}, {"optim": {"name": "adamw_bf16"}}),
+    ("llama", "tp2-dp2", {"zero": 3}, {"optim": {"name": "adamw_bf16"}}),
     ("llama", "dp2", {"offload_optimizer": True, "zero": 2}, {}),
     ("moe", "tp2-pp2-dp4-ep4-etp1", {}, {}),
     ("moe", "tp2-pp2-dp2-ep2", {"recompute": "selective"}, {}),

@@ -10,7 +10,7 @@ constexpr int THREADS = 256;
 constexpr int WARP = 256;    // elements that a warp has at a time
 constexpr int CHUNK = 4096;  // elements
 
-struct Table : Batch<AdamWBf16Tensor, 400> {
+struct Table : Batch<AdamWBf16Tensor, 380> {
   AdamWStep step;
   uint64_t number;
 };
@@ -32,10 +32,20 @@ __device__ inline uint32_t rounded(float low, float high, uint32_t word) {
          static_cast<uint32_t>(round_by(__float_as_uint(high), word >> 16)) << 16;
 }
 
-// 256 elements of a warp from i on (of the parameter: from a multiple of eight), four and four of each thread. Two
+// The place in its parameter of a tensor's number `at`, of its elements, or of its blocks of eight (EACH).
+template <int EACH>
+__device__ inline uint64_t place(const AdamWBf16Tensor& t, int64_t at, bool rows) {
+  if (rows) {
+    const uint32_t width = static_cast<uint32_t>(t.width / EACH), row = static_cast<uint32_t>(at) / width;
+    at = row * (t.stride / EACH) + (static_cast<uint32_t>(at) - row * width);
+  }
+  return static_cast<uint64_t>(t.first / EACH + at);
+}
+
+// 256 elements of a warp from i on (all borders of rows at multiples of eight), four and four of each thread. Two
 // lanes that are neighbours share the words of two blocks: each makes one.
 __device__ inline void whole_block(const AdamWBf16Tensor& t, const AdamWStep& step, uint64_t number, float scale,
-                                   int64_t i) {
+                                   int64_t i, bool rows) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   float p[8], m[8], v[8], g[8];
 #pragma unroll
@@ -47,7 +57,7 @@ __device__ inline void whole_block(const AdamWBf16Tensor& t, const AdamWStep& st
     put(g + half * 4, load_grad(t, at));
   }
   const bool odd = lane % 2 != 0;
-  const uint64_t block = static_cast<uint64_t>(t.first + i) / 8 + (odd ? 16 : 0) + lane / 2;
+  const uint64_t block = place<8>(t, i / 8 + (odd ? 16 : 0) + lane / 2, rows);
   const Words own = philox(block, number, t.key);
   // The even lane keeps words 0 and 1 of the first block and gets those of the second; the odd one has words 2 and 3.
   const uint32_t one = __shfl_xor_sync(0xffffffffu, odd ? own.at[0] : own.at[2], 1);
@@ -76,16 +86,18 @@ __global__ void __launch_bounds__(THREADS) adamw_bf16_kernel(const __grid_consta
   const int64_t begin = static_cast<int64_t>(chunk - table.first[low]) * CHUNK;
   const int64_t end = min(begin + CHUNK, t.n);
   uint16_t* const master = static_cast<uint16_t*>(t.master);
-  const bool fits = at_16_bytes(t.master, t.exp_avg, t.exp_avg_sq, t.grad) && t.first % 8 == 0;
+  const bool rows = t.width < t.n;
+  const bool fits = at_16_bytes(t.master, t.exp_avg, t.exp_avg_sq, t.grad) && t.first % 8 == 0 &&
+                    (!rows || (t.width % 8 == 0 && t.stride % 8 == 0));
   const int64_t whole = fits ? begin + (end - begin) / WARP * WARP : begin;
   for (int64_t i = begin + threadIdx.x / 32 * WARP; i < whole; i += THREADS / 32 * WARP)
-    whole_block(t, table.step, table.number, scale, i);
+    whole_block(t, table.step, table.number, scale, i, rows);
   for (int64_t i = whole + threadIdx.x; i < end; i += THREADS) {
     float p = __uint_as_float(static_cast<uint32_t>(master[i]) << 16), m = t.exp_avg[i], v = t.exp_avg_sq[i];
     adamw_element(table.step, t.keep, scale, load_grad_one(t, i), p, m, v);
     t.exp_avg[i] = m;
     t.exp_avg_sq[i] = v;
-    const uint64_t index = static_cast<uint64_t>(t.first + i);
+    const uint64_t index = place<1>(t, i, rows);
     const Words words = philox(index / 8, table.number, t.key);
     master[i] = round_by(__float_as_uint(p), bits_of(words, static_cast<uint32_t>(index % 8)));
   }

@@ -29,15 +29,16 @@ struct AdamW {
   AdamWStep step;
 };
 
-// AdamW without fp32 masters: rounded by random bits (megatune/philox.h). Element i of the tensor is element first + i
-// of the parameter; 16 bits of the block (first + i) / 8 of the stream `key` are its own.
+// AdamW without fp32 masters: rounded by random bits (megatune/philox.h). Element i of the tensor is element
+// e = first + i / width * stride + i % width of the parameter; 16 bits of the block e / 8 of the stream `key` are its
+// own.
 template <class G>
 struct AdamWBf16 {
   bf16* master;
   float* exp_avg;
   float* exp_avg_sq;
   const G* grad;
-  int64_t first;
+  int64_t first, width, stride;
   uint64_t key, number;
   AdamWStep step;
 };

@@ -32,14 +32,15 @@ struct AdamWStep {
 int adamw(const AdamWTensor* tensors, int64_t count, const AdamWStep& step, Stream stream);
 
 // AdamW without fp32 masters: `master` is bf16, rounded by random bits (megatune/philox.h). Element i of the tensor
-// is element first + i of the parameter; 16 bits of the block (first + i) / 8 of the stream `key` are its own.
+// is element e = first + i / width * stride + i % width of the parameter: a run of it (width >= n), or a part of each
+// of its rows (n < 2^32); 16 bits of the block e / 8 of the stream `key` are its own.
 struct AdamWBf16Tensor {
   void* master;  // bf16
   float* exp_avg;
   float* exp_avg_sq;
   const void* grad;  // float, or bf16 if low_grad
   int64_t n;
-  int64_t first;
+  int64_t first, width, stride;
   uint64_t key;
   float keep;
   bool low_grad;

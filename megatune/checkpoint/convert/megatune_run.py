@@ -117,7 +117,9 @@ def _moments(step: Path, manifest: Manifest, trained: Mapping[str, Mapped]) -> d
         for name, item in trained.items()
         if not all(hf_name.endswith(FP32) for hf_name in item.hf_shapes())
     }
-    found: dict[str, TensorSource] = {"master": HfView(StepTensors(step, manifest, "model/"), trained)}
+    masters = HfView(StepTensors(step, manifest, "model/"), trained)
+    # Those of adamw_bf16 are bf16: fp32 is what they become elsewhere, and holds the same numbers.
+    found: dict[str, TensorSource] = {"master": Cast(masters, dict.fromkeys(masters.names(), torch.float32))}
     for slot in SLOTS[1:]:
         states = StepTensors(step, manifest, _prefix(slot))
         there = {name: trained[name] for name in states.names() if name in trained}
