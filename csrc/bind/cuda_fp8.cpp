@@ -39,7 +39,7 @@ Copies copies_of(const Tensor& like, int64_t rows, int64_t width, int64_t scalin
               empty(like, second ? std::vector<int64_t>{width, padded} : none, ScalarType::Byte),
               empty(like, second ? scales_t : none, ScalarType::Float),
               std::nullopt,
-              {rows, padded, width, kind, e5m2, nullptr, nullptr, nullptr, nullptr, nullptr}};
+              {rows, padded, width, kind, e5m2, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr}};
   if (first) {
     made.out.codes = static_cast<uint8_t*>(mutable_data(made.codes));
     made.out.scales = static_cast<float*>(mutable_data(made.scales));
@@ -49,7 +49,7 @@ Copies copies_of(const Tensor& like, int64_t rows, int64_t width, int64_t scalin
     made.out.scales_t = static_cast<float*>(mutable_data(made.scales_t));
   }
   if (second && rowwise) {
-    made.peaks = empty(like, {width}, ScalarType::Float);
+    made.peaks = empty(like, {first ? width + padded : width}, ScalarType::Float);
     made.out.peaks = static_cast<float*>(mutable_data(*made.peaks));
   }
   return made;
@@ -65,6 +65,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fp8_quantise(const Tensor& x, int64_t
   check_matrix(x, op);
   const OnDeviceOf device(x);
   Copies made = copies_of(x, x.size(0), x.size(1), scaling, e5m2, copies, op);
+  if (made.out.codes != nullptr && made.out.peaks != nullptr) made.out.row_peaks = made.out.peaks + made.out.width;
   const cuda::Fp8Quantise args{type_of(x, op), data(x), x.stride(0), made.out};
   check_launch(cuda::fp8_quantise(args, device.stream()), op);
   return {made.codes, made.scales, made.codes_t, made.scales_t};

@@ -9,9 +9,10 @@
 // scale = largest magnitude / largest number of the format, NaN left out; 1 where there is nothing above 2^-100. A code
 // is value * (1 / scale), rounded to the nearest, never beyond the largest number; NaN stays NaN.
 //
-// blocks and tiles: one pass, a thread block for 128 x 128 values, both copies from registers. rowwise: the first pass
-// gives the rows and the largest magnitudes of the columns, the second one the transposed copy; it goes backwards, for
-// the end of the matrix is still in the cache.
+// blocks and tiles: one pass, a thread block for 128 x 128 values, both copies from registers. rowwise, one copy: a
+// thread block for a row. rowwise, transposed: the largest magnitudes of columns come first. A matrix as it is: a pass
+// that only reads gives them and those of rows, and tiles give both copies; what is computed: the first pass gives the
+// rows too, tiles the transposed copy. Tiles go backwards then, for the end of the matrix is still in the cache.
 #pragma once
 
 #include <cfloat>
@@ -27,28 +28,41 @@ constexpr int N = 8;     // values of a thread in a row
 constexpr int TILE = 128;
 constexpr int LANES = TILE / N;      // threads of a tile's row; each has N rows too
 constexpr int THREADS = LANES * LANES;
-constexpr int row_threads(int cached) { return cached == 8 ? 384 : 512; }  // of the first pass, at most
 constexpr int WARPS = THREADS / 32;
 
 template <class T>
 using Values = Vec<T, N>;
 
-// Eight values in 16 byte loads, or one by one where addresses are odd.
+// Eight values in 16 byte loads, or one by one where addresses are odd. Whole words: taken element by element, each of
+// 16 bits would be held in a register of its own.
 template <class T>
 __device__ Values<T> load_values(const T* from, bool vectors) {
-  constexpr int step = 16 / sizeof(T);
-  Values<T> values;
+  uint32_t words[2 * sizeof(T)] = {};
+  if (vectors) {
 #pragma unroll
-  for (int i = 0; i < N; i += step) {
-    if (vectors) {
-      const auto part = load<step>(from + i);
+    for (int i = 0; i < static_cast<int>(sizeof(T)) / 2; ++i) {
+      const uint4 four = reinterpret_cast<const uint4*>(from)[i];
+      words[4 * i] = four.x, words[4 * i + 1] = four.y, words[4 * i + 2] = four.z, words[4 * i + 3] = four.w;
+    }
+  } else {
+    // Pushed in from behind, in a loop that stays one: unrolled, it would take the registers of all rows' loads.
+    constexpr int last = 2 * sizeof(T) - 1;
+#pragma unroll 2
+    for (int i = 0; i < N; ++i) {
+      if constexpr (sizeof(T) == 2) {
+        const uint32_t next = reinterpret_cast<const unsigned short*>(from)[i];
 #pragma unroll
-      for (int j = 0; j < step; ++j) values.at[i + j] = part.at[j];
-    } else {
+        for (int k = 0; k < last; ++k) words[k] = __funnelshift_r(words[k], words[k + 1], 16);
+        words[last] = words[last] >> 16 | next << 16;
+      } else {
 #pragma unroll
-      for (int j = 0; j < step; ++j) values.at[i + j] = from[i + j];
+        for (int k = 0; k < last; ++k) words[k] = words[k + 1];
+        words[last] = __float_as_uint(from[i]);
+      }
     }
   }
+  Values<T> values;
+  memcpy(&values, words, sizeof values);
   return values;
 }
 
@@ -68,41 +82,75 @@ struct PairOf<__half> {
   using Type = __half2;
 };
 
+template <class T>
+__device__ inline uint32_t word(const Values<T>& values, int i) {
+  uint32_t two;
+  memcpy(&two, values.at + 2 * i, sizeof two);
+  return two;
+}
+
+// The larger magnitudes of two pairs, with any sign; NaN only where both are.
+template <class T>
+__device__ inline uint32_t larger(uint32_t one, uint32_t other) {
+#if __CUDA_ARCH__ >= 860
+  if constexpr (std::is_same_v<T, __half>) {
+    asm("max.xorsign.abs.f16x2 %0, %0, %1;" : "+r"(one) : "r"(other));
+  } else {
+    asm("max.xorsign.abs.bf16x2 %0, %0, %1;" : "+r"(one) : "r"(other));
+  }
+  return one;
+#else
+  typename PairOf<T>::Type pairs[2];
+  one &= 0x7fff7fffu, other &= 0x7fff7fffu;
+  memcpy(pairs, &one, sizeof one), memcpy(pairs + 1, &other, sizeof other);
+  pairs[0] = __hmax2(pairs[0], pairs[1]);
+  memcpy(&one, pairs, sizeof one);
+  return one;
+#endif
+}
+
+// Magnitudes of a pair, NaN as 0.
+template <class T>
+__device__ inline float2 magnitudes(uint32_t pair) {
+  typename PairOf<T>::Type two;
+  memcpy(&two, &pair, sizeof two);
+  return {fmaxf(0.0f, fabsf(to_float(two.x))), fmaxf(0.0f, fabsf(to_float(two.y)))};
+}
+
 // The largest magnitudes so far of eight columns; NaN is left out. Exact in T.
 template <class T>
 struct Peaks {
-  typename PairOf<T>::Type at[N / 2];
+  uint32_t at[N / 2] = {};
 
-  __device__ Peaks() {
-#pragma unroll
-    for (int i = 0; i < N / 2; ++i) at[i].x = at[i].y = from_float<T>(0.0f);
-  }
   __device__ void add(const Values<T>& values) {
 #pragma unroll
-    for (int i = 0; i < N / 2; ++i) {
-      typename PairOf<T>::Type two;
-      two.x = values.at[2 * i], two.y = values.at[2 * i + 1];
-      at[i] = __hmax2(at[i], __habs2(two));
-    }
+    for (int i = 0; i < N / 2; ++i) at[i] = larger<T>(at[i], word(values, i));
   }
-  __device__ float of(int column) const { return to_float(column % 2 == 0 ? at[column / 2].x : at[column / 2].y); }
+  __device__ void join_lane(int other) {
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) at[i] = larger<T>(at[i], __shfl_xor_sync(0xffffffffu, at[i], other));
+  }
+  __device__ float of(int column) const {
+    const float2 two = magnitudes<T>(at[column / 2]);
+    return column % 2 == 0 ? two.x : two.y;
+  }
   __device__ float largest() const {
-    const auto two = __hmax2(__hmax2(at[0], at[1]), __hmax2(at[2], at[3]));
-    return fmaxf(to_float(two.x), to_float(two.y));
+    const float2 two = magnitudes<T>(larger<T>(larger<T>(at[0], at[1]), larger<T>(at[2], at[3])));
+    return fmaxf(two.x, two.y);
   }
 };
 
 template <>
 struct Peaks<float> {
-  float at[N];
+  float at[N] = {};
 
-  __device__ Peaks() {
-#pragma unroll
-    for (int i = 0; i < N; ++i) at[i] = 0.0f;
-  }
   __device__ void add(const Values<float>& values) {
 #pragma unroll
     for (int i = 0; i < N; ++i) at[i] = fmaxf(at[i], fabsf(values.at[i]));
+  }
+  __device__ void join_lane(int other) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) at[i] = fmaxf(at[i], __shfl_xor_sync(0xffffffffu, at[i], other));
   }
   __device__ float of(int column) const { return at[column]; }
   __device__ float largest() const {
@@ -112,6 +160,54 @@ struct Peaks<float> {
     return peak;
   }
 };
+
+// Largest magnitudes of eight rows, of which each thread has eight columns.
+template <class T>
+__device__ void row_peaks(const Values<T> (&values)[N], float (&peaks)[N]) {
+  if constexpr (sizeof(T) == 2) {
+#pragma unroll
+    for (int i = 0; i < N; i += 2) {
+      uint32_t rows[2];
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        const auto& row = values[i + k];
+        rows[k] = larger<T>(larger<T>(word(row, 0), word(row, 1)), larger<T>(word(row, 2), word(row, 3)));
+      }
+      // Both rows in one word each: what is in the low halves, what is in the high ones.
+      const float2 two =
+          magnitudes<T>(larger<T>(__byte_perm(rows[0], rows[1], 0x5410), __byte_perm(rows[0], rows[1], 0x7632)));
+      peaks[i] = two.x, peaks[i + 1] = two.y;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      Peaks<T> of_row;
+      of_row.add(values[i]);
+      peaks[i] = of_row.largest();
+    }
+  }
+}
+
+// Of the eight values of each of COUNT neighbouring lanes the largest, one by one: value l / (COUNT / 8) for lane l.
+template <int COUNT>
+__device__ float spread_max(const float (&peaks)[N], int lane) {
+  float kept[N];
+#pragma unroll
+  for (int i = 0; i < N; ++i) kept[i] = peaks[i];
+  int distance = COUNT / 2;
+#pragma unroll
+  for (int left = N / 2; left > 0; left /= 2, distance /= 2) {
+    const bool upper = lane & distance;
+#pragma unroll
+    for (int i = 0; i < left; ++i) {
+      const float sent = upper ? kept[i] : kept[i + left];
+      kept[i] = fmaxf(upper ? kept[i + left] : kept[i], __shfl_xor_sync(0xffffffffu, sent, distance));
+    }
+  }
+#pragma unroll
+  for (; distance > 0; distance /= 2) kept[0] = fmaxf(kept[0], __shfl_xor_sync(0xffffffffu, kept[0], distance));
+  return kept[0];
+}
 
 __device__ inline float scale_of(float peak, bool e5m2) {
   return peak > 0x1p-100f ? peak * (e5m2 ? 1.0f / 57344.0f : 1.0f / 448.0f) : 1.0f;
@@ -161,12 +257,32 @@ __device__ inline uint2 eight_codes(const float (&values)[N], bool e5m2) {
 template <class T>
 __device__ uint2 row_codes(const Values<T>& values, float inverse, bool e5m2) {
   float scaled[N];
+  const auto wide = widen(values);
 #pragma unroll
-  for (int i = 0; i < N; ++i) scaled[i] = to_float(values.at[i]) * inverse;
+  for (int i = 0; i < N; ++i) scaled[i] = wide.at[i] * inverse;
   return eight_codes(scaled, e5m2);
 }
 
-__device__ inline void store_codes(uint8_t* to, uint2 codes) { *reinterpret_cast<uint2*>(to) = codes; }
+// Codes of a column of eight rows, that of the first one lowest.
+template <class T>
+__device__ uint2 column_codes(const Values<T> (&values)[N], int column, float inverse, bool e5m2) {
+  float scaled[N];
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    // Out of the word that holds it: taken one by one, each element would have a register of its own.
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+      const uint32_t two = word(values[i], column / 2);
+      scaled[i] = __uint_as_float(column % 2 == 0 ? two << 16 : two & 0xffff0000u) * inverse;
+    } else {
+      scaled[i] = to_float(values[i].at[column]) * inverse;
+    }
+  }
+  return eight_codes(scaled, e5m2);
+}
+
+// What is written is not read again here: it need not stay in the cache.
+__device__ inline void store_codes(uint8_t* to, uint2 codes) { __stcs(reinterpret_cast<uint2*>(to), codes); }
+__device__ inline void store_codes(uint8_t* to, uint4 codes) { __stcs(reinterpret_cast<uint4*>(to), codes); }
 
 // Numbers without a sign are ordered as their bits are.
 __device__ inline void raise(float* peak, float value) {
@@ -176,8 +292,7 @@ __device__ inline void raise(float* peak, float value) {
 template <class T>
 __device__ Values<T> zeros() {
   Values<T> values;
-#pragma unroll
-  for (int i = 0; i < N; ++i) values.at[i] = from_float<T>(0.0f);
+  memset(&values, 0, sizeof values);
   return values;
 }
 
@@ -195,15 +310,21 @@ __device__ inline float block_max(float value, float* shared) {
   return value;
 }
 
+// Threads of a row, at most. What is not computed has its columns' peaks from peaks_kernel, and registers to spare.
+template <class Source>
+constexpr int row_threads(int cached) {
+  return !Source::COMPUTES ? 1024 : cached == 8 ? 384 : 512;
+}
+
 // A row at a time: its rstd if the source is a norm, its codes and scale, and what it adds to the columns' peaks. A
 // thread keeps up to CACHED vectors of the row; of longer rows the rest is read again, from the cache.
-template <class Source, int CACHED>
-__global__ void __launch_bounds__(row_threads(CACHED)) rows_kernel(const Source source, const Fp8 out) {
+template <class Source, int CACHED, bool E5M2>
+__global__ void __launch_bounds__(row_threads<Source>(CACHED)) rows_kernel(const Source source, const Fp8 out) {
   using T = typename Source::Type;
   __shared__ float shared[32];
   const int vectors = static_cast<int>(out.width / N), threads = blockDim.x;
   const bool quantises = out.codes != nullptr || out.peaks != nullptr;
-  Peaks<T> columns[CACHED];
+  Peaks<T> columns[Source::COMPUTES ? CACHED : 1];
   // All threads of a block go through the loop equally often: they reduce together.
   for (int64_t row = blockIdx.x; row < out.padded; row += gridDim.x) {
     const bool here = row < out.rows;
@@ -236,12 +357,12 @@ __global__ void __launch_bounds__(row_threads(CACHED)) rows_kernel(const Source 
       if (!here || at >= vectors) continue;
       if constexpr (Source::NORMALISES) values[i] = source.finish(values[i], rstd, source.columns(at * N));
       peaks.add(values[i]);
-      columns[i].add(values[i]);
+      if constexpr (Source::COMPUTES) columns[i].add(values[i]);
     }
     for (int at = threadIdx.x + CACHED * threads; here && at < vectors; at += threads) {
       const Values<T> more = source.finish(source.raw(row, at * N), rstd, source.columns(at * N));
       peaks.add(more);
-      if (out.peaks != nullptr) {
+      if (Source::COMPUTES && out.peaks != nullptr) {
         Peaks<T> of_columns;
         of_columns.add(more);
 #pragma unroll
@@ -249,28 +370,72 @@ __global__ void __launch_bounds__(row_threads(CACHED)) rows_kernel(const Source 
       }
     }
     if (out.codes == nullptr) continue;
-    const float scale = scale_of(block_max(peaks.largest(), shared), out.e5m2), inverse = __frcp_rn(scale);
+    const float scale = scale_of(block_max(peaks.largest(), shared), E5M2), inverse = __frcp_rn(scale);
     if (threadIdx.x == 0) out.scales[row] = scale;
     uint8_t* codes = out.codes + row * out.width;
 #pragma unroll
     for (int i = 0; i < CACHED; ++i) {
       const int at = threadIdx.x + i * threads;
-      if (at < vectors) store_codes(codes + at * N, row_codes(values[i], inverse, out.e5m2));
+      if (at < vectors) store_codes(codes + at * N, row_codes(values[i], inverse, E5M2));
     }
     for (int at = threadIdx.x + CACHED * threads; at < vectors; at += threads) {
       const Values<T> more =
           here ? source.finish(source.raw(row, at * N), rstd, source.columns(at * N)) : zeros<T>();
-      store_codes(codes + at * N, row_codes(more, inverse, out.e5m2));
+      store_codes(codes + at * N, row_codes(more, inverse, E5M2));
     }
   }
-  if (out.peaks == nullptr) return;
+  if constexpr (Source::COMPUTES) {
+    if (out.peaks == nullptr) return;
 #pragma unroll
-  for (int i = 0; i < CACHED; ++i) {
-    const int at = threadIdx.x + i * threads;
-    if (at >= vectors) continue;
+    for (int i = 0; i < CACHED; ++i) {
+      const int at = threadIdx.x + i * threads;
+      if (at >= vectors) continue;
 #pragma unroll
-    for (int j = 0; j < N; ++j) raise(out.peaks + at * N + j, columns[i].of(j));
+      for (int j = 0; j < N; ++j) raise(out.peaks + at * N + j, columns[i].of(j));
+    }
   }
+}
+
+// Largest magnitudes of columns, and of rows where wanted, of what is not computed. A block has 256 columns, its warps
+// are one below the other, PASSES times eight rows of each. The peaks are zeros before.
+constexpr int PASSES = 4, PANEL = 32 * N;
+template <class Source>
+__global__ void __launch_bounds__(THREADS, sizeof(typename Source::Type) == 2 ? 3 : 2)
+    peaks_kernel(const Source source, const Fp8 out) {
+  using T = typename Source::Type;
+  __shared__ alignas(16) T of_warps[WARPS][PANEL];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const uint32_t across = (out.width + PANEL - 1) / PANEL;
+  const int64_t first = int64_t{blockIdx.x % across} * PANEL, column = first + lane * N;
+  const bool inside = column < out.width;
+  Peaks<T> columns;
+#pragma unroll 1
+  for (int pass = 0; pass < PASSES; ++pass) {
+    const int64_t row = (int64_t{blockIdx.x / across} * PASSES + pass) * (WARPS * N) + warp * N;
+    if (row >= out.rows) break;
+    Values<T> values[N];
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+      values[i] = inside && row + i < out.rows ? source.raw(row + i, column) : zeros<T>();
+#pragma unroll
+    for (int i = 0; i < N; ++i) columns.add(values[i]);
+    if (out.row_peaks != nullptr) {
+      float peaks[N];
+      row_peaks(values, peaks);
+      const float peak = spread_max<32>(peaks, lane);
+      const int64_t mine = row + lane / 4;
+      if (lane % 4 == 0 && mine < out.rows) raise(out.row_peaks + mine, peak);
+    }
+  }
+  Values<T> of_warp;
+  memcpy(&of_warp, columns.at, sizeof of_warp);
+  store(of_warps[warp] + lane * N, of_warp);
+  __syncthreads();
+  if (first + threadIdx.x >= out.width) return;
+  float peak = 0.0f;
+#pragma unroll
+  for (int other = 0; other < WARPS; ++other) peak = fmaxf(peak, fabsf(to_float(of_warps[other][threadIdx.x])));
+  raise(out.peaks + first + threadIdx.x, peak);
 }
 
 // Where the scale of a tile is, in rows padded to a multiple of four, and the ones behind a row that ends here.
@@ -283,18 +448,18 @@ __device__ inline void store_tile_scale(float* scales, int64_t row, int64_t colu
 
 // What leaves registers for three blocks on a multiprocessor.
 template <class Source>
-constexpr bool LIGHT = sizeof(typename Source::Type) == 2 && !Source::COMPUTES;
+constexpr int TILE_BLOCKS = sizeof(typename Source::Type) == 2 && !Source::COMPUTES ? 3 : 2;
 
-// A tile of 128 x 128. A thread has 8 x 8 of the values; the transposed codes go through shared
-// memory, eight rows of a column in a word. Word w of column c stands at w ^ (c / 8), so that neither side collides.
-// rowwise: the transposed copy only, with the columns' peaks that the first pass has left.
-template <class Source, Scaling SCALING>
-__global__ void __launch_bounds__(THREADS, LIGHT<Source> && SCALING == Scaling::rowwise ? 3 : 2)
-    tiles_kernel(const Source source, const Fp8 out) {
+// A tile of 128 x 128. A thread has 8 x 8 of the values; the transposed codes go through shared memory, where 16 bytes
+// are sixteen rows of a column. Those of column c stand at g ^ (c / 8), their halves the other way round from c = 64
+// on, so that neither side collides. rowwise: the columns' peaks are known, and where there are rows' peaks, the rows'
+// codes are written too.
+template <class Source, Scaling SCALING, bool E5M2>
+__global__ void __launch_bounds__(THREADS, TILE_BLOCKS<Source>) tiles_kernel(const Source source, const Fp8 out) {
   using T = typename Source::Type;
-  __shared__ uint2 turned[TILE][LANES];
-  __shared__ float of_warps[WARPS][TILE];
-  __shared__ float inverses[TILE];
+  __shared__ uint4 turned[TILE][LANES / 2];
+  __shared__ alignas(16) T of_warps[WARPS][SCALING == Scaling::blocks ? TILE : 1];
+  __shared__ alignas(16) float inverses[2 * TILE];  // of columns, of rows
   const int lane = threadIdx.x % LANES, group = threadIdx.x / LANES, warp = threadIdx.x / 32;
   const uint32_t across = (out.width + TILE - 1) / TILE, down = (out.padded + TILE - 1) / TILE;
   const uint32_t tile = SCALING == Scaling::rowwise ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
@@ -302,6 +467,17 @@ __global__ void __launch_bounds__(THREADS, LIGHT<Source> && SCALING == Scaling::
   const int64_t row = int64_t{band} * TILE + group * N;
   const int column = strip * TILE + lane * N;  // the width is below 2^31
   const bool inside = column < out.width;
+  float scale = 1.0f, inverse = 1.0f;
+  if constexpr (SCALING == Scaling::rowwise) {
+    // Half of the threads for a column each, the others for a row each.
+    const bool of_column = threadIdx.x < TILE;
+    const int64_t at = int64_t{of_column ? strip : band} * TILE + threadIdx.x % TILE;
+    const float* peaks = of_column ? out.peaks : out.row_peaks;
+    if (peaks != nullptr && at < (of_column ? out.width : out.padded)) {
+      scale = scale_of(peaks[at], E5M2);
+      if ((of_column ? band : strip) == 0) (of_column ? out.scales_t : out.scales)[at] = scale;
+    }
+  }
   Values<T> values[N];
   const auto columns = source.columns(inside ? column : 0);
 #pragma unroll
@@ -317,116 +493,136 @@ __global__ void __launch_bounds__(THREADS, LIGHT<Source> && SCALING == Scaling::
     }
   }
 
-  float inverse = 1.0f;
   if constexpr (SCALING == Scaling::tiles) {
     Peaks<T> peaks;
 #pragma unroll
     for (int i = 0; i < N; ++i) peaks.add(values[i]);
-    const float scale = scale_of(block_max(peaks.largest(), inverses), false);
+    scale = scale_of(block_max(peaks.largest(), inverses), false), inverse = __frcp_rn(scale);
     if (threadIdx.x == 0) {
       if (out.codes != nullptr) store_tile_scale(out.scales, band, strip, across, scale);
       if (out.codes_t != nullptr) store_tile_scale(out.scales_t, strip, band, down, scale);
     }
-    inverse = __frcp_rn(scale);
-    if (out.codes != nullptr) {
-#pragma unroll
-      for (int i = 0; i < N; ++i)
-        store_codes(out.codes + (row + i) * out.width + column, row_codes(values[i], inverse, false));
-    }
+  }
+  if constexpr (SCALING == Scaling::rowwise) {
+    inverses[threadIdx.x] = __frcp_rn(scale);
+    __syncthreads();
   }
   if constexpr (SCALING == Scaling::blocks) {
-    if (out.codes != nullptr) {
-      uint8_t* codes = out.codes + row * out.width + column;
-      float* scales = out.scales + int64_t{strip} * out.padded + row;
+    if (out.codes_t != nullptr) {
+      Peaks<T> of_columns;
 #pragma unroll
-      for (int i = 0; i < N; ++i) {
-        Peaks<T> of_row;
-        of_row.add(values[i]);
-        float peak = of_row.largest();
+      for (int i = 0; i < N; ++i) of_columns.add(values[i]);
+      of_columns.join_lane(LANES);
+      Values<T> of_warp;
+      memcpy(&of_warp, of_columns.at, sizeof of_warp);
+      if (threadIdx.x % 32 < LANES) store(of_warps[warp] + lane * N, of_warp);
+      __syncthreads();
+      if (threadIdx.x < TILE) {
+        float peak = 0.0f;
 #pragma unroll
-        for (int other = LANES / 2; other > 0; other /= 2)
-          peak = fmaxf(peak, __shfl_xor_sync(0xffffffffu, peak, other));
-        const float scale = scale_of(peak, false);
-        if (lane == 0) scales[i] = scale;
-        store_codes(codes + i * out.width, row_codes(values[i], __frcp_rn(scale), false));
+        for (int other = 0; other < WARPS; ++other)
+          peak = fmaxf(peak, fabsf(to_float(of_warps[other][threadIdx.x])));
+        scale = scale_of(peak, false);
+        inverses[threadIdx.x] = __frcp_rn(scale);
+        out.scales_t[band * out.width + strip * TILE + threadIdx.x] = scale;
       }
     }
   }
-  if (out.codes_t == nullptr) return;
-  if constexpr (SCALING == Scaling::blocks) {
-    Peaks<T> of_columns;
-#pragma unroll
-    for (int i = 0; i < N; ++i) of_columns.add(values[i]);
-#pragma unroll
-    for (int j = 0; j < N; ++j) {
-      const float peak = of_columns.of(j), other = __shfl_xor_sync(0xffffffffu, peak, LANES);
-      if (threadIdx.x % 32 < LANES) of_warps[warp][lane * N + j] = fmaxf(peak, other);
+
+  const bool of_rows = SCALING == Scaling::rowwise ? out.row_peaks != nullptr && inside && row < out.padded
+                                                   : out.codes != nullptr;
+  if (of_rows) {
+    uint8_t* codes = out.codes + row * out.width + column;
+    if constexpr (SCALING == Scaling::blocks) {
+      float peaks[N];
+      row_peaks(values, peaks);
+      scale = scale_of(spread_max<LANES>(peaks, lane), false), inverse = __frcp_rn(scale);  // of row lane / 2
+      if (lane % 2 == 0) out.scales[int64_t{strip} * out.padded + row + lane / 2] = scale;
     }
-    __syncthreads();
-    if (threadIdx.x < TILE) {
-      float peak = of_warps[0][threadIdx.x];
 #pragma unroll
-      for (int other = 1; other < WARPS; ++other) peak = fmaxf(peak, of_warps[other][threadIdx.x]);
-      const float scale = scale_of(peak, false);
-      inverses[threadIdx.x] = __frcp_rn(scale);
-      out.scales_t[band * out.width + strip * TILE + threadIdx.x] = scale;
+    for (int i = 0; i < N; ++i) {
+      float of_row = inverse;
+      if constexpr (SCALING == Scaling::blocks) of_row = __shfl_sync(0xffffffffu, inverse, 2 * i, LANES);
+      if constexpr (SCALING == Scaling::rowwise) of_row = inverses[TILE + group * N + i];
+      store_codes(codes + i * out.width, row_codes(values[i], of_row, E5M2));
     }
-    __syncthreads();
   }
+  if (out.codes_t == nullptr) return;
+  if constexpr (SCALING == Scaling::blocks) __syncthreads();
+  const int half = (group / 2 ^ lane % 8) * 2 + (group % 2 ^ lane / 8);
 #pragma unroll
   for (int j = 0; j < N; ++j) {
-    if constexpr (SCALING == Scaling::blocks) inverse = inverses[lane * N + j];
-    if constexpr (SCALING == Scaling::rowwise) {
-      const float scale = scale_of(inside ? out.peaks[column + j] : 0.0f, out.e5m2);
-      if (inside && band == 0 && group == 0) out.scales_t[column + j] = scale;
-      inverse = __frcp_rn(scale);
-    }
-    float scaled[N];
-#pragma unroll
-    for (int i = 0; i < N; ++i) scaled[i] = to_float(values[i].at[j]) * inverse;
-    turned[lane * N + j][group ^ lane] = eight_codes(scaled, SCALING == Scaling::rowwise && out.e5m2);
+    if constexpr (SCALING != Scaling::tiles) inverse = inverses[lane * N + j];
+    reinterpret_cast<uint2*>(turned[lane * N + j])[half] = column_codes(values, j, inverse, E5M2);
   }
   __syncthreads();
 #pragma unroll
-  for (int step = 0; step < N; ++step) {
-    const int at = step * LANES + group;  // a column of the tile; `lane` counts its words
-    const int64_t to_row = strip * TILE + at, to_column = int64_t{band} * TILE + lane * N;
-    if (to_row < out.width && to_column < out.padded)
-      store_codes(out.codes_t + to_row * out.padded + to_column, turned[at][lane ^ (at / N)]);
+  for (int step = 0; step < TILE; step += THREADS / 8) {
+    const int at = step + threadIdx.x / 8, part = threadIdx.x % 8;  // a column of the tile, sixteen of its rows
+    uint4 codes = turned[at][part ^ at / N % 8];
+    if (step >= TILE / 2) codes = {codes.z, codes.w, codes.x, codes.y};
+    const int64_t to_row = int64_t{strip} * TILE + at, to_column = int64_t{band} * TILE + part * 16;
+    if (to_row < out.width && to_column < out.padded) store_codes(out.codes_t + to_row * out.padded + to_column, codes);
   }
 }
 
-template <class Source, int CACHED>
+template <class Source, int CACHED, bool E5M2>
 int launch_rows(const Source& source, const Fp8& out, Stream stream) {
+  const auto kernel = rows_kernel<Source, CACHED, E5M2>;
   const int64_t vectors = out.width / N;
   // Four vectors a thread where that is enough.
   const int64_t wanted = ((vectors + 3) / 4 + 31) / 32 * 32;
-  const int threads = static_cast<int>(std::min<int64_t>(wanted, row_threads(CACHED)));
+  const int threads = static_cast<int>(std::min<int64_t>(wanted, row_threads<Source>(CACHED)));
   unsigned blocks = grid(out.padded, 1);
-  if (out.peaks != nullptr) {
+  if (Source::COMPUTES && out.peaks != nullptr) {
     // Peaks of columns stay in registers: as many blocks as are at work at the same time.
     int each = 1;
-    if (cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, rows_kernel<Source, CACHED>, threads, 0) != cudaSuccess)
-      each = 1;
+    if (cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, 0) != cudaSuccess) each = 1;
     blocks = static_cast<unsigned>(std::min<int64_t>(out.padded, int64_t{multiprocessors()} * std::max(each, 1)));
   }
-  rows_kernel<Source, CACHED><<<blocks, threads, 0, stream>>>(source, out);
+  kernel<<<blocks, threads, 0, stream>>>(source, out);
   return launched();
 }
 
-template <class Source, Scaling SCALING>
+template <class Source, Scaling SCALING, bool E5M2 = false>
 int launch_tiles(const Source& source, const Fp8& out, Stream stream) {
   const int64_t tiles = (out.width + TILE - 1) / TILE * ((out.padded + TILE - 1) / TILE);
-  tiles_kernel<Source, SCALING><<<static_cast<unsigned>(tiles), THREADS, 0, stream>>>(source, out);
+  tiles_kernel<Source, SCALING, E5M2><<<static_cast<unsigned>(tiles), THREADS, 0, stream>>>(source, out);
   return launched();
 }
 
-template <class Source>
+template <class Source, bool E5M2 = false>
 int first_pass(const Source& source, const Fp8& out, Stream stream) {
   // Twice as many vectors in a thread where a block's threads do not suffice; fp32 has no registers for them.
-  if (sizeof(typename Source::Type) == 2 && out.width > int64_t{row_threads(4)} * 4 * N)
-    return launch_rows<Source, sizeof(typename Source::Type) == 2 ? 8 : 4>(source, out, stream);
-  return launch_rows<Source, 4>(source, out, stream);
+  constexpr int more = Source::COMPUTES && sizeof(typename Source::Type) == 2 ? 8 : 4;
+  if (more > 4 && out.width > int64_t{row_threads<Source>(4)} * 4 * N)
+    return launch_rows<Source, more, E5M2>(source, out, stream);
+  return launch_rows<Source, 4, E5M2>(source, out, stream);
+}
+
+// Peaks of a matrix as it is, of its rows too where both copies are wanted; then all codes.
+template <class Source, bool E5M2>
+int launch_columns(const Source& source, const Fp8& out, Stream stream) {
+  if (out.rows > 0) {
+    const int64_t across = (out.width + PANEL - 1) / PANEL, height = PASSES * WARPS * N;
+    const auto blocks = static_cast<unsigned>(across * ((out.rows + height - 1) / height));
+    peaks_kernel<Source><<<blocks, THREADS, 0, stream>>>(source, out);
+    if (const int error = launched()) return error;
+  }
+  return launch_tiles<Source, Scaling::rowwise, E5M2>(source, out, stream);
+}
+
+template <class Source, bool E5M2>
+int launch_rowwise(const Source& source, const Fp8& out, Stream stream) {
+  if (out.peaks != nullptr) {
+    // Those of rows stand behind those of columns.
+    const int64_t peaks = out.width + (out.row_peaks != nullptr ? out.padded : 0);
+    const auto error = cudaMemsetAsync(out.peaks, 0, peaks * sizeof(float), stream);
+    if (error != cudaSuccess) return static_cast<int>(error);
+    if constexpr (!Source::COMPUTES) return launch_columns<Source, E5M2>(source, out, stream);
+  }
+  if (const int error = first_pass<Source, E5M2>(source, out, stream)) return error;
+  return out.codes_t == nullptr ? 0 : launch_tiles<Source, Scaling::rowwise, E5M2>(source, out, stream);
 }
 
 // rowwise and blocks, both copies or one.
@@ -442,12 +638,9 @@ int launch(const Source& source, const Fp8& out, Stream stream) {
     }
     return launch_tiles<Source, Scaling::blocks>(source, out, stream);
   }
-  if (out.peaks != nullptr) {
-    const auto error = cudaMemsetAsync(out.peaks, 0, out.width * sizeof(float), stream);
-    if (error != cudaSuccess) return static_cast<int>(error);
-  }
-  if (const int error = first_pass(source, out, stream)) return error;
-  return out.codes_t == nullptr ? 0 : launch_tiles<Source, Scaling::rowwise>(source, out, stream);
+  if constexpr (!Source::COMPUTES)
+    if (out.e5m2) return launch_rowwise<Source, true>(source, out, stream);
+  return launch_rowwise<Source, false>(source, out, stream);
 }
 
 }  // namespace megatune::cuda::fp8

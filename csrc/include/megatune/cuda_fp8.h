@@ -27,7 +27,8 @@ struct Fp8 {
   float* scales;
   uint8_t* codes_t;  // [width, padded]; null, with its scales: not wanted
   float* scales_t;
-  float* peaks;  // [width], workspace; null unless a rowwise transposed copy is wanted
+  float* peaks;      // [width], workspace; null unless a rowwise transposed copy is wanted
+  float* row_peaks;  // [padded], workspace right behind it; only of fp8_quantise, null unless both copies are wanted
 };
 
 struct Fp8Quantise {
