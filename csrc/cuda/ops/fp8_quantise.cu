@@ -6,7 +6,8 @@ namespace megatune::cuda {
 
 namespace {
 
-template <class T>
+// VECTORS: in 16 byte loads. Known when compiled: a branch at each load would have it wait for the one before.
+template <class T, bool VECTORS>
 struct Plain {
   using Type = T;
   static constexpr bool NORMALISES = false, COMPUTES = false;
@@ -14,11 +15,10 @@ struct Plain {
 
   const T* x;
   int64_t row_stride;
-  bool vectors;
 
   __device__ Columns columns(int64_t) const { return {}; }
   __device__ Vec<T, 8> raw(int64_t row, int64_t column) const {
-    return fp8::load_values(x + row * row_stride + column, vectors);
+    return fp8::load_values(x + row * row_stride + column, VECTORS);
   }
   __device__ Vec<T, 8> finish(const Vec<T, 8>& values, float, const Columns&) const { return values; }
 };
@@ -28,11 +28,14 @@ struct Plain {
 int fp8_quantise(const Fp8Quantise& args, Stream stream) {
   return with_type(args.type, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const Plain<T> source{static_cast<const T*>(args.x), args.row_stride,
-                          fp8::in_vectors<T>(args.x, args.row_stride)};
-    if (args.out.scaling != Scaling::tiles) return fp8::launch(source, args.out, stream);
-    if (args.out.width == 0) return 0;
-    return fp8::launch_tiles<Plain<T>, Scaling::tiles>(source, args.out, stream);
+    const auto go = [&](auto vectors) {
+      using Source = Plain<T, vectors.value>;
+      const Source source{static_cast<const T*>(args.x), args.row_stride};
+      if (args.out.scaling != Scaling::tiles) return fp8::launch(source, args.out, stream);
+      if (args.out.width == 0) return 0;
+      return fp8::launch_tiles<Source, Scaling::tiles>(source, args.out, stream);
+    };
+    return fp8::in_vectors<T>(args.x, args.row_stride) ? go(std::true_type{}) : go(std::false_type{});
   });
 }
 

@@ -18,29 +18,20 @@ using Values = Vec<T, N>;
 // 16 bits would be held in a register of its own.
 template <class T>
 __device__ Values<T> load_values(const T* from, bool vectors) {
-  uint32_t words[2 * sizeof(T)] = {};
+  uint32_t words[2 * sizeof(T)];
   if (vectors) {
 #pragma unroll
     for (int i = 0; i < static_cast<int>(sizeof(T)) / 2; ++i) {
       const uint4 four = reinterpret_cast<const uint4*>(from)[i];
       words[4 * i] = four.x, words[4 * i + 1] = four.y, words[4 * i + 2] = four.z, words[4 * i + 3] = four.w;
     }
+  } else if constexpr (sizeof(T) == 2) {
+    const auto* halves = reinterpret_cast<const unsigned short*>(from);
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) words[i] = halves[2 * i] | uint32_t{halves[2 * i + 1]} << 16;
   } else {
-    // Pushed in from behind, in a loop that stays one: unrolled, it would take the registers of all rows' loads.
-    constexpr int last = 2 * sizeof(T) - 1;
-#pragma unroll 2
-    for (int i = 0; i < N; ++i) {
-      if constexpr (sizeof(T) == 2) {
-        const uint32_t next = reinterpret_cast<const unsigned short*>(from)[i];
 #pragma unroll
-        for (int k = 0; k < last; ++k) words[k] = __funnelshift_r(words[k], words[k + 1], 16);
-        words[last] = words[last] >> 16 | next << 16;
-      } else {
-#pragma unroll
-        for (int k = 0; k < last; ++k) words[k] = words[k + 1];
-        words[last] = __float_as_uint(from[i]);
-      }
-    }
+    for (int i = 0; i < N; ++i) words[i] = __float_as_uint(from[i]);
   }
   Values<T> values;
   memcpy(&values, words, sizeof values);
