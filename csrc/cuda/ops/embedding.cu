@@ -24,30 +24,32 @@ constexpr int AT_ONCE = 4;  // loads of a thread that are under way together
 
 constexpr int LOOKUPS = 2;  // vectors of a thread
 
+// Parts of a row are with blocks that follow each other.
 template <class T, int N>
-__global__ void __launch_bounds__(THREADS) rows_kernel(const EmbeddingRows args) {
-  const int64_t first = static_cast<int64_t>(blockIdx.y) * THREADS * LOOKUPS + threadIdx.x;
-  for (int64_t token = blockIdx.x; token < args.count; token += gridDim.x) {
+__global__ void __launch_bounds__(THREADS) rows_kernel(const EmbeddingRows args, uint32_t parts) {
+  for (int64_t block = blockIdx.x; block < args.count * parts; block += gridDim.x) {
+    const int64_t token = block / parts;
+    const int64_t first = (block - token * parts) * THREADS * LOOKUPS + threadIdx.x;
     const int64_t id = args.ids[token];
-    const bool none = args.cut && id == -1;
-    assert(none || (id >= 0 && id < args.rows));
-    const T* from = static_cast<const T*>(args.table) + id * args.stride;
+    const bool is_there = id >= 0 && id < args.rows;
+    // Another row where there is none: the loads do not wait for what comes of the comparison.
+    const T* from = static_cast<const T*>(args.table) + (is_there ? id : 0) * args.stride;
     Vec<T, N> values[LOOKUPS];
 #pragma unroll
     for (int i = 0; i < LOOKUPS; ++i) {
       const int64_t column = (first + i * THREADS) * N;
-      if (column >= args.width) continue;
-      if (none) {
-#pragma unroll
-        for (int j = 0; j < N; ++j) values[i].at[j] = from_float<T>(0.0f);
-      } else {
-        values[i] = load<N>(from + column);
-      }
+      if (column < args.width && args.rows > 0) values[i] = load<N>(from + column);
     }
+    assert(is_there || (args.cut && id == -1));
 #pragma unroll
     for (int i = 0; i < LOOKUPS; ++i) {
       const int64_t column = (first + i * THREADS) * N;
-      if (column < args.width) store(static_cast<T*>(args.y) + token * args.width + column, values[i]);
+      if (column >= args.width) continue;
+      if (!is_there) {
+#pragma unroll
+        for (int j = 0; j < N; ++j) values[i].at[j] = from_float<T>(0.0f);
+      }
+      store_whole(static_cast<T*>(args.y) + token * args.width + column, values[i]);
     }
   }
 }
@@ -219,11 +221,12 @@ int embedding_rows(const EmbeddingRows& args, Stream stream) {
     constexpr int N = 16 / sizeof(T);
     const bool vectors = args.width % N == 0 && args.stride % N == 0 && aligned({args.table, args.y});
     const int64_t each = (vectors ? N : 1) * THREADS * LOOKUPS;
-    const dim3 blocks(grid(args.count, 1), static_cast<unsigned>((args.width + each - 1) / each));
+    const unsigned parts = static_cast<unsigned>((args.width + each - 1) / each);
+    const unsigned blocks = grid(args.count * parts, 1);
     if (vectors) {
-      rows_kernel<T, N><<<blocks, THREADS, 0, stream>>>(args);
+      rows_kernel<T, N><<<blocks, THREADS, 0, stream>>>(args, parts);
     } else {
-      rows_kernel<T, 1><<<blocks, THREADS, 0, stream>>>(args);
+      rows_kernel<T, 1><<<blocks, THREADS, 0, stream>>>(args, parts);
     }
   });
   return launched();

@@ -1,5 +1,5 @@
-// AdamW with moments in 8 bits (arXiv:2110.02861) over many tensors in one launch (batch.cuh): a warp has a block of 256
-// elements in its registers, from the old codes to the new ones.
+// AdamW with moments in 8 bits (arXiv:2110.02861) over many tensors in one launch (batch.cuh): a warp has a block of
+// 256 elements in its registers, from the old codes to the new ones, and the next block on its way there.
 
 #include "elements.cuh"
 #include "megatune/codes.h"
@@ -7,10 +7,9 @@
 namespace megatune::cuda {
 namespace {
 
-constexpr int THREADS = 256;
+constexpr int THREADS = 640;  // a multiprocessor has one such block: as many warps as have room for two blocks each
 constexpr int WARPS = THREADS / 32;
-constexpr int RESIDENT = 3;  // blocks of threads of a multiprocessor
-constexpr int CHUNK = 8192;  // elements
+constexpr int CHUNK = WARPS * codes::BLOCK;  // elements
 constexpr int EACH = codes::BLOCK / 32;  // elements of a thread: two times four in line
 
 struct Table : Batch<AdamW8bitTensor, 380> {
@@ -105,75 +104,120 @@ __device__ inline void encode(const codes::Cells<is_signed>& cells, float (&x)[E
   if (threadIdx.x % 32 == 0) *scale = most;
 }
 
-// A block of 256 elements from `at` on; `count` of them are there, all 256 if `fits`, which says that they can be
-// loaded and stored in fours.
-template <bool fits>
-__device__ inline void block_of(const AdamW8bitTensor& t, const AdamWStep& step, const Lookup& lookup, float scale,
-                                int64_t at, int count) {
+// A lane's elements of a block of 256, as they are in memory.
+struct Loaded {
+  float4 master[2];
+  uint4 grad[2];  // of bf16 the first two words
+  uint32_t exp_avg[2], exp_avg_sq[2];
+  float exp_avg_scale, exp_avg_sq_scale;
+};
+
+struct Numbers {
   float p[EACH], m[EACH], v[EACH], g[EACH];
-  const int lane = static_cast<int>(threadIdx.x % 32);
-  const float m_scale = t.exp_avg_scale[at / codes::BLOCK], v_scale = t.exp_avg_sq_scale[at / codes::BLOCK];
-  uint32_t m_codes[2], v_codes[2];
+};
+
+__device__ inline int place_of_half(int half) { return half * 128 + static_cast<int>(threadIdx.x % 32) * 4; }
+
+__device__ inline bool is_whole(const AdamW8bitTensor& t, int64_t at) {
+  return t.n - at >= codes::BLOCK && at_16_bytes(t.master, t.exp_avg, t.exp_avg_sq, t.grad, t.weight);
+}
+
+__device__ inline void load_block(const AdamW8bitTensor& t, int64_t at, Loaded& block) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int from = half * 128 + lane * 4;
-    if constexpr (fits) {
-      const float4 four = *reinterpret_cast<const float4*>(t.master + at + from);
-      const float4 grad = load_grad(t, at + from);
-      m_codes[half] = *reinterpret_cast<const uint32_t*>(t.exp_avg + at + from);
-      v_codes[half] = *reinterpret_cast<const uint32_t*>(t.exp_avg_sq + at + from);
-      p[half * 4] = four.x, p[half * 4 + 1] = four.y, p[half * 4 + 2] = four.z, p[half * 4 + 3] = four.w;
-      g[half * 4] = grad.x, g[half * 4 + 1] = grad.y, g[half * 4 + 2] = grad.z, g[half * 4 + 3] = grad.w;
+    const int64_t i = at + place_of_half(half);
+    block.master[half] = *reinterpret_cast<const float4*>(t.master + i);
+    if (t.low_grad) {
+      const uint2 pairs = *reinterpret_cast<const uint2*>(static_cast<const __nv_bfloat16*>(t.grad) + i);
+      block.grad[half].x = pairs.x, block.grad[half].y = pairs.y;
     } else {
-      m_codes[half] = v_codes[half] = 0;
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const bool is_there = from + k < count;
-        const int64_t i = at + from + k;
-        p[half * 4 + k] = is_there ? t.master[i] : 0.0f;
-        g[half * 4 + k] = is_there ? load_grad_one(t, i) : 0.0f;
-        m_codes[half] |= (is_there ? static_cast<uint32_t>(t.exp_avg[i]) : 127u) << (8 * k);
-        v_codes[half] |= (is_there ? static_cast<uint32_t>(t.exp_avg_sq[i]) : 0u) << (8 * k);
-      }
+      block.grad[half] = *reinterpret_cast<const uint4*>(static_cast<const float*>(t.grad) + i);
     }
+    block.exp_avg[half] = *reinterpret_cast<const uint32_t*>(t.exp_avg + i);
+    block.exp_avg_sq[half] = *reinterpret_cast<const uint32_t*>(t.exp_avg_sq + i);
   }
-#pragma unroll
-  for (int k = 0; k < EACH; ++k) {
-    m[k] = __fmul_rn(lookup.first[m_codes[k / 4] >> (8 * (k % 4)) & 0xffu], m_scale);
-    v[k] = __fmul_rn(lookup.second[v_codes[k / 4] >> (8 * (k % 4)) & 0xffu], v_scale);
-  }
-  adamw_elements(step, t.keep, scale, g, p, m, v);
-  if constexpr (!fits) {
-#pragma unroll
-    for (int k = 0; k < EACH; ++k)
-      if (k / 4 * 128 + lane * 4 + k % 4 >= count) m[k] = v[k] = 0.0f;
-  }
-  encode(lookup.first_cells, m, m_codes, t.exp_avg_scale + at / codes::BLOCK);
-  encode(lookup.second_cells, v, v_codes, t.exp_avg_sq_scale + at / codes::BLOCK);
+  block.exp_avg_scale = t.exp_avg_scale[at / codes::BLOCK];
+  block.exp_avg_sq_scale = t.exp_avg_sq_scale[at / codes::BLOCK];
+}
+
+__device__ inline void decode(const Loaded& block, bool low_grad, const Lookup& lookup, Numbers& x) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int from = half * 128 + lane * 4;
-    if constexpr (fits) {
-      const float4 four = make_float4(p[half * 4], p[half * 4 + 1], p[half * 4 + 2], p[half * 4 + 3]);
-      *reinterpret_cast<float4*>(t.master + at + from) = four;
-      *reinterpret_cast<uint32_t*>(t.exp_avg + at + from) = m_codes[half];
-      *reinterpret_cast<uint32_t*>(t.exp_avg_sq + at + from) = v_codes[half];
-      store_weight(t, at + from, four);
+    const float4 master = block.master[half];
+    const uint4 bits = block.grad[half];
+    float* p = x.p + half * 4;
+    float* g = x.g + half * 4;
+    p[0] = master.x, p[1] = master.y, p[2] = master.z, p[3] = master.w;
+    if (low_grad) {
+      g[0] = __uint_as_float(bits.x << 16), g[1] = __uint_as_float(bits.x & 0xffff0000u);
+      g[2] = __uint_as_float(bits.y << 16), g[3] = __uint_as_float(bits.y & 0xffff0000u);
     } else {
+      g[0] = __uint_as_float(bits.x), g[1] = __uint_as_float(bits.y);
+      g[2] = __uint_as_float(bits.z), g[3] = __uint_as_float(bits.w);
+    }
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        if (from + k >= count) continue;
-        const int64_t i = at + from + k;
-        t.master[i] = p[half * 4 + k];
-        t.exp_avg[i] = static_cast<uint8_t>(m_codes[half] >> (8 * k));
-        t.exp_avg_sq[i] = static_cast<uint8_t>(v_codes[half] >> (8 * k));
-        store_weight_one(t, i, p[half * 4 + k]);
-      }
+    for (int k = 0; k < 4; ++k) {
+      const int i = half * 4 + k;
+      x.m[i] = __fmul_rn(lookup.first[block.exp_avg[half] >> (8 * k) & 0xffu], block.exp_avg_scale);
+      x.v[i] = __fmul_rn(lookup.second[block.exp_avg_sq[half] >> (8 * k) & 0xffu], block.exp_avg_sq_scale);
     }
   }
 }
 
-__global__ void __launch_bounds__(THREADS, RESIDENT) adamw_8bit_kernel(const __grid_constant__ Table table) {
+__device__ inline void update_whole(const AdamW8bitTensor& t, const AdamWStep& step, const Lookup& lookup, float scale,
+                                    int64_t at, Numbers& x) {
+  adamw_elements(step, t.keep, scale, x.g, x.p, x.m, x.v);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int64_t i = at + place_of_half(half);
+    const float4 four = make_float4(x.p[half * 4], x.p[half * 4 + 1], x.p[half * 4 + 2], x.p[half * 4 + 3]);
+    *reinterpret_cast<float4*>(t.master + i) = four;
+    store_weight(t, i, four);
+  }
+  uint32_t m_codes[2], v_codes[2];
+  encode(lookup.first_cells, x.m, m_codes, t.exp_avg_scale + at / codes::BLOCK);
+  encode(lookup.second_cells, x.v, v_codes, t.exp_avg_sq_scale + at / codes::BLOCK);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int64_t i = at + place_of_half(half);
+    *reinterpret_cast<uint32_t*>(t.exp_avg + i) = m_codes[half];
+    *reinterpret_cast<uint32_t*>(t.exp_avg_sq + i) = v_codes[half];
+  }
+}
+
+// A block that ends early, or whose elements cannot be loaded and stored in fours: one by one.
+__device__ inline void update_some(const AdamW8bitTensor& t, const AdamWStep& step, const Lookup& lookup, float scale,
+                                   int64_t at) {
+  const int count = static_cast<int>(min(t.n - at, static_cast<int64_t>(codes::BLOCK)));
+  const float m_scale = t.exp_avg_scale[at / codes::BLOCK], v_scale = t.exp_avg_sq_scale[at / codes::BLOCK];
+  Numbers x;
+#pragma unroll
+  for (int k = 0; k < EACH; ++k) {
+    const int from = place_of_half(k / 4) + k % 4;
+    const bool is_there = from < count;
+    const int64_t i = at + from;
+    x.p[k] = is_there ? t.master[i] : 0.0f;
+    x.g[k] = is_there ? load_grad_one(t, i) : 0.0f;
+    x.m[k] = is_there ? __fmul_rn(lookup.first[t.exp_avg[i]], m_scale) : 0.0f;
+    x.v[k] = is_there ? __fmul_rn(lookup.second[t.exp_avg_sq[i]], v_scale) : 0.0f;
+  }
+  adamw_elements(step, t.keep, scale, x.g, x.p, x.m, x.v);
+  uint32_t m_codes[2], v_codes[2];
+  encode(lookup.first_cells, x.m, m_codes, t.exp_avg_scale + at / codes::BLOCK);
+  encode(lookup.second_cells, x.v, v_codes, t.exp_avg_sq_scale + at / codes::BLOCK);
+#pragma unroll
+  for (int k = 0; k < EACH; ++k) {
+    const int from = place_of_half(k / 4) + k % 4;
+    if (from >= count) continue;
+    const int64_t i = at + from;
+    t.master[i] = x.p[k];
+    t.exp_avg[i] = static_cast<uint8_t>(m_codes[k / 4] >> (8 * (k % 4)));
+    t.exp_avg_sq[i] = static_cast<uint8_t>(v_codes[k / 4] >> (8 * (k % 4)));
+    store_weight_one(t, i, x.p[k]);
+  }
+}
+
+__global__ void __launch_bounds__(THREADS, 1) adamw_8bit_kernel(const __grid_constant__ Table table) {
   __shared__ Lookup lookup;
   static_assert(sizeof(Lookup) % 16 == 0);
   for (int i = threadIdx.x; i < static_cast<int>(sizeof(Lookup) / 16); i += THREADS)
@@ -181,19 +225,31 @@ __global__ void __launch_bounds__(THREADS, RESIDENT) adamw_8bit_kernel(const __g
   __syncthreads();
   const float scale = *table.step.scale;
   const int chunks = table.chunks();
+  const int64_t mine = static_cast<int64_t>(threadIdx.x / 32) * codes::BLOCK;  // this warp's place in a chunk
+  Loaded block{};
+  int next = 0;  // the tensor of the chunk that is loaded
+  bool whole = false;
+  const auto load_ahead = [&](int chunk) {
+    whole = false;
+    if (chunk >= chunks) return;
+    while (next + 1 < table.count && table.first[next + 1] <= chunk) ++next;
+    const AdamW8bitTensor& t = table.tensors[next];
+    const int64_t at = static_cast<int64_t>(chunk - table.first[next]) * CHUNK + mine;
+    whole = is_whole(t, at);
+    if (whole) load_block(t, at, block);
+  };
+  load_ahead(blockIdx.x);
   for (int chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
-    const int low = table.holder(chunk);
-    const AdamW8bitTensor& t = table.tensors[low];
-    const int64_t begin = static_cast<int64_t>(chunk - table.first[low]) * CHUNK;
-    const int64_t end = min(begin + CHUNK, t.n);
-    const bool fits = at_16_bytes(t.master, t.exp_avg, t.exp_avg_sq, t.grad, t.weight);
-    for (int64_t at = begin + threadIdx.x / 32 * codes::BLOCK; at < end; at += WARPS * codes::BLOCK) {
-      const int count = static_cast<int>(min(end - at, static_cast<int64_t>(codes::BLOCK)));
-      if (fits && count == codes::BLOCK) {
-        block_of<true>(t, table.step, lookup, scale, at, count);
-      } else {
-        block_of<false>(t, table.step, lookup, scale, at, count);
-      }
+    const AdamW8bitTensor& t = table.tensors[next];
+    const int64_t at = static_cast<int64_t>(chunk - table.first[next]) * CHUNK + mine;
+    const bool is_loaded = whole;
+    Numbers x;
+    decode(block, t.low_grad, lookup, x);
+    load_ahead(chunk + gridDim.x);
+    if (is_loaded) {
+      update_whole(t, table.step, lookup, scale, at, x);
+    } else if (at < t.n) {
+      update_some(t, table.step, lookup, scale, at);
     }
   }
 }
@@ -206,7 +262,7 @@ int adamw_8bit(const AdamW8bitTensor* tensors, int64_t count, const AdamWStep& s
   for (int64_t at = 0; at < count;) {
     at = table.fill(tensors, at, count, CHUNK);
     if (table.count == 0) break;
-    const int blocks = std::min(table.chunks(), multiprocessors() * RESIDENT);
+    const int blocks = std::min(table.chunks(), multiprocessors());
     adamw_8bit_kernel<<<blocks, THREADS, 0, stream>>>(table);
     const int error = launched();
     if (error != 0) return error;

@@ -60,7 +60,8 @@ __device__ inline void add_all(const T* data, int64_t begin, int64_t whole, int6
       for (int j = 0; j < ahead; ++j) add(x[j], sum, bad);
     }
   } else {
-    for (int64_t i = 0; i < whole - begin - static_cast<int>(threadIdx.x) * 4; i += stride) add(four(from + i), sum, bad);
+    const int64_t mine = whole - begin - static_cast<int>(threadIdx.x) * 4;
+    for (int64_t i = 0; i < mine; i += stride) add(four(from + i), sum, bad);
   }
   for (int64_t i = whole + threadIdx.x; i < end; i += THREADS) add(one(data + i), sum, bad);
 }
