@@ -1,9 +1,9 @@
 """Linear layers in fp8 on one GPU, at the sizes of a Llama-3-8B layer, bf16, 16k tokens, for each recipe.
 
-    python -m benchmarks.fp8 [--tokens 16384] [--repeats 10] [--out FILE]
+    python -m benchmarks.fp8 [--tokens 16384] [--out FILE]
 
 Forward and backward (both gradients) of fp8_linear, and of what takes the norm or the gated unit along, against
-F.linear in bf16, with the weight quantised each time: milliseconds, medians, all recipes in turn. The quantising by
+F.linear in bf16, with the weight quantised each time: milliseconds, medians of what the GPU keeps up. The quantising by
 itself, against its limit, is in `python -m benchmarks.ops`.
 """
 
@@ -42,16 +42,7 @@ def both_passes(call: Callable[..., Tensor], leaves: tuple[Tensor, ...], grad: T
     return run
 
 
-def in_turn(device: Device, calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median milliseconds of each."""
-    for call in calls.values():
-        call()
-    return dict(zip(calls, device.turns([*calls.values()], repeats), strict=True))
-
-
-def linear_rows(
-    device: Device, tokens: int, repeats: int, recipes: dict[str, Fp8Recipe]
-) -> list[dict[str, Any]]:
+def linear_rows(device: Device, tokens: int, recipes: dict[str, Fp8Recipe]) -> list[dict[str, Any]]:
     rows = []
     totals: dict[str, float] = {}
     for name, inner, outer in LAYERS:
@@ -62,7 +53,7 @@ def linear_rows(
         for label, recipe in recipes.items():
             layer = partial(ops.fp8_linear, recipe=recipe)
             calls[label] = both_passes(layer, (x, weight), grad)
-        times = in_turn(device, calls, repeats)
+        times = {label: device.steady([call])[0] for label, call in calls.items()}
         for label, ms in times.items():
             totals[label] = totals.get(label, 0.0) + ms
             flops = 6 * tokens * inner * outer
@@ -77,7 +68,7 @@ def linear_rows(
     return rows
 
 
-def fused_rows(device: Device, tokens: int, repeats: int) -> list[dict[str, Any]]:
+def fused_rows(device: Device, tokens: int) -> list[dict[str, Any]]:
     """A layer with what stands before it: norm and gate_up, gated unit and down."""
     rows = []
     x = torch.randn(tokens, 4096, device="cuda").bfloat16().requires_grad_()
@@ -97,7 +88,7 @@ def fused_rows(device: Device, tokens: int, repeats: int) -> list[dict[str, Any]
         ("glu + down", glu, (gate_up, down), grads[1]),
     ):
         calls = {label: both_passes(call, leaves, grad) for label, call in layers.items()}
-        times = in_turn(device, calls, repeats)
+        times = {label: device.steady([call])[0] for label, call in calls.items()}
         for label, ms in times.items():
             speedup = round(times["bf16"] / ms, 3)
             rows.append({"layer": name, "how": label, "ms": round(ms, 3), "speedup": speedup})
@@ -110,7 +101,6 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tokens", type=int, default=16384)
-    parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--out")
     options = parser.parse_args()
     device = Device.here("cuda")
@@ -122,8 +112,8 @@ def main() -> None:
         "versions": dict(nvidia_versions()),
         "products": ops.fp8_products(),
         "tokens": options.tokens,
-        "linear": linear_rows(device, options.tokens, options.repeats, recipes),
-        "fused": fused_rows(device, options.tokens, options.repeats),
+        "linear": linear_rows(device, options.tokens, recipes),
+        "fused": fused_rows(device, options.tokens),
     }
     with open(options.out or RESULTS / "fp8.json", "w") as file:
         file.write(json.dumps(content, indent=1) + "\n")

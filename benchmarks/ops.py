@@ -7,7 +7,7 @@ Sizes: Llama-3-8B and Qwen3-30B-A3B at 16k tokens, one of eight processes of a 7
 body of an op and each rival: device time forward and backward (`benchmarks/ops_timing.py` says how), bytes or
 operations a second of the least that must be done, `share` of the limit measured in the same run (the better of two
 ways to copy a large tensor from device memory to device memory; for products the bare bf16 products of the same
-shapes, in turn with the op), the host's time in one plain forward call, and the relative difference of its results
+shapes), the host's time in one plain forward call, and the relative difference of its results
 (outputs and gradients) from plain PyTorch's. Work of less than 30 us at that limit is held against a copy of as many
 bytes (`small_share`), too: no kernel of that length reaches the rate of a long one.
 
@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -47,6 +47,9 @@ from megatune.launch.show_environment import nvidia_versions
 
 SLOW_BODIES = ("reference", "flex", "sdpa")  # on CUDA only with --all: they are not what runs there
 Row = dict[str, Any]
+Extent = Literal[
+    "all", "first", "again"
+]  # all bodies; a choice of them, at an op's first size or at another one
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,8 @@ def measure(case: Case, other: Other, device: Device, dtype: torch.dtype) -> Row
     if case.joint:
         return _measure_joint(case, other, sets, device, dtype)
     forward = [lambda leaves=leaves: other.run(*leaves) for leaves in sets]
-    timed = _timed(forward, case.forward, device, dtype)
+    how = {"steady": bool(case.forward.products), "graph": other.graph}
+    timed = device.milliseconds(forward, **how)
     row = {"timed": timed.how, **rates("forward", timed, case.forward, device, dtype)}
     row["host_us"] = device.host_microseconds(forward[0], 10 if device.type == "cuda" else 1)
     if has_gradient and case.backward is not None:
@@ -110,7 +114,7 @@ def measure(case: Case, other: Other, device: Device, dtype: torch.dtype) -> Row
             lambda out=out, leaves=leaves, grad=grad: gradients(out, leaves, grad)
             for out, leaves, grad in zip(outputs, sets, grads, strict=True)
         ]
-        timed = _timed(backward, case.backward, device, dtype)
+        timed = device.milliseconds(backward, **how)
         row |= rates("backward", timed, case.backward, device, dtype)
     return row
 
@@ -129,18 +133,14 @@ def _measure_joint(
     calls = [lambda leaves=leaves: both(leaves) for leaves in sets]
     calls[0]()
     peak = device.peak_bytes(calls[0])
-    timed = _timed(calls, case.forward, device, dtype)
+    timed = device.milliseconds(calls, bool(case.forward.products), other.graph)
     taken = rates("forward_backward", timed, case.forward, device, dtype)
     return {"timed": timed.how, "peak_mib": peak / 2**20, **taken}
 
 
-def _timed(calls: list[Callable[[], Any]], work: Work, device: Device, dtype: torch.dtype) -> Timed:
-    return device.beside_products(calls, work, dtype) if work.products else device.milliseconds(calls)
-
-
 def rates(name: str, timed: Timed, work: Work, device: Device, dtype: torch.dtype) -> Row:
     """Time, rate of the least work, and the share of the limit."""
-    limit = device.limit_ms(work, timed, dtype)
+    limit = device.limit_ms(work, dtype)
     row = {f"{name}_ms": timed.ms, f"{name}_share": limit / timed.ms}
     if work.flops:
         return row | {f"{name}_tflops": work.flops / timed.ms / 1e9}
@@ -149,24 +149,24 @@ def rates(name: str, timed: Timed, work: Work, device: Device, dtype: torch.dtyp
     return row | {f"{name}_gbytes_per_s": work.size / timed.ms / 1e6}
 
 
-def bodies_of(case: Case, device_type: str, dtype: torch.dtype, everything: bool) -> list[str]:
-    """The bodies that are measured. On a GPU, without `everything`: none that is slow by design, and none that
-    torch.compile makes where it makes the same of the rival in plain PyTorch."""
+def bodies_of(case: Case, device_type: str, dtype: torch.dtype, extent: Extent) -> list[str]:
+    """The bodies that are measured. On a GPU, if not all: none that is slow by design, and what torch.compile makes at
+    an op's first size only, and not where it makes the same of the rival in plain PyTorch."""
     op = ops.OPS.get(case.registry or case.op)
     if op is None:
         return []
     fit = [name for name, body in op.bodies.items() if body.unfit(device_type, dtype) is None]
-    if everything or device_type == "cpu":
+    if extent == "all" or device_type == "cpu":
         return fit
-    twice = case.plain is not None and case.compiled and fit[0] != "compiled"
-    passed = (*SLOW_BODIES, "compiled") if twice else SLOW_BODIES
+    twice = extent == "again" or (case.plain is not None and case.compiled)
+    passed = (*SLOW_BODIES, "compiled") if twice and fit[0] != "compiled" else SLOW_BODIES
     return [name for name in fit if name not in passed] or fit[:1]
 
 
-def candidates(case: Case, device_type: str, dtype: torch.dtype, everything: bool) -> Iterator[Candidate]:
+def candidates(case: Case, device_type: str, dtype: torch.dtype, extent: Extent) -> Iterator[Candidate]:
     """The bodies of ours, then the rivals."""
-    registry = case.registry or case.op
-    names = bodies_of(case, device_type, dtype, everything)
+    registry, dtype = case.registry or case.op, case.dtype or dtype
+    names = bodies_of(case, device_type, dtype, extent)
     best = ops.chosen(device_type, dtype).get(registry, "megatune")
     for name in names:
         yield Candidate(name, Other(case.run), name == best, ((registry, name),))
@@ -184,12 +184,12 @@ def truth_of(case: Case) -> list[Tensor]:
         return results_of(case, Other(case.run))
 
 
-def rows_of(case: Case, device: Device, dtype: torch.dtype, everything: bool) -> Iterator[Row]:
+def rows_of(case: Case, device: Device, dtype: torch.dtype, extent: Extent) -> Iterator[Row]:
     """A row for each candidate. What fails has a row that says why."""
     with device.clock("truth"):
         truth = truth_of(case)
-    for candidate in list(candidates(case, device.type, dtype, everything)):
-        ops.configure(dict(candidate.bodies), device.type, dtype)
+    for candidate in list(candidates(case, device.type, dtype, extent)):
+        ops.configure(dict(candidate.bodies), device.type, case.dtype or dtype)
         row = row_of(candidate, case, device, dtype, truth)
         yield row | {"targets": case.targets} if candidate.chosen else row
     ops.configure({}, device.type)
@@ -222,13 +222,17 @@ def _short(value: Any) -> Any:
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
-def wanted(options: argparse.Namespace, dtype: torch.dtype) -> Iterator[tuple[str, str, Callable[[], Case]]]:
-    """(model, op, what makes the case) of what is asked for."""
+def wanted(
+    options: argparse.Namespace, dtype: torch.dtype
+) -> Iterator[tuple[str, str, Extent, Callable[[], Case]]]:
+    """(model, op, how much of it, what makes the case) of what is asked for."""
+    seen: set[str] = set()
     for model, sizes in (TINY if options.tiny else MODELS).items():
         if not options.models or model in options.models:
             for op, make in makers(model, sizes, dtype, options.device):
                 if not options.only or op in options.only:
-                    yield model, op, make
+                    yield model, op, "all" if options.all else "again" if op in seen else "first", make
+                    seen.add(op)
 
 
 def header(device: Device, dtype: torch.dtype) -> Row:
@@ -275,7 +279,7 @@ def run(options: argparse.Namespace, path: Path) -> Row:
     this = {"copy_gbytes_per_s": content["copy_gbytes_per_s"], "models": []}
     content["runs"] = [*content["runs"], this]
     seen: dict[tuple[str, str], str] = {}
-    for model, op, make in wanted(options, dtype):
+    for model, op, extent, make in wanted(options, dtype):
         if time.monotonic() - began > options.seconds:
             left = {"model": model, "op": op, "why": "no time left"}
             if not any((row["model"], row["op"]) == (model, op) for row in content["rows"]):
@@ -291,7 +295,7 @@ def run(options: argparse.Namespace, path: Path) -> Row:
         print(f"{model}  {op}  {case.shape}  (after {time.monotonic() - began:.0f} s)", flush=True)
         what = {"model": model, "op": op, "shape": case.shape}
         try:
-            for row in rows_of(case, device, dtype, options.all):
+            for row in rows_of(case, device, dtype, extent):
                 content["rows"].append(what | row)
                 print(line_of(row), flush=True)
         except Exception as error:  # the other ops still have their turn
@@ -314,15 +318,17 @@ def compile_into(options: argparse.Namespace) -> None:
     def compiles(candidate: Candidate) -> bool:
         return candidate.name not in ("cuda", "megatune", "torch") and not candidate.name.startswith("torch ")
 
-    def do(make: Callable[[], Case]) -> None:
+    def do(extent: Extent, make: Callable[[], Case]) -> None:
         case = make()
-        for candidate in list(candidates(case, "cuda", dtype, options.all)):
+        for candidate in list(candidates(case, "cuda", dtype, extent)):
             if compiles(candidate):
-                ops.configure(dict(candidate.bodies), "cuda", dtype)
+                ops.configure(dict(candidate.bodies), "cuda", case.dtype or dtype)
                 results_of(case, candidate.other)
         torch.cuda.empty_cache()
 
-    jobs = ((f"{model} {op}", partial(do, make)) for model, op, make in wanted(options, dtype))
+    jobs = (
+        (f"{model} {op}", partial(do, extent, make)) for model, op, extent, make in wanted(options, dtype)
+    )
     share(jobs, Path(options.compile_into))
 
 
@@ -373,7 +379,7 @@ def main(arguments: list[str] | None = None) -> Row:
         print(page(json.loads(options.table.read_text()), options.table.as_posix()), end="")
         return {}
     if options.list:
-        for model, op, _ in wanted(options, torch.bfloat16):
+        for model, op, *_ in wanted(options, torch.bfloat16):
             print(f"{model:<16}{op}")
         return {}
     if options.device == "cpu":

@@ -135,6 +135,7 @@ class Other:
     run: Callable[..., Any]
     prepare: Callable[[Tensors], Tensors] = lambda leaves: leaves
     same: Callable[[Any], Any] = lambda output: output
+    graph: bool = True  # whether a CUDA graph would hold all that it does
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,7 @@ class Case:
         0.88,
         0.88,
     )  # shares that forward (or both), backward shall reach
+    dtype: torch.dtype | None = None  # by which the body is chosen; None: the benchmark's
     facts: dict[str, Any] = field(default_factory=dict)  # what rivals need to know
     plain_name: str = "torch eager"
     compiled: bool = True  # `plain` through torch.compile is a rival too

@@ -122,6 +122,7 @@ def router(s: Sizes, new: New) -> Case:
         Other(plain),
         Work(2 * size + 12 * s.T * s.choices),
         Work(3 * size + 12 * s.T * s.choices),
+        dtype=torch.float32,
     )
 
 

@@ -20,8 +20,8 @@ of one of eight processes of a 70B model under tensor parallelism.
   {launch} us of them.
 - A share is that of a limit measured in the same run: the least bytes that must move at the rate of a large copy in
   device memory ({copies} TB/s, the better of the driver's and a kernel's), for products the bare bf16 products of the
-  same shapes, timed in turn with the op. Reading is faster than writing: what reads more than it writes can pass 100 %.
-  In brackets, for work below 30 us: of a copy of as many bytes.
+  same shapes, at the clock that the GPU keeps under them. Reading is faster than writing: what reads more than it
+  writes can pass 100 %. In brackets, for work below 30 us: of a copy of as many bytes.
 - "Best other" is the fastest of PyTorch's eager mode, torch.compile, {rivals} and our other bodies, each where it has
   the op, with results that are the same within rounding.
 - Not measured: {absent}.

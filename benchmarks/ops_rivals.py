@@ -206,6 +206,20 @@ def bitsandbytes_nf4(case: Case) -> Other:
     return Other(run)
 
 
+def on_default_stream(run: Callable[..., Any]) -> Other:
+    """bitsandbytes' optimizers work on CUDA's default stream, whatever the current one is."""
+
+    def ordered(*leaves: Tensor) -> Any:
+        here, there = torch.cuda.current_stream(), torch.cuda.default_stream()
+        there.wait_stream(here)
+        with torch.cuda.stream(there):
+            made = run(*leaves)
+        here.wait_stream(there)
+        return made
+
+    return Other(ordered, graph=False)
+
+
 @rival("lion", package="bitsandbytes")
 def bitsandbytes_lion(case: Case) -> Other:
     """A call for each tensor; without the clip factor, which it wants on the host, and with a copy to bf16."""
@@ -221,7 +235,7 @@ def bitsandbytes_lion(case: Case) -> Other:
         torch._foreach_copy_(weights, masters)
         return (*masters, *moments, *weights)
 
-    return Other(run)
+    return on_default_stream(run)
 
 
 @rival("adamw_8bit", package="bitsandbytes")
@@ -236,16 +250,17 @@ def bitsandbytes_adamw_8bit(case: Case) -> Other:
         if "codes" not in tables:
             tables["codes"] = tuple(code_values(signed, device)[0] for signed in (True, False))
         signed, unsigned = tables["codes"]
-        for p, m, v, m_scales, v_scales, grad in zip(*lists[:6], strict=True):
+        masters, _, _, _, weights, _, _ = lists
+        for p, m, v, grad, _, m_scales, v_scales in zip(*lists, strict=True):
             optimizer_update_8bit_blockwise(
                 "adam", grad, p, m, v, 0.9, 0.95, 0.0, 0.0, 1e-8, 10, 1e-3, signed, unsigned, m_scales, v_scales,
                 weight_decay=0.1, gnorm_scale=0.7,
             )  # fmt: skip
-        torch._foreach_copy_(lists[6], lists[0])
-        return (*lists[0], *lists[6])
+        torch._foreach_copy_(weights, masters)
+        return (*masters, *lists[5], *lists[6], *weights)
 
     tables: dict[str, Tensors] = {}
-    return Other(run)
+    return on_default_stream(run)
 
 
 @rival("nf4_linear", package="bitsandbytes")

@@ -24,12 +24,13 @@ from torch import Tensor
 from benchmarks.ops_cases import Work
 
 Call = Callable[[], Any]
+Product = tuple[str, int, int, int]
 LONG_MS = 3.0
 GRAPH_MS = 3.0  # of work in one graph
 MOST_CALLS = 64
 SPREAD = 0.005  # of the middle half of the measurements, where they are enough
 REPLAYS = (4, 12)  # at least, at most
-TURNS, TURNS_MS = (3, 9), 200.0  # of an op and its products: at least, at most; as many as take that long
+HOT_MS = 150.0  # of work before anything is measured that runs into the device's limit of power
 LARGE_COPY = 2**31
 LARGE_PRODUCT = ("NT", 8192, 8192, 8192)
 SMALL_MS = 0.03  # work whose limit is below that is held against a copy of its own size, too
@@ -44,12 +45,10 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Timed:
-    """Milliseconds of one call; how they were taken: with a "graph", "events" or a "clock"; those of the work's own
-    products, bare, one after the other between the calls (0: it has none)."""
+    """Milliseconds of one call; how they were taken: with a "graph", "events" or a "clock"."""
 
     ms: float
     how: str
-    products_ms: float = 0.0
 
 
 @dataclass
@@ -62,11 +61,10 @@ class Device:
     memory: int = 0  # bytes of the device's own
     copy: float = 0.0  # bytes a second of a large copy, read and written
     copies: dict[str, float] = field(default_factory=dict)  # the same of each way to copy
-    products: dict[str, float] = field(default_factory=dict)  # the last measurement of each bare product: ms
+    products: dict[str, float] = field(default_factory=dict)  # ms of each bare product
     small_copies: dict[int, float] = field(default_factory=dict)  # bytes read and written -> ms
     launch_ms: float = 0.0  # of an empty kernel between others in a graph
     spent: dict[str, float] = field(default_factory=dict)  # seconds of the wall clock, by what they went into
-    _operands: dict[str, Call] = field(default_factory=dict)
 
     @classmethod
     def here(cls, type_: str) -> Device:
@@ -95,15 +93,18 @@ class Device:
 
     # ---- time
 
-    def milliseconds(self, calls: Sequence[Call]) -> Timed:
-        """Of one call; `calls` do the same on different inputs."""
+    def milliseconds(self, calls: Sequence[Call], steady: bool = False, graph: bool = True) -> Timed:
+        """Of one call; `calls` do the same on different inputs. `steady`: see there. `graph`: whether all that a call
+        does would be in a graph."""
         for call in calls:
             call()
         self.synchronize()
         if self.type == "cpu":
             return Timed(statistics.median(_clock(call) for call in calls), "clock")
+        if steady:
+            return Timed(self.steady(calls[:1])[0], "events")
         estimate = self._events(calls) / len(calls)
-        if estimate < LONG_MS:
+        if estimate < LONG_MS and graph:
             rounds = max(1, min(MOST_CALLS, round(GRAPH_MS / max(estimate, 1e-3))) // len(calls))
             try:
                 return Timed(self._graph([*calls] * rounds, len(calls)), "graph")
@@ -112,31 +113,22 @@ class Device:
         turn = iter(range(10**9))
         return Timed(_settled(lambda: self._events([calls[next(turn) % len(calls)]]), 3, 7), "events")
 
-    def beside_products(self, calls: Sequence[Call], work: Work, dtype: torch.dtype) -> Timed:
-        """`milliseconds`, the work's bare products in turn with it: clocks that fall under load fall for both."""
-        products = [self._product(product, dtype) for product in work.products]
-        everyone = [calls[0], *products]
-        for call in everyone:
-            call()
-        least, most = TURNS
-        once = sum(self.turns(everyone, 1))
-        times = self.turns(everyone, max(least, min(most, round(TURNS_MS / once))))
-        for product, ms in zip(work.products, times[1:], strict=True):
-            self.products[name_of(product)] = ms
-        return Timed(times[0], "clock" if self.type == "cpu" else "events", sum(times[1:]))
-
-    def turns(self, calls: Sequence[Call], count: int) -> list[float]:
-        """Median milliseconds of each, one after the other `count` times; they have been called before."""
+    def steady(self, calls: Sequence[Call]) -> list[float]:
+        """Median milliseconds of each, all in turn, once the device has been at it for a while. Products reach its
+        limit of power: what follows a rest, or lighter work, runs at a higher clock than a training step's does."""
         if self.type == "cpu":
             return [_clock(call) for call in calls]
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(count * len(calls) + 1)]
+        for call in calls:
+            call()
+        rounds = max(3, min(200, round(HOT_MS / self._events(calls))))
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(2 * rounds * len(calls) + 1)]
         torch.cuda._sleep(4_000_000)  # the host gets ahead
         marks[0].record()
         for number, mark in enumerate(marks[1:]):
             calls[number % len(calls)]()
             mark.record()
         torch.cuda.synchronize()
-        times = [began.elapsed_time(ended) for began, ended in pairwise(marks)]
+        times = [began.elapsed_time(ended) for began, ended in pairwise(marks)][rounds * len(calls) :]
         return [statistics.median(times[number :: len(calls)]) for number in range(len(calls))]
 
     def _events(self, calls: Sequence[Call]) -> float:
@@ -227,40 +219,41 @@ class Device:
             self.small_copies[size] = min(self.milliseconds(calls).ms for calls in ways)
         return self.small_copies[size]
 
-    def _product(self, product: tuple[str, int, int, int], dtype: torch.dtype) -> Call:
+    def _product(self, product: Product, dtype: torch.dtype) -> Call:
         """[m, k] x [k, n], bare: of A and B row by row (NN), of B or of A transposed (NT, TN)."""
-        if name_of(product) not in self._operands:
-            kind, m, n, k = product
-            a = torch.randn((m, k) if kind[0] == "N" else (k, m), dtype=dtype, device=self.type)
-            b = torch.randn((k, n) if kind[1] == "N" else (n, k), dtype=dtype, device=self.type)
-            left = a if kind[0] == "N" else a.t()
-            right = b if kind[1] == "N" else b.t()
-            out = torch.empty(m, n, dtype=dtype, device=self.type)
-            self._operands[name_of(product)] = lambda: torch.mm(left, right, out=out)
-        return self._operands[name_of(product)]
+        kind, m, n, k = product
+        a = torch.randn((m, k) if kind[0] == "N" else (k, m), dtype=dtype, device=self.type)
+        b = torch.randn((k, n) if kind[1] == "N" else (n, k), dtype=dtype, device=self.type)
+        left = a if kind[0] == "N" else a.t()
+        right = b if kind[1] == "N" else b.t()
+        out = torch.empty(m, n, dtype=dtype, device=self.type)
+        return lambda: torch.mm(left, right, out=out)
 
     def forget(self) -> None:
-        """Frees what the bare products hold; where much of the memory is taken, what Python has not freed yet, too."""
-        self._operands.clear()
+        """Where much of the memory is taken: frees what Python has not freed yet."""
         if self.type == "cuda" and torch.cuda.memory_reserved() > self.memory // 4:
             gc.collect()
             torch.cuda.empty_cache()
 
-    def limit_ms(self, work: Work, timed: Timed, dtype: torch.dtype) -> float:
+    def products_ms(self, products: Sequence[Product], dtype: torch.dtype) -> float:
+        """Of all products of a case, one after the other."""
+        if any(name_of(product) not in self.products for product in products):
+            calls = [self._product(product, dtype) for product in products]
+            for product, ms in zip(products, self.steady(calls), strict=True):
+                self.products[name_of(product)] = ms
+        return sum(self.products[name_of(product)] for product in products)
+
+    def limit_ms(self, work: Work, dtype: torch.dtype) -> float:
         """The time that the work takes at the rates measured here."""
         if work.products:
-            return timed.products_ms
+            return self.products_ms(work.products, dtype)
         if work.flops:
-            product = LARGE_PRODUCT if self.type == "cuda" else ("NT", 64, 64, 64)
-            if name_of(product) not in self.products:
-                call = self._product(product, dtype)
-                self.products[name_of(product)] = self.milliseconds([call]).ms
-            _, m, n, k = product
-            return work.flops * self.products[name_of(product)] / (2 * m * n * k)
+            kind, m, n, k = LARGE_PRODUCT if self.type == "cuda" else ("NT", 64, 64, 64)
+            return work.flops * self.products_ms([(kind, m, n, k)], dtype) / (2 * m * n * k)
         return work.size / self.copy * 1e3
 
 
-def name_of(product: tuple[str, int, int, int]) -> str:
+def name_of(product: Product) -> str:
     kind, m, n, k = product
     return f"{kind} {m} x {n} x {k}"
 

@@ -1,9 +1,9 @@
 """Optimizers on one GPU: our bodies, torch's, and others' where they are installed, over a Llama's list of shards.
 
-    python -m benchmarks.optim_gpu [--shards 8] [--repeats 10] [--out FILE]
+    python -m benchmarks.optim_gpu [--shards 8] [--out FILE]
 
 The tensors of Llama-3-8B, each divided by `--shards` (8: one thousand million elements, 291 tensors; one layer's are
-in `python -m benchmarks.ops`). Milliseconds on the GPU, medians of `--repeats` calls in turn; `host_ms` is what one
+in `python -m benchmarks.ops`). Milliseconds on the GPU, medians of calls one after the other; `host_ms` is what one
 call takes on the host. Bytes are those that must move: each input once, each output once. `share`: of the bandwidth of
 a large copy in the same run. What is left out, and why, is in the file.
 """
@@ -193,7 +193,7 @@ def configured(op: str, body: str, step: Step, norm: str | None = None) -> Step:
     return run
 
 
-def measure(t: Lists, repeats: int) -> tuple[list[dict[str, Any]], dict[str, str], float]:
+def measure(t: Lists) -> tuple[list[dict[str, Any]], dict[str, str], float]:
     device = Device.here("cuda")
     device.measure_limits()
     copied = device.copy / 1e9
@@ -202,8 +202,7 @@ def measure(t: Lists, repeats: int) -> tuple[list[dict[str, Any]], dict[str, str
         try:
             for name, width, step in cases(t):
                 ops.configure(getattr(step, "bodies", {}), "cuda")
-                step()
-                (gpu,) = device.turns([step], repeats)
+                (gpu,) = device.steady([step])
                 host = device.host_microseconds(step, 3) / 1e3
                 rate = width * t.elements / gpu / 1e6
                 share = round(rate / copied, 3)
@@ -225,11 +224,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shards", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--out", default=str(RESULTS / "optim_gpu.json"))
     options = parser.parse_args()
     tensors = Lists(options.shards)
-    rows, left_out, copied = measure(tensors, options.repeats)
+    rows, left_out, copied = measure(tensors)
     facts = {
         "benchmark": "optim_gpu",
         "device": device_name(),

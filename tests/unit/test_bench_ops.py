@@ -141,12 +141,15 @@ def test_a_rival_that_is_wrong_or_fails_is_seen() -> None:
 
 
 def test_limits_are_what_the_device_does_itself() -> None:
-    device = Device("cpu", copy=2e9, products={"NT 64 x 64 x 64": 2.0}, small_copies={40000: 0.03})
-    timed = Timed(4.0, "clock", products_ms=3.0)
-    assert device.limit_ms(Work(size=4e6), timed, torch.float32) == pytest.approx(2.0)
+    known = {"NT 4 x 5 x 6": 0.25, "NN 4 x 6 x 5": 0.5, "NT 64 x 64 x 64": 2.0}
+    device = Device("cpu", copy=2e9, products=known, small_copies={40000: 0.03})
+    assert device.limit_ms(Work(size=4e6), torch.float32) == pytest.approx(2.0)
     products = (("NT", 4, 5, 6), ("NN", 4, 6, 5))
-    assert device.limit_ms(Work(flops=1, products=products), timed, torch.float32) == pytest.approx(3.0)
-    assert device.limit_ms(Work(flops=4 * 64**3), timed, torch.float32) == pytest.approx(4.0)
+    assert device.limit_ms(Work(flops=1, products=products), torch.float32) == pytest.approx(0.75)
+    assert device.limit_ms(Work(flops=4 * 64**3), torch.float32) == pytest.approx(4.0)
+    device.products_ms([("TN", 2, 3, 4)], torch.float32)
+    assert set(device.products) == {*known, "TN 2 x 3 x 4"}
+    timed = Timed(4.0, "clock")
     assert benchmark.rates("forward", timed, Work(size=4e6), device, torch.float32) == {
         "forward_ms": 4.0,
         "forward_share": pytest.approx(0.5),
@@ -158,15 +161,6 @@ def test_limits_are_what_the_device_does_itself() -> None:
     )
     sets = Device("cuda", cache=60 * 2**20)
     assert [sets.sets(size) for size in (2**20, 60 * 2**20, 2**30)] == [64, 3, 2]
-
-
-def test_product_and_op_take_turns() -> None:
-    device, calls = Device("cpu"), []
-    timed = device.beside_products(
-        [lambda: calls.append(0)], Work(flops=1, products=(("NN", 2, 3, 4), ("TN", 2, 3, 4))), torch.float32
-    )
-    assert calls and timed.products_ms == pytest.approx(sum(device.products.values()))
-    assert set(device.products) == {"NN 2 x 3 x 4", "TN 2 x 3 x 4"}
 
 
 def test_a_job_is_taken_once_by_those_who_compile(tmp_path: Path) -> None:
