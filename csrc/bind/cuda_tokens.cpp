@@ -58,9 +58,9 @@ cuda::Type weight_type(const std::optional<Tensor>& weight, const char* op) {
   return weight ? type_of(*weight, op) : cuda::Type::f32;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> rope_qk(const Tensor& qkv, const Tensor& cos, const Tensor& sin,
-                                                   std::optional<Tensor> q_weight, std::optional<Tensor> k_weight,
-                                                   double eps, double offset) {
+std::tuple<Tensor, Tensor, Tensor> rope_qk(const Tensor& qkv, const Tensor& cos, const Tensor& sin,
+                                           std::optional<Tensor> q_weight, std::optional<Tensor> k_weight, double eps,
+                                           double offset) {
   const char* op = "rope_qk";
   const cuda::Packed packed = packed_of(qkv, op);
   check_angles(cos, sin, packed, op);
@@ -69,9 +69,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rope_qk(const Tensor& qkv, const Tens
   const int64_t tokens = packed.tokens, groups = packed.groups, queries = packed.queries;
   Tensor q = empty(qkv, {tokens, groups, queries, packed.width});
   Tensor k = empty(qkv, {tokens, groups, packed.width});
-  const int64_t kept = q_weight ? tokens : 0;
-  Tensor q_rstd = empty(qkv, {kept, groups, queries}, ScalarType::Float);
-  Tensor k_rstd = empty(qkv, {kept, groups}, ScalarType::Float);
+  Tensor rstd = empty(qkv, {q_weight ? tokens : 0, groups, queries + 1}, ScalarType::Float);
   const OnDeviceOf device(qkv);
   const cuda::RopeQk args{type_of(qkv, op),
                           weight_type(q_weight, op),
@@ -87,10 +85,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rope_qk(const Tensor& qkv, const Tens
                           offset == 0.0,
                           mutable_data(q),
                           mutable_data(k),
-                          mutable_floats(q_rstd),
-                          mutable_floats(k_rstd)};
+                          mutable_floats(rstd)};
   check_launch(cuda::rope_qk(args, device.stream()), op);
-  return {q, k, q_rstd, k_rstd};
+  return {q, k, rstd};
 }
 
 cuda::Heads heads_of(const Tensor& grad, int64_t heads, const cuda::Packed& packed, const Tensor& first,
@@ -105,8 +102,7 @@ cuda::Heads heads_of(const Tensor& grad, int64_t heads, const cuda::Packed& pack
 std::tuple<Tensor, Tensor> rope_qk_backward(const Tensor& grad_q, const Tensor& grad_k, const Tensor& grad_v,
                                             const Tensor& cos, const Tensor& sin, std::optional<Tensor> qkv,
                                             std::optional<Tensor> q_weight, std::optional<Tensor> k_weight,
-                                            std::optional<Tensor> q_rstd, std::optional<Tensor> k_rstd, double offset,
-                                            bool weight_grad) {
+                                            std::optional<Tensor> rstd, double offset, bool weight_grad) {
   const char* op = "rope_qk_backward";
   check(grad_v.dim() == 3 && grad_q.dim() == 3 && grad_v.size(1) > 0 && grad_q.size(1) % grad_v.size(1) == 0, op,
         "gradients must be [tokens, heads, width], equally many queries for each value");
@@ -115,16 +111,15 @@ std::tuple<Tensor, Tensor> rope_qk_backward(const Tensor& grad_q, const Tensor& 
   const std::vector<int64_t> shape{tokens, groups, queries + 2, width};
   cuda::Packed packed{tokens, groups, queries, width, groups * (queries + 2) * width, (queries + 2) * width, width};
   const bool norm = q_weight.has_value();
-  check(qkv.has_value() == norm && q_rstd.has_value() == norm && k_rstd.has_value() == norm, op,
-        "qkv and both rstd are given with the weights");
+  check(qkv.has_value() == norm && rstd.has_value() == norm, op, "qkv and rstd are given with the weights");
   if (norm) {
     check(sizes(*qkv) == shape && qkv->scalar_type() == grad_v.scalar_type(), op,
           "qkv must be [tokens, groups, queries + 2, width] of the gradients' dtype");
     packed = packed_of(*qkv, op);
     check_weights(q_weight, k_weight, *qkv, op);
-    check_floats(*q_rstd, {tokens, groups, queries}, op, "q_rstd must be contiguous float32 [tokens, groups, queries]");
-    check_floats(*k_rstd, {tokens, groups}, op, "k_rstd must be contiguous float32 [tokens, groups]");
-    check_devices(grad_v, {&*qkv, &*q_rstd, &*k_rstd}, op);
+    check_floats(*rstd, {tokens, groups, queries + 1}, op,
+                 "rstd must be contiguous float32 [tokens, groups, queries + 1]");
+    check_devices(grad_v, {&*qkv, &*rstd}, op);
   }
   check_angles(cos, sin, packed, op);
   check_devices(grad_v, {&cos, &sin}, op);
@@ -144,8 +139,7 @@ std::tuple<Tensor, Tensor> rope_qk_backward(const Tensor& grad_q, const Tensor& 
                             data_or_null(q_weight),
                             data_or_null(k_weight),
                             static_cast<float>(offset),
-                            norm ? floats(*q_rstd) : nullptr,
-                            norm ? floats(*k_rstd) : nullptr,
+                            norm ? floats(*rstd) : nullptr,
                             mutable_data(grad_qkv),
                             nullptr,
                             mutable_floats(grad_weight)};

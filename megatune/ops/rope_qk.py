@@ -26,31 +26,25 @@ WIDEST_NORM = 256
 
 def _split(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Views [T, K, G, D], [T, K, D], [T, K, D]."""
-    return qkv[:, :, :-2], qkv[:, :, -2], qkv[:, :, -1]
+    return qkv[:, :, :-2], qkv.select(2, -2), qkv.select(2, -1)
 
 
 def _composition(body: str) -> tuple[Callable, Callable]:
-    """(forward, backward) made of that body of rms_norm and of rope."""
+    """(forward, backward) made of that body of rms_norm and of rope; arguments as in the operators' schemas."""
     norm, norm_backward = OPS["rms_norm"].bodies[body].run
     (turn,) = OPS["rope"].bodies[body].run
 
     def forward(
-        qkv: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        q_weight: Tensor | None,
-        k_weight: Tensor | None,
-        eps: float,
-        offset: float,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(q [T, K, G, D]; k [T, K, D]; rstd of the queries [T, K, G] and of the keys [T, K], none without a norm)."""
+        qkv: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, *more: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(q [T, K, G, D]; k [T, K, D]; rstd of a group's queries and its key [T, K, G + 1], of no tokens without a
+        norm)."""
         q, k, _ = _split(qkv)
-        if q_weight is None or k_weight is None:
-            q_rstd, k_rstd = _no_rstd(qkv)
-        else:
-            q, q_rstd = norm(q, q_weight, eps, offset)
-            k, k_rstd = norm(k, k_weight, eps, offset)
-        return turn(q, cos, sin, False), turn(k, cos, sin, False), q_rstd, k_rstd
+        rstd = _fake(qkv, cos, sin, None)[2]
+        if q_weight is not None:
+            (q, q_rstd), (k, k_rstd) = norm(q, q_weight, *more), norm(k, k_weight, *more)
+            rstd = torch.cat((q_rstd, k_rstd.unsqueeze(2)), 2)
+        return turn(q, cos, sin, False), turn(k, cos, sin, False), rstd
 
     def backward(
         grad_q: Tensor,
@@ -61,8 +55,7 @@ def _composition(body: str) -> tuple[Callable, Callable]:
         qkv: Tensor | None,
         q_weight: Tensor | None,
         k_weight: Tensor | None,
-        q_rstd: Tensor | None,
-        k_rstd: Tensor | None,
+        rstd: Tensor | None,
         offset: float,
         weight_grad: bool,
     ) -> tuple[Tensor, Tensor]:
@@ -71,9 +64,10 @@ def _composition(body: str) -> tuple[Callable, Callable]:
         grad_k = turn(grad_k, cos, sin, True)
         grad_weight = grad_v.new_empty(0, grad_v.shape[2], dtype=accumulate_dtype(grad_v.dtype))
         if qkv is not None:
-            q, k, _ = _split(qkv)
-            grad_q, for_q = norm_backward(grad_q, q, q_weight, q_rstd, offset, weight_grad)
-            grad_k, for_k = norm_backward(grad_k, k, k_weight, k_rstd, offset, weight_grad)
+            (q, k, _), (of_q, of_k) = _split(qkv), rstd.split((rstd.shape[2] - 1, 1), 2)
+            more = offset, weight_grad
+            grad_q, for_q = norm_backward(grad_q, q, q_weight, of_q.contiguous(), *more)
+            grad_k, for_k = norm_backward(grad_k, k, k_weight, of_k.squeeze(2).contiguous(), *more)
             if weight_grad:
                 grad_weight = torch.stack((for_q, for_k))
         return torch.cat((grad_q, grad_k.unsqueeze(2), grad_v.unsqueeze(2)), 2), grad_weight
@@ -81,47 +75,20 @@ def _composition(body: str) -> tuple[Callable, Callable]:
     return forward, backward
 
 
-def _no_rstd(qkv: Tensor) -> tuple[Tensor, Tensor]:
-    _, groups, heads, _ = qkv.shape
-    wide = accumulate_dtype(qkv.dtype)
-    return qkv.new_empty((0, groups, heads - 2), dtype=wide), qkv.new_empty((0, groups), dtype=wide)
-
-
 def _fake(
-    qkv: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    eps: float,
-    offset: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    qkv: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor | None, *more: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     tokens, groups, heads, width = qkv.shape
-    wide = accumulate_dtype(qkv.dtype)
     kept = 0 if q_weight is None else tokens
     return (
         qkv.new_empty(tokens, groups, heads - 2, width),
         qkv.new_empty(tokens, groups, width),
-        qkv.new_empty((kept, groups, heads - 2), dtype=wide),
-        qkv.new_empty((kept, groups), dtype=wide),
+        qkv.new_empty((kept, groups, heads - 1), dtype=accumulate_dtype(qkv.dtype)),
     )
 
 
-def _fake_backward(
-    grad_q: Tensor,
-    grad_k: Tensor,
-    grad_v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    qkv: Tensor | None,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    q_rstd: Tensor | None,
-    k_rstd: Tensor | None,
-    offset: float,
-    weight_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    tokens, groups, width = grad_v.shape
+def _fake_backward(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, *more: Any) -> tuple[Tensor, Tensor]:
+    (tokens, groups, width), (_, _, qkv, *_, weight_grad) = grad_v.shape, more
     rows = 2 if qkv is not None and weight_grad else 0
     grad = grad_v.new_empty(tokens, groups, grad_q.shape[1] // groups + 2, width)
     return grad, grad_v.new_empty((rows, width), dtype=accumulate_dtype(grad_v.dtype))
@@ -130,13 +97,13 @@ def _fake_backward(
 _REFERENCE, _REFERENCE_BACKWARD = _composition("reference")
 _FORWARD = define(
     "rope_qk(Tensor qkv, Tensor cos, Tensor sin, Tensor? q_weight, Tensor? k_weight, float eps, float offset) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor)",
     _REFERENCE,
     _fake,
 )
 _BACKWARD = define(
     "rope_qk_backward(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor cos, Tensor sin, Tensor? qkv, "
-    "Tensor? q_weight, Tensor? k_weight, Tensor? q_rstd, Tensor? k_rstd, float offset, bool weight_grad) "
+    "Tensor? q_weight, Tensor? k_weight, Tensor? rstd, float offset, bool weight_grad) "
     "-> (Tensor, Tensor)",
     _REFERENCE_BACKWARD,
     _fake_backward,
@@ -164,28 +131,27 @@ class _RopeQk(torch.autograd.Function):
         sin: Tensor,
         q_weight: Tensor | None,
         k_weight: Tensor | None,
-        eps: float,
-        offset: float,
+        *norm: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        body = _OP.pick(qkv.device.type, qkv.dtype)
-        q, k, q_rstd, k_rstd = body.run[0](qkv, cos, sin, q_weight, k_weight, eps, offset)
-        normed = (qkv, q_weight, k_weight, q_rstd, k_rstd) if q_weight is not None else (None,) * 5
+        q, k, rstd = _OP.pick(qkv.device.type, qkv.dtype).run[0](qkv, cos, sin, q_weight, k_weight, *norm)
+        normed = (qkv, q_weight, k_weight, rstd) if q_weight is not None else (None,) * 4
         ctx.save_for_backward(cos, sin, *normed)
-        ctx.offset = offset
-        return q, k, qkv[:, :, -1]
+        _, ctx.offset = norm
+        return q, k, qkv.select(2, -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor) -> tuple[Tensor | None, ...]:
-        cos, sin, qkv, q_weight, k_weight, q_rstd, k_rstd = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        _, _, _, q_weight, k_weight, _ = saved
         need_q, need_k = ctx.needs_input_grad[3:5]
-        grads = grad_q.flatten(1, 2), grad_k, grad_v
         # A copy: `contiguous` leaves an expanded gradient without elements as it is.
-        grads = (g if g.stride(-1) == 1 else g.clone(memory_format=torch.contiguous_format) for g in grads)
-        body = _OP.pick(grad_v.device.type, grad_v.dtype)
-        grad_qkv, of_weights = body.run[1](
-            *grads, cos, sin, qkv, q_weight, k_weight, q_rstd, k_rstd, ctx.offset, need_q or need_k
+        grads = (
+            g if g.stride(-1) == 1 else g.clone(memory_format=torch.contiguous_format)
+            for g in (grad_q.flatten(1, 2), grad_k, grad_v)
         )
+        run = _OP.pick(grad_v.device.type, grad_v.dtype).run[1]
+        grad_qkv, of_weights = run(*grads, *saved, ctx.offset, need_q or need_k)
         for_q = of_weights[0].to(q_weight.dtype) if need_q else None
         for_k = of_weights[1].to(k_weight.dtype) if need_k else None
         return grad_qkv, None, None, for_q, for_k, None, None
@@ -228,7 +194,7 @@ def rope_qk(
         raise ValueError(f"{op}: q_weight {q_weight.dtype} and k_weight {k_weight.dtype} must have one dtype")
     floating(op, qkv=qkv, q_weight=q_weight, k_weight=k_weight)
     same_device(op, qkv, cos=cos, sin=sin, q_weight=q_weight, k_weight=k_weight)
-    if _too_wide(qkv, cos, q_weight):
+    if q_weight is not None and max(cos.shape[1], qkv.shape[3] - 2 * cos.shape[1]) > WIDEST_NORM:
         return _by_parts(qkv, cos, sin, q_weight, k_weight, eps, offset)
     if qkv.dtype != torch.float64:
         cos, sin = cos.float(), sin.float()
@@ -236,24 +202,11 @@ def rope_qk(
     return _RopeQk.apply(qkv, cos.contiguous(), sin.contiguous(), q_weight, k_weight, eps, offset)
 
 
-def _too_wide(qkv: Tensor, cos: Tensor, q_weight: Tensor | None) -> bool:
-    half, width = cos.shape[1], qkv.shape[3]
-    return q_weight is not None and max(half, width - 2 * half) > WIDEST_NORM
-
-
 def _by_parts(
-    qkv: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    eps: float,
-    offset: float,
+    qkv: Tensor, cos: Tensor, sin: Tensor, q_weight: Tensor, k_weight: Tensor, *norm: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One op after the other: for heads that the kernel has no room for."""
     # One split: its backward is one concatenation, that of slices fills the whole with zeros three times.
     q, k, v = qkv.split((qkv.shape[2] - 2, 1, 1), dim=2)
-    k = k.squeeze(2)
-    if q_weight is not None and k_weight is not None:
-        q, k = rms_norm(q, q_weight, eps, offset), rms_norm(k, k_weight, eps, offset)
+    q, k = rms_norm(q, q_weight, *norm), rms_norm(k.squeeze(2), k_weight, *norm)
     return rope(q, cos, sin), rope(k, cos, sin), v.squeeze(2)

@@ -142,13 +142,13 @@ def operator_calls(device: str):
     angle = torch.randn(6, 4, device=device)
     turn = angle.cos(), angle.sin()
     calls = torch.ops.megatune
-    q, k, q_rstd, k_rstd = calls.rope_qk(qkv, *turn, weight, weight, 1e-5, 1.0)
+    q, k, rstd = calls.rope_qk(qkv, *turn, weight, weight, 1e-5, 1.0)
     grads = q.flatten(1, 2), k, k
     yield calls.rope_qk, (qkv, *turn, None, None, 0.0, 0.0)
     yield calls.rope_qk, (qkv[:, :, 1:], *turn, weight, weight, 1e-5, 0.0)
-    yield calls.rope_qk_backward, (*grads, *turn, None, None, None, None, None, 0.0, False)
+    yield calls.rope_qk_backward, (*grads, *turn, None, None, None, None, 0.0, False)
     for weight_grad in (False, True):
-        normed = qkv, weight, weight, q_rstd, k_rstd
+        normed = qkv, weight, weight, rstd
         yield calls.rope_qk_backward, (*grads, *turn, *normed, 1.0, weight_grad)
 
 
@@ -167,7 +167,7 @@ def test_repeats_are_equal_bit_by_bit() -> None:
     qkv = torch.randn(3001, 4, 6, 128, device="cuda").bfloat16()
     weight, angle = torch.randn(128, device="cuda"), torch.randn(3001, 64, device="cuda")
     turn = angle.cos(), angle.sin()
-    q, k, q_rstd, k_rstd = calls.rope_qk(qkv, *turn, weight, weight, 1e-5, 0.0)
-    normed = qkv, weight, weight, q_rstd, k_rstd
+    q, k, rstd = calls.rope_qk(qkv, *turn, weight, weight, 1e-5, 0.0)
+    normed = qkv, weight, weight, rstd
     grads = torch.randn_like(q).flatten(1, 2), torch.randn_like(k), torch.randn_like(k)
     repeats_bitwise(lambda: calls.rope_qk_backward(*grads, *turn, *normed, 0.0, True))

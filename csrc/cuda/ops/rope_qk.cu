@@ -1,198 +1,169 @@
 // Queries and keys of a packed q, k, v product: norm of each head if asked for, rotation and separation in one pass;
 // backward writes the gradient of the whole product, the values' part included, in one pass too.
-//
-// A head is shared by some lanes of a warp. A lane has the pairs of columns (c, half + c) for c in steps of lanes * N:
-// rotation is within it, so that only the norm's sums cross lanes. What it does not keep in registers it reads again,
-// from the cache.
 
-#include "../common/launch.cuh"
 #include "../common/reduce.cuh"
-#include "../common/vec.cuh"
 #include "megatune/cuda_tokens.h"
+#include "rope.cuh"
 
 namespace megatune::cuda {
 
 namespace {
 
-constexpr int THREADS = 256;
-constexpr int COLUMNS = 32;  // lanes of a head at most
-constexpr int KEPT = 8;      // columns of each kind that a lane has, of heads with a norm
+constexpr int THREADS = TURN_WARPS * 32;
+constexpr int EACH = 2;        // heads that a thread has on their way
+constexpr int EACH_NORMED = 2;
+constexpr int EACH_BACK = 2;
+constexpr int BLOCKS_BACK = 2;  // of a multiprocessor, with the registers that their sums need
+constexpr int KEPT = 8;         // columns of each kind that a lane has, of heads with a norm
 
-// Where head `number` of a token is: heads [0, queries) of a group are queries, then come the key and the value.
-struct Place {
-  int64_t group;
-  int64_t in_group;
+// The heads of a group: queries, then the key, then the value.
+template <class T>
+struct Parted {
+  const T* x;
+  int64_t token_stride, group_stride, head_stride;
+  T *q, *k;
+  int64_t width;
+  uint32_t groups;
+  int queries, heads;
+
+  __device__ const T* from(int64_t token, int64_t group, int64_t head) const {
+    return x + token * token_stride + group * group_stride + head * head_stride;
+  }
+  __device__ T* to(int64_t item, int64_t head) const {
+    return head < queries ? q + (item * queries + head) * width : k + item * width;
+  }
+  __device__ bool copies(int) const { return false; }
 };
-
-__device__ inline Place place_of(int64_t number, int64_t each) {
-  const uint32_t n = static_cast<uint32_t>(number), e = static_cast<uint32_t>(each);
-  return {n / e, n % e};
-}
-
-// Calls body(column) for the first column of each vector of this lane: pairs (column, half + column), then single ones
-// beyond both halves with body(column) of `single`.
-template <int N, class Pairs, class Single>
-__device__ inline void each_column(int64_t half, int64_t width, Pairs&& pairs, Single&& single) {
-  for (int64_t column = static_cast<int64_t>(threadIdx.x) * N; column < half; column += blockDim.x * N) pairs(column);
-  for (int64_t column = 2 * half + static_cast<int64_t>(threadIdx.x) * N; column < width; column += blockDim.x * N)
-    single(column);
-}
-
-template <class T, int N>
-__device__ Vec<float, N> widened(const Vec<T, N>& x) {
-  Vec<float, N> result;
-#pragma unroll
-  for (int i = 0; i < N; ++i) result.at[i] = to_float(x.at[i]);
-  return result;
-}
-
-template <class T, int N>
-__device__ Vec<T, N> narrowed(const Vec<float, N>& x) {
-  Vec<T, N> result;
-#pragma unroll
-  for (int i = 0; i < N; ++i) result.at[i] = from_float<T>(x.at[i]);
-  return result;
-}
-
-// N elements of the head, normalised if there is a weight.
-template <class T, int N>
-__device__ Vec<float, N> entered(const RopeQk& args, const T* x, int64_t column, const void* weight, float rstd) {
-  Vec<float, N> values = widened(load<N>(x + column));
-  if (weight == nullptr) return values;
-  const auto factor = load_any<N>(weight, args.weight_type, column);
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    float value = values.at[i] * rstd;
-    if (args.round_first) value = to_float(from_float<T>(value));
-    values.at[i] = value * (args.offset + factor.at[i]);
-  }
-  return values;
-}
-
-// The angles of a token at one column.
-template <int N>
-struct Angles {
-  Vec<float, N> cos, sin;
-};
-
-template <int N, class Args>
-__device__ Angles<N> angles_at(const Args& args, int64_t token, int64_t column) {
-  return {load_any<N>(args.cos, Type::f32, token * args.half + column),
-          load_any<N>(args.sin, Type::f32, token * args.half + column)};
-}
-
-// threadIdx.x: columns, .y: heads, .z: tokens.
-template <class T, int N>
-__global__ void __launch_bounds__(THREADS, 2) forward_kernel(const RopeQk args) {
-  const Packed& packed = args.packed;
-  const int64_t each = packed.queries + 1, heads = packed.groups * each;
-  const int lanes = blockDim.x;
-  // All threads of a block go through both loops equally often: lanes of a warp add up together.
-  for (int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.z; first < packed.tokens;
-       first += static_cast<int64_t>(gridDim.x) * blockDim.z) {
-    const int64_t token = first + threadIdx.z, own = static_cast<int64_t>(threadIdx.x) * N;
-    // Those of this lane's first columns, mostly all it has, serve all its heads.
-    Angles<N> first_angles{};
-    if (token < packed.tokens && own < args.half) first_angles = angles_at<N>(args, token, own);
-    for (int64_t begin = 0; begin < heads; begin += blockDim.y) {
-      const int64_t number = begin + threadIdx.y;
-      const bool here = token < packed.tokens && number < heads;
-      const Place place = place_of(here ? number : 0, each);
-      const bool is_key = place.in_group == packed.queries;
-      const T* x = static_cast<const T*>(args.qkv) + (here ? token : 0) * packed.token_stride +
-                   place.group * packed.group_stride + place.in_group * packed.head_stride;
-      const void* weight = is_key ? args.k_weight : args.q_weight;
-      float rstd = 1.0f;
-      if (args.q_weight != nullptr) {  // the same for all threads
-        float total = 0.0f;
-        const auto add = [&](int64_t column) {
-          const auto values = widened(load<N>(x + column));
-#pragma unroll
-          for (int i = 0; i < N; ++i) total += values.at[i] * values.at[i];
-        };
-        if (here) each_column<N>(args.half, packed.width, [&](int64_t c) { add(c), add(args.half + c); }, add);
-        total = row_sum(total, lanes, nullptr);
-        rstd = rsqrtf(total / static_cast<float>(packed.width) + args.eps);
-      }
-      if (!here) continue;
-      const int64_t query = (token * packed.groups + place.group) * packed.queries + place.in_group;
-      const int64_t key = token * packed.groups + place.group;
-      T* y = is_key ? static_cast<T*>(args.k) + key * packed.width : static_cast<T*>(args.q) + query * packed.width;
-      if (args.q_weight != nullptr && threadIdx.x == 0) (is_key ? args.k_rstd[key] : args.q_rstd[query]) = rstd;
-      each_column<N>(
-          args.half, packed.width,
-          [&](int64_t column) {
-            const Angles<N> turn = column == own ? first_angles : angles_at<N>(args, token, column);
-            const auto one = entered<T, N>(args, x, column, weight, rstd);
-            const auto two = entered<T, N>(args, x, args.half + column, weight, rstd);
-            Vec<float, N> low, high;
-#pragma unroll
-            for (int i = 0; i < N; ++i) {
-              low.at[i] = one.at[i] * turn.cos.at[i] - two.at[i] * turn.sin.at[i];
-              high.at[i] = two.at[i] * turn.cos.at[i] + one.at[i] * turn.sin.at[i];
-            }
-            store(y + column, narrowed<T>(low));
-            store(y + args.half + column, narrowed<T>(high));
-          },
-          [&](int64_t column) { store(y + column, narrowed<T>(entered<T, N>(args, x, column, weight, rstd))); });
-    }
-  }
-}
-
-// The gradient before the rotation: turned back by the angles of the token.
-template <class T, int N>
-__device__ void turn_back(const RopeQkBackward& args, const T* grad, const Angles<N>& turn, int64_t column,
-                          Vec<float, N>& one, Vec<float, N>& two) {
-  const auto low = widened(load<N>(grad + column)), high = widened(load<N>(grad + args.half + column));
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    one.at[i] = low.at[i] * turn.cos.at[i] + high.at[i] * turn.sin.at[i];
-    two.at[i] = high.at[i] * turn.cos.at[i] - low.at[i] * turn.sin.at[i];
-  }
-}
 
 template <class T>
-__device__ const T* head_of(const Heads& heads, int64_t token, int64_t head) {
-  return static_cast<const T*>(heads.data) + token * heads.token_stride + head * heads.head_stride;
+struct Joined {
+  Heads q, k, v;
+  T* y;
+  int64_t width;
+  uint32_t groups;
+  int queries, heads;
+
+  __device__ const T* from(int64_t token, int64_t group, int64_t head) const {
+    const Heads& part = head < queries ? q : head == queries ? k : v;
+    if (head < queries) group = group * queries + head;
+    return static_cast<const T*>(part.data) + token * part.token_stride + group * part.head_stride;
+  }
+  __device__ T* to(int64_t item, int64_t head) const { return y + (item * heads + head) * width; }
+  __device__ bool copies(int head) const { return head > queries; }
+};
+
+// What a head is normalised by: of its kind.
+struct Weights {
+  const void* q;
+  const void* k;
+  Type type;
+  float offset;
+
+  template <int N>
+  __device__ Vec<float, N> at(bool key, int64_t column) const {
+    Vec<float, N> factor = load_any<N>(key ? k : q, type, column);
+#pragma unroll
+    for (int i = 0; i < N; ++i) factor.at[i] += offset;
+    return factor;
+  }
+};
+
+// Calls body(column) for every vector of the lane's columns of a head from `first` on: a pair is two of them.
+template <int N, class Pair, class Single>
+__device__ inline void far_columns(int64_t half, int64_t width, Pair&& pair, Single&& single) {
+  const int64_t own = static_cast<int64_t>(threadIdx.x) * N, step = blockDim.x * N;
+  for (int64_t column = own + step; column < half; column += step) pair(column);
+  for (int64_t column = 2 * half + own; column < width; column += step) single(column);
+}
+
+template <int N>
+__device__ inline float squares(const Vec<float, N>& x) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < N; ++i) sum += x.at[i] * x.at[i];
+  return sum;
 }
 
 template <class T, int N>
-__global__ void __launch_bounds__(THREADS) backward_kernel(const RopeQkBackward args) {
-  const Packed& packed = args.packed;
-  const int64_t each = packed.queries + 2, heads = packed.groups * each;
-  for (int64_t token = static_cast<int64_t>(blockIdx.x) * blockDim.z + threadIdx.z; token < packed.tokens;
-       token += static_cast<int64_t>(gridDim.x) * blockDim.z) {
-    const int64_t own = static_cast<int64_t>(threadIdx.x) * N;
-    Angles<N> first_angles{};
-    if (own < args.half) first_angles = angles_at<N>(args, token, own);
-    for (int64_t number = threadIdx.y; number < heads; number += blockDim.y) {
-      const Place place = place_of(number, each);
-      T* to = static_cast<T*>(args.grad_qkv) + (token * heads + number) * packed.width;
-      if (place.in_group == packed.queries + 1) {
-        const T* grad = head_of<T>(args.grad_v, token, place.group);
-        for (int64_t column = static_cast<int64_t>(threadIdx.x) * N; column < packed.width; column += blockDim.x * N)
-          store(to + column, load<N>(grad + column));
-        continue;
+__device__ inline Vec<float, N> normalised(Vec<float, N> x, float rstd, const Vec<float, N>& factor, bool round_first) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) x.at[i] *= rstd;
+  if (round_first) x = widen(narrow<T>(x));
+#pragma unroll
+  for (int i = 0; i < N; ++i) x.at[i] *= factor.at[i];
+  return x;
+}
+
+// Forward with a norm; threads as in turn_kernel. A lane keeps its first pair of columns. FAR: it may have more, which
+// are read a second time, from the cache.
+template <class T, int N, int EACH, bool FAR>
+__global__ void __launch_bounds__(THREADS) norm_kernel(const Parted<T> route, const Angles angles,
+                                                       const Weights weights, int64_t items, float eps,
+                                                       bool round_first, float* rstds) {
+  const int64_t half = angles.half, width = route.width, own = static_cast<int64_t>(threadIdx.x) * N;
+  const int64_t item = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  const bool here = item < items, kept = here && own < half;
+  const uint32_t token = static_cast<uint32_t>(item) / route.groups, group = static_cast<uint32_t>(item) % route.groups;
+  Turn<N> turn{};
+  if (kept) turn = turn_at<N>(angles, token, own);
+  // All lanes of a warp go through together: they add up.
+  for (int begin = threadIdx.z; begin < route.heads; begin += blockDim.z * EACH) {
+    Vec<T, N> first[EACH]{}, second[EACH]{};
+    float total[EACH];
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) {
+      const int head = begin + i * blockDim.z;
+      if (!kept || head >= route.heads) continue;
+      const T* from = route.from(token, group, head) + own;
+      first[i] = load_once<N>(from), second[i] = load_once<N>(from + half);
+    }
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) {
+      total[i] = squares(widen(first[i])) + squares(widen(second[i]));
+      const int head = begin + i * blockDim.z;
+      if (!FAR || !here || head >= route.heads) continue;
+      const T* from = route.from(token, group, head);
+      const auto add = [&](int64_t column) { total[i] += squares(widen(load<N>(from + column))); };
+      far_columns<N>(half, width, [&](int64_t column) { add(column), add(half + column); }, add);
+    }
+    for (int lane = blockDim.x / 2; lane > 0; lane /= 2) {
+#pragma unroll
+      for (int i = 0; i < EACH; ++i) total[i] += __shfl_xor_sync(0xffffffffu, total[i], lane);
+    }
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) {
+      const int head = begin + i * blockDim.z;
+      if (!here || head >= route.heads) continue;
+      const bool key = head == route.queries;
+      const float rstd = rsqrtf(total[i] / static_cast<float>(width) + eps);
+      if (threadIdx.x == 0) rstds[item * route.heads + head] = rstd;
+      const auto entered = [&](const Vec<T, N>& x, int64_t column) {
+        return normalised<T>(widen(x), rstd, weights.at<N>(key, column), round_first);
+      };
+      T* to = route.to(item, head);
+      const auto write = [&](const Turn<N>& by, int64_t column, const Vec<T, N>& low, const Vec<T, N>& high) {
+        auto one = entered(low, column), two = entered(high, half + column);
+        turn_pairs(by, one, two);
+        store_once(to + column, narrow<T>(one)), store_once(to + half + column, narrow<T>(two));
+      };
+      if (kept) write(turn, own, first[i], second[i]);
+      if constexpr (FAR) {
+        const T* from = route.from(token, group, head);
+        far_columns<N>(
+            half, width,
+            [&](int64_t column) {
+              write(turn_at<N>(angles, token, column), column, load<N>(from + column), load<N>(from + half + column));
+            },
+            [&](int64_t column) {
+              store_once(to + column, narrow<T>(entered(load<N>(from + column), column)));
+            });
       }
-      const T* grad = place.in_group == packed.queries
-                          ? head_of<T>(args.grad_k, token, place.group)
-                          : head_of<T>(args.grad_q, token, place.group * packed.queries + place.in_group);
-      each_column<N>(
-          args.half, packed.width,
-          [&](int64_t column) {
-            Vec<float, N> one, two;
-            turn_back(args, grad, column == own ? first_angles : angles_at<N>(args, token, column), column, one, two);
-            store(to + column, narrowed<T>(one));
-            store(to + args.half + column, narrowed<T>(two));
-          },
-          [&](int64_t column) { store(to + column, load<N>(grad + column)); });
     }
   }
 }
 
-// With a norm. Each lane keeps its columns of one head in registers, as PARTS vectors of KINDS kinds: of the first half, of
-// the second half, and beyond both where the head is not turned whole. Sums for the gradients of the weights stay in registers until the end.
-// Where part `i` of kind 0, 1, 2 begins, or -1 where this lane has no such part.
+// Where part `i` of kind 0, 1, 2 (first half, second half, beyond both) of a lane's columns begins, or -1 where it has no
+// such part.
 template <int N>
 __device__ inline int64_t column_of(int64_t half, int64_t width, int i, int kind) {
   const int64_t column = (static_cast<int64_t>(threadIdx.x) + static_cast<int64_t>(i) * blockDim.x) * N;
@@ -200,146 +171,147 @@ __device__ inline int64_t column_of(int64_t half, int64_t width, int i, int kind
   return column < half ? kind * half + column : -1;
 }
 
-template <class T, int N, int KINDS, int PARTS = KEPT / N>
-__global__ void __launch_bounds__(THREADS, KINDS == 2 ? 2 : 1) norm_backward_kernel(const RopeQkBackward args) {
-  extern __shared__ float of_rows[];  // [blockDim.y * blockDim.z, 2, width]
-  const Packed& packed = args.packed;
-  const int64_t each = packed.queries + 2, heads = packed.groups * each, half = args.half, width = packed.width;
-  const int lanes = blockDim.x;
-  Vec<float, N> sums[2][PARTS][KINDS];
+template <int N, int KINDS, int PARTS, class Body>
+__device__ inline void each_part(int64_t half, int64_t width, Body&& body) {
 #pragma unroll
-  for (int which = 0; which < 2; ++which)
+  for (int i = 0; i < PARTS; ++i) {
 #pragma unroll
-    for (int i = 0; i < PARTS; ++i)
-#pragma unroll
-      for (int kind = 0; kind < KINDS; ++kind)
-#pragma unroll
-        for (int j = 0; j < N; ++j) sums[which][i][kind].at[j] = 0.0f;
+    for (int kind = 0; kind < KINDS; ++kind) {
+      const int64_t column = column_of<N>(half, width, i, kind);
+      if (column >= 0) body(i, kind, column);
+    }
+  }
+}
 
-  for (int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.z; first < packed.tokens;
-       first += static_cast<int64_t>(gridDim.x) * blockDim.z) {
-    const int64_t token = first + threadIdx.z;
-    for (int64_t begin = 0; begin < heads; begin += blockDim.y) {
-      const int64_t number = begin + threadIdx.y;
-      const bool here = token < packed.tokens && number < heads;
-      const Place place = place_of(here ? number : 0, each);
-      const bool is_value = place.in_group == packed.queries + 1, is_key = place.in_group == packed.queries;
-      T* to = static_cast<T*>(args.grad_qkv) + (token * heads + number) * width;
-      const bool turns = here && !is_value;
-      const void* weight = is_key ? args.k_weight : args.q_weight;
-      const T* x = static_cast<const T*>(args.qkv) + (here ? token : 0) * packed.token_stride +
-                   place.group * packed.group_stride + place.in_group * packed.head_stride;
-      float rstd = 0.0f, total = 0.0f;
-      Vec<float, N> scaled[PARTS][KINDS], normed[PARTS][KINDS];
-      if (turns) {
-        const int64_t key = token * packed.groups + place.group;
-        rstd = is_key ? args.k_rstd[key] : args.q_rstd[key * packed.queries + place.in_group];
-        const T* grad = is_key ? head_of<T>(args.grad_k, token, place.group)
-                               : head_of<T>(args.grad_q, token, place.group * packed.queries + place.in_group);
+struct Normed {
+  const void* x;
+  int64_t token_stride, group_stride, head_stride;
+  const float* rstd;  // [items, queries + 1]
+  float* partials;
+};
+
+// Backward with a norm. The last of the threadIdx.z has the key and the value of its items, the others have queries: sums
+// for the gradient of one weight stay in registers until the end. Of a head a lane has PARTS vectors of KINDS kinds
+// (without the third where heads are turned whole).
+template <class T, int N, int KINDS, int PARTS, int EACH>
+__global__ void __launch_bounds__(THREADS, KINDS == 2 && PARTS == 1 ? BLOCKS_BACK : 1)
+    norm_backward_kernel(const Joined<T> route, const Angles angles, const Weights weights, const Normed normed,
+                         int64_t items) {
+  extern __shared__ float of_threads[];  // [blockDim.z, blockDim.y, width]
+  const int64_t half = angles.half, width = route.width;
+  const int query_rows = blockDim.z - 1, queries = route.queries;
+  const bool is_query = threadIdx.z < query_rows;
+  const int begin = is_query ? threadIdx.z : queries, end = is_query ? queries : queries + 2;
+  const int step = is_query ? query_rows : 1;
+  const auto each = [&](auto&& body) { each_part<N, KINDS, PARTS>(half, width, body); };
+  Vec<float, N> sums[PARTS][KINDS]{}, factors[PARTS][KINDS]{};
+  each([&](int i, int kind, int64_t column) { factors[i][kind] = weights.at<N>(!is_query, column); });
+
+  // All threads of a warp go through both loops together: lanes add up.
+  for (int64_t first_item = static_cast<int64_t>(blockIdx.x) * blockDim.y; first_item < items;
+       first_item += static_cast<int64_t>(gridDim.x) * blockDim.y) {
+    const int64_t item = first_item + threadIdx.y;
+    const bool here = item < items;
+    const uint32_t token = static_cast<uint32_t>(item) / route.groups;
+    const uint32_t group = static_cast<uint32_t>(item) % route.groups;
+    Turn<N> turn[PARTS]{};
+#pragma unroll
+    for (int i = 0; i < PARTS; ++i) {
+      const int64_t column = column_of<N>(half, width, i, 0);
+      if (here && column >= 0) turn[i] = turn_at<N>(angles, token, column);
+    }
+    for (int first_head = begin; first_head < end; first_head += step * EACH) {
+      Vec<T, N> grad[EACH][PARTS][KINDS]{}, x[EACH][PARTS][KINDS]{};
+      float rstd[EACH]{};
+#pragma unroll
+      for (int e = 0; e < EACH; ++e) {
+        const int head = first_head + e * step;
+        if (!here || head >= end) continue;
+        const T* from = route.from(token, group, head);
+        each([&](int i, int kind, int64_t column) { grad[e][i][kind] = load_once<N>(from + column); });
+        if (route.copies(head)) continue;
+        const T* before = static_cast<const T*>(normed.x) + token * normed.token_stride + group * normed.group_stride +
+                          head * normed.head_stride;
+        each([&](int i, int kind, int64_t column) { x[e][i][kind] = load_once<N>(before + column); });
+        rstd[e] = normed.rstd[item * (queries + 1) + head];
+      }
+#pragma unroll
+      for (int e = 0; e < EACH; ++e) {
+        const int head = first_head + e * step;
+        const bool writes = here && head < end;
+        T* to = route.to(item, head);
+        if (route.copies(head)) {  // the same for all lanes
+          if (writes) each([&](int i, int kind, int64_t column) { store_once(to + column, grad[e][i][kind]); });
+          continue;
+        }
+        // With y = rstd * x * factor and g the gradient of y, turned back: that of the factor is the sum of g * rstd * x,
+        // that of x is g * rstd * factor - x * rstd^2 * mean(g * rstd * factor * x).
+        Vec<float, N> scaled[PARTS][KINDS];
+        float total = 0.0f;
 #pragma unroll
         for (int i = 0; i < PARTS; ++i) {
-          const int64_t low = column_of<N>(half, width, i, 0);
-          if (low >= 0) turn_back(args, grad, angles_at<N>(args, token, low), low, scaled[i][0], scaled[i][1]);
-          if constexpr (KINDS == 3) {
-            const int64_t beyond = column_of<N>(half, width, i, 2);
-            if (beyond >= 0) scaled[i][2] = widened(load<N>(grad + beyond));
+#pragma unroll
+          for (int kind = 0; kind < KINDS; ++kind) {
+            scaled[i][kind] = widen(grad[e][i][kind]);
+            if (kind == 1) turn_pairs(turn[i], scaled[i][0], scaled[i][1]);
           }
 #pragma unroll
           for (int kind = 0; kind < KINDS; ++kind) {
-            const int64_t column = column_of<N>(half, width, i, kind);
-            if (column < 0) continue;
-            normed[i][kind] = widened(load<N>(x + column));
-            const auto factor = load_any<N>(weight, args.weight_type, column);
+            const auto wide = widen(x[e][i][kind]);
 #pragma unroll
             for (int j = 0; j < N; ++j) {
-              normed[i][kind].at[j] *= rstd;
-              const float product = scaled[i][kind].at[j] * normed[i][kind].at[j];
-              sums[0][i][kind].at[j] += is_key ? 0.0f : product;
-              sums[1][i][kind].at[j] += is_key ? product : 0.0f;
-              scaled[i][kind].at[j] *= args.offset + factor.at[j];
-              total += scaled[i][kind].at[j] * normed[i][kind].at[j];
+              const float product = scaled[i][kind].at[j] * rstd[e];
+              sums[i][kind].at[j] += product * wide.at[j];
+              scaled[i][kind].at[j] = product * factors[i][kind].at[j];
+              total += scaled[i][kind].at[j] * wide.at[j];
             }
           }
         }
-      }
-      const float mean = row_sum(total, lanes, nullptr) / static_cast<float>(width);
-      if (here && is_value) {
-        const T* grad = head_of<T>(args.grad_v, token, place.group);
-        for (int64_t column = static_cast<int64_t>(threadIdx.x) * N; column < width; column += blockDim.x * N)
-          store(to + column, load<N>(grad + column));
-      }
-      if (!turns) continue;
+        const float mean = row_sum(total, blockDim.x, nullptr) / static_cast<float>(width) * rstd[e] * rstd[e];
+        if (!writes) continue;
+        each([&](int i, int kind, int64_t column) {
+          const auto wide = widen(x[e][i][kind]);
 #pragma unroll
-      for (int i = 0; i < PARTS; ++i) {
-#pragma unroll
-        for (int kind = 0; kind < KINDS; ++kind) {
-          const int64_t column = column_of<N>(half, width, i, kind);
-          if (column < 0) continue;
-          Vec<float, N> result;
-#pragma unroll
-          for (int j = 0; j < N; ++j)
-            result.at[j] = (scaled[i][kind].at[j] - normed[i][kind].at[j] * mean) * rstd;
-          store(to + column, narrowed<T>(result));
-        }
+          for (int j = 0; j < N; ++j) scaled[i][kind].at[j] -= wide.at[j] * mean;
+          store_once(to + column, narrow<T>(scaled[i][kind]));
+        });
       }
     }
   }
-  if (args.partials == nullptr) return;
-  const int row = threadIdx.z * blockDim.y + threadIdx.y, rows = blockDim.y * blockDim.z;
+  if (normed.partials == nullptr) return;
+  const int row = threadIdx.z * blockDim.y + threadIdx.y, threads = blockDim.x * blockDim.y * blockDim.z;
+  each([&](int i, int kind, int64_t column) {
 #pragma unroll
-  for (int which = 0; which < 2; ++which)
-#pragma unroll
-    for (int i = 0; i < PARTS; ++i)
-#pragma unroll
-      for (int kind = 0; kind < KINDS; ++kind) {
-        const int64_t column = column_of<N>(half, width, i, kind);
-        if (column < 0) continue;
-#pragma unroll
-        for (int j = 0; j < N; ++j) of_rows[(row * 2 + which) * width + column + j] = sums[which][i][kind].at[j];
-      }
+    for (int j = 0; j < N; ++j) of_threads[row * width + column + j] = sums[i][kind].at[j];
+  });
   __syncthreads();
-  for (int64_t column = static_cast<int64_t>(row) * lanes + threadIdx.x; column < 2 * width;
-       column += static_cast<int64_t>(rows) * lanes) {
+  for (int64_t column = row * blockDim.x + threadIdx.x; column < 2 * width; column += threads) {
+    const bool key = column >= width;
+    const int last = (key ? query_rows + 1 : query_rows) * blockDim.y;
     float sum = 0.0f;
-    for (int one = 0; one < rows; ++one) sum += of_rows[one * 2 * width + column];
-    args.partials[blockIdx.x * 2 * width + column] = sum;
+    for (int one = key ? query_rows * blockDim.y : 0; one < last; ++one)
+      sum += of_threads[one * width + (key ? column - width : column)];
+    normed.partials[blockIdx.x * 2 * width + column] = sum;
   }
 }
 
-// Sum over the rows of `partials`; one warp for 32 columns would leave most of the GPU idle, so 8 share each column.
-__global__ void __launch_bounds__(THREADS) columns_kernel(const float* partials, int64_t count, int64_t width,
-                                                         float* sums) {
-  __shared__ float shared[8][33];
-  const int64_t column = static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.x;
+constexpr int COLUMNS = 16, SLICES = 32;
+
+// Sum over the rows of `partials`, for 16 columns in a block; 32 threads share a column.
+__global__ void __launch_bounds__(COLUMNS * SLICES) columns_kernel(const float* partials, int64_t count, int64_t width,
+                                                                   float* sums) {
+  __shared__ float shared[SLICES][COLUMNS + 1];
+  const int64_t column = static_cast<int64_t>(blockIdx.x) * COLUMNS + threadIdx.x;
   float sum = 0.0f;
-  if (column < width)
-    for (int64_t row = threadIdx.y; row < count; row += 8) sum += partials[row * width + column];
+  if (column < width) {
+#pragma unroll 8
+    for (int64_t row = threadIdx.y; row < count; row += SLICES) sum += partials[row * width + column];
+  }
   shared[threadIdx.y][threadIdx.x] = sum;
   __syncthreads();
   if (threadIdx.y != 0 || column >= width) return;
-  for (int slice = 1; slice < 8; ++slice) sum += shared[slice][threadIdx.x];
+  for (int slice = 1; slice < SLICES; ++slice) sum += shared[slice][threadIdx.x];
   sums[column] = sum;
-}
-
-unsigned power_of_two(int64_t value, unsigned most) {
-  unsigned result = 1;
-  while (result < most && result < value) result *= 2;
-  return result;
-}
-
-struct Shape {
-  bool vectors;
-  dim3 block;
-};
-
-Shape shape_of(const Packed& packed, int64_t half, Type type, int64_t heads, bool vectors) {
-  const int64_t step = vectors ? (type == Type::f32 ? 4 : 8) : 1;
-  const int64_t pairs = std::max<int64_t>(half, packed.width - 2 * half) / step;
-  const unsigned lanes = power_of_two(std::max<int64_t>(1, pairs), COLUMNS);
-  unsigned rows = power_of_two(heads, THREADS / lanes);
-  // Fewer heads at a time, of more tokens, where many threads would have none in the last round.
-  while (rows > 1 && (heads + rows - 1) / rows * rows * 8 > heads * 9) rows /= 2;
-  return {vectors, dim3(lanes, rows, std::min(THREADS / (lanes * rows), 64u))};
 }
 
 bool in_steps(const Packed& packed, int64_t half, int64_t step) {
@@ -347,33 +319,75 @@ bool in_steps(const Packed& packed, int64_t half, int64_t step) {
          packed.group_stride % step == 0 && packed.head_stride % step == 0;
 }
 
+bool too_many(const Packed& packed) {
+  return packed.tokens * packed.groups > UINT32_MAX || packed.queries > INT32_MAX - 2;
+}
+
+struct Shape {
+  bool vectors;
+  dim3 block;
+};
+
 Shape backward_shape(const RopeQkBackward& args) {
   const Packed& packed = args.packed;
-  const int64_t step = args.type == Type::f32 ? 4 : 8;
+  const int step = args.type == Type::f32 ? 4 : 8;
   bool vectors = in_steps(packed, args.half, step) &&
                  aligned({args.qkv, args.cos, args.sin, args.q_weight, args.k_weight, args.grad_qkv});
   for (const Heads* heads : {&args.grad_q, &args.grad_k, &args.grad_v})
     vectors = vectors && aligned({heads->data}) && heads->token_stride % step == 0 && heads->head_stride % step == 0;
-  return shape_of(packed, args.half, args.type, packed.groups * (packed.queries + 2), vectors);
+  const int elements = vectors ? step : 1;
+  if (args.q_weight == nullptr)
+    return {vectors, turn_block(args.half, packed.width, packed.queries + 2, elements, EACH)};
+  dim3 block = turn_block(args.half, packed.width, packed.queries, elements, EACH_BACK);
+  // One more row, for keys and values.
+  const unsigned rows = std::min<unsigned>(block.z + 1, TURN_WARPS);
+  return {vectors, dim3(block.x, 32 / block.x * (TURN_WARPS / rows), rows)};
 }
 
 }  // namespace
 
 int rope_qk(const RopeQk& args, Stream stream) {
   const Packed& packed = args.packed;
-  const int64_t heads = packed.groups * (packed.queries + 1);
-  if (packed.tokens == 0 || heads == 0 || packed.width == 0) return 0;
+  const int64_t items = packed.tokens * packed.groups;
+  if (items == 0 || packed.width == 0) return 0;
+  if (too_many(packed)) return static_cast<int>(cudaErrorInvalidValue);
   with_type(args.type, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int N = 16 / sizeof(T);
     const bool vectors = in_steps(packed, args.half, N) &&
                          aligned({args.qkv, args.cos, args.sin, args.q_weight, args.k_weight, args.q, args.k});
-    const Shape shape = shape_of(packed, args.half, args.type, heads, vectors);
-    const unsigned blocks = grid(packed.tokens, shape.block.z);
-    if (vectors) {
-      forward_kernel<T, N><<<blocks, shape.block, 0, stream>>>(args);
+    const int queries = static_cast<int>(packed.queries);
+    const Parted<T> route{static_cast<const T*>(args.qkv),
+                          packed.token_stride,
+                          packed.group_stride,
+                          packed.head_stride,
+                          static_cast<T*>(args.q),
+                          static_cast<T*>(args.k),
+                          packed.width,
+                          static_cast<uint32_t>(packed.groups),
+                          queries,
+                          queries + 1};
+    const Angles angles{args.cos, args.sin, args.half, 1.0f};
+    const bool norm = args.q_weight != nullptr;
+    const dim3 block =
+        turn_block(args.half, packed.width, route.heads, vectors ? N : 1, norm ? EACH_NORMED : EACH);
+    const unsigned blocks = grid(items, block.y);
+    const auto run = [&](auto kernel, const auto&... more) { kernel<<<blocks, block, 0, stream>>>(route, angles, more...); };
+    if (norm) {
+      const Weights weights{args.q_weight, args.k_weight, args.weight_type, args.offset};
+      const auto run_norm = [&](auto kernel) { run(kernel, weights, items, args.eps, args.round_first, args.rstd); };
+      const bool whole = 2 * args.half == packed.width && args.half <= block.x * N;
+      if (vectors && whole) {
+        run_norm(norm_kernel<T, N, EACH_NORMED, false>);
+      } else if (vectors) {
+        run_norm(norm_kernel<T, N, 1, true>);
+      } else {
+        run_norm(norm_kernel<T, 1, 1, true>);
+      }
+    } else if (vectors) {
+      run(turn_kernel<T, N, EACH, Parted<T>>, items, packed.width);
     } else {
-      forward_kernel<T, 1><<<blocks, shape.block, 0, stream>>>(args);
+      run(turn_kernel<T, 1, EACH, Parted<T>>, items, packed.width);
     }
   });
   return launched();
@@ -381,40 +395,50 @@ int rope_qk(const RopeQk& args, Stream stream) {
 
 int64_t rope_qk_partials(const RopeQkBackward& args) {
   const Shape shape = backward_shape(args);
-  // As many blocks as are at work at the same time, with the registers that sums need.
-  return std::min<int64_t>(grid(args.packed.tokens, shape.block.z), 2 * multiprocessors());
+  return std::min<int64_t>(grid(args.packed.tokens * args.packed.groups, shape.block.y),
+                           BLOCKS_BACK * multiprocessors());
 }
 
 int rope_qk_backward(const RopeQkBackward& args, Stream stream) {
   const Packed& packed = args.packed;
-  const bool any = packed.tokens != 0 && packed.groups != 0 && packed.width != 0;
+  const int64_t items = packed.tokens * packed.groups;
+  const bool any = items != 0 && packed.width != 0;
   const int64_t most = rope_qk_partials(args);
   if (any) {
     const Shape shape = backward_shape(args);
     const bool norm = args.q_weight != nullptr;
-    if (norm && std::max(args.half, packed.width - 2 * args.half) > ROPE_QK_NORM)
+    if (too_many(packed) || (norm && std::max(args.half, packed.width - 2 * args.half) > ROPE_QK_NORM))
       return static_cast<int>(cudaErrorInvalidValue);
     with_type(args.type, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
       constexpr int N = 16 / sizeof(T);
+      const int queries = static_cast<int>(packed.queries);
+      const Joined<T> route{args.grad_q, args.grad_k, args.grad_v, static_cast<T*>(args.grad_qkv), packed.width,
+                            static_cast<uint32_t>(packed.groups), queries, queries + 2};
+      const Angles angles{args.cos, args.sin, args.half, -1.0f};
       if (norm) {
-        const size_t rows = shape.block.y * shape.block.z;
-        const size_t shared = args.partials == nullptr ? 0 : rows * 2 * packed.width * sizeof(float);
+        const Weights weights{args.q_weight, args.k_weight, args.weight_type, args.offset};
+        const Normed normed{args.qkv,  packed.token_stride, packed.group_stride, packed.head_stride,
+                            args.rstd, args.partials};
+        const size_t shared =
+            args.partials == nullptr ? 0 : shape.block.y * shape.block.z * packed.width * sizeof(float);
         const unsigned blocks = static_cast<unsigned>(most);
-        const bool whole = 2 * args.half == packed.width;
-        if (shape.vectors && whole) {
-          norm_backward_kernel<T, N, 2><<<blocks, shape.block, shared, stream>>>(args);
+        const auto run = [&](auto kernel) {
+          kernel<<<blocks, shape.block, shared, stream>>>(route, angles, weights, normed, items);
+        };
+        if (shape.vectors && 2 * args.half == packed.width) {
+          run(norm_backward_kernel<T, N, 2, KEPT / N, N == KEPT ? EACH_BACK : 1>);
         } else if (shape.vectors) {
-          norm_backward_kernel<T, N, 3><<<blocks, shape.block, shared, stream>>>(args);
+          run(norm_backward_kernel<T, N, 3, KEPT / N, 1>);
         } else {
-          norm_backward_kernel<T, 1, 3><<<blocks, shape.block, shared, stream>>>(args);
+          run(norm_backward_kernel<T, 1, 3, KEPT, 1>);
         }
       } else {
-        const unsigned blocks = grid(packed.tokens, shape.block.z);
+        const unsigned blocks = grid(items, shape.block.y);
         if (shape.vectors) {
-          backward_kernel<T, N><<<blocks, shape.block, 0, stream>>>(args);
+          turn_kernel<T, N, EACH><<<blocks, shape.block, 0, stream>>>(route, angles, items, packed.width);
         } else {
-          backward_kernel<T, 1><<<blocks, shape.block, 0, stream>>>(args);
+          turn_kernel<T, 1, EACH><<<blocks, shape.block, 0, stream>>>(route, angles, items, packed.width);
         }
       }
     });
@@ -422,8 +446,8 @@ int rope_qk_backward(const RopeQkBackward& args, Stream stream) {
   }
   if (args.partials == nullptr || packed.width == 0) return 0;
   const int64_t columns = 2 * packed.width;
-  columns_kernel<<<grid(columns, 32), dim3(32, 8), 0, stream>>>(args.partials, any ? most : 0, columns,
-                                                               args.grad_weight);
+  columns_kernel<<<grid(columns, COLUMNS), dim3(COLUMNS, SLICES), 0, stream>>>(args.partials, any ? most : 0, columns,
+                                                                              args.grad_weight);
   return launched();
 }
 

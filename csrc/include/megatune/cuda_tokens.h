@@ -27,10 +27,9 @@ struct RopeQk {
   const void* k_weight;
   float offset, eps;  // as those of RmsNorm
   bool round_first;
-  void* q;        // [tokens, groups, queries, width]
-  void* k;        // [tokens, groups, width]
-  float* q_rstd;  // [tokens, groups, queries]; null without a norm
-  float* k_rstd;  // [tokens, groups]
+  void* q;      // [tokens, groups, queries, width]
+  void* k;      // [tokens, groups, width]
+  float* rstd;  // [tokens, groups, queries + 1], the key's last; not written without a norm
 };
 int rope_qk(const RopeQk& args, Stream stream);
 
@@ -51,8 +50,7 @@ struct RopeQkBackward {
   const void* q_weight;  // null: no norm
   const void* k_weight;
   float offset;
-  const float* q_rstd;
-  const float* k_rstd;
+  const float* rstd;
   void* grad_qkv;      // [tokens, groups, queries + 2, width]
   float* partials;     // [rope_qk_partials(..), 2 * width]; null: no gradient of the weights
   float* grad_weight;  // [2, width]: of q's, of k's
