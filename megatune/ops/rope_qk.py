@@ -1,9 +1,13 @@
 """Queries, keys and values of a packed product: norm of each head, rotary embedding and separation in one pass.
 
-In place would save nothing here: heads stand by group in the product, [T, K, G + 2, D], and no attention kernel takes
-queries that are not [T, heads, D] at equal steps, so that turned queries would have to be copied out of it afterwards.
-Instead the one pass that turns them also moves them; the values stay where they are, a view of the product. Backward
-writes the gradient of the whole product at once, where views of it would have to be joined by a copy of everything.
+Not in place. The traffic is the same either way (a byte read and a byte written, of queries and keys only), and so is
+the time measured; what it would spare is the memory of queries and keys beside the product, which the values, a view of
+it, keep alive. Against it: heads stand by group in the product, [T, K, G + 2, D] (tensor parallelism deals out whole
+groups), while FlashAttention, SDPA and ring attention take queries [T, heads, D] at equal steps, which those of several
+groups are not, so that turned queries would have to be copied out after all; selective recompute keeps the product, to
+turn it once more in backward; and backward through a norm of heads needs it as it was, for a rounded result divided by
+a weight that may be zero does not give it back. Backward writes the gradient of the whole product at once, where views
+of it would have to be joined by a copy of everything.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from tests.ops.bodies import DTYPES, QUICK, TOLERANCE, bodies, repeats_bitwise
 # (groups, queries of each, width of a head, turned pairs): whole heads, a part of them, odd ones.
 SHAPES = [(2, 3, 16, 8), (1, 1, 20, 7), (3, 2, 33, 4), (2, 4, 128, 64)]
 WIDE = [(1, 2, 64, 32), (8, 4, 128, 64), (2, 2, 256, 128), (2, 1, 256, 64), (1, 3, 512, 256), (4, 8, 96, 48)]
+WIDE += [(1, 41, 64, 32)]  # more heads of a group than a block has rows of threads for
 NAMES = ("rope_qk", "rms_norm", "rope")
 
 

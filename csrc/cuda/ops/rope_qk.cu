@@ -68,11 +68,14 @@ struct Weights {
   }
 };
 
-// Calls body(column) for every vector of the lane's columns of a head from `first` on: a pair is two of them.
+// Calls pair(column) for the pairs of columns that a lane has after its first, then single(column) for what is beyond both
+// halves.
 template <int N, class Pair, class Single>
 __device__ inline void far_columns(int64_t half, int64_t width, Pair&& pair, Single&& single) {
   const int64_t own = static_cast<int64_t>(threadIdx.x) * N, step = blockDim.x * N;
+#pragma unroll 1
   for (int64_t column = own + step; column < half; column += step) pair(column);
+#pragma unroll 1
   for (int64_t column = 2 * half + own; column < width; column += step) single(column);
 }
 
