@@ -1,8 +1,8 @@
 // Heads turned by the angles of their tokens: what the kernels of one tensor and of a packed product share.
 //
 // A head is shared by some lanes of a warp, of which each has the pairs of columns (c, half + c) for c in steps of
-// lanes * N: rotation is within it. A warp has the same head of several items (an item: a group of heads of a token), so
-// that it never parts at what is to be done with a head, and each thread asks for EACH heads before it writes any.
+// lanes * N: rotation is within it. A warp has the same head of several items (an item: a group of heads of a token),
+// so that it never parts at what is to be done with a head, and each thread asks for EACH heads before it writes any.
 #pragma once
 
 #include "../common/launch.cuh"
@@ -69,15 +69,16 @@ __device__ inline void turn_pairs(const Turn<N>& turn, Vec<float, N>& one, Vec<f
 }
 
 // threadIdx.x: columns, .y: items, .z: heads. `route` says where the heads of an item are: `heads` of them, of `groups`
-// groups of a token, read at from(token, group, head) and written to to(item, head); those of which copies(head) is true
-// are not turned.
+// groups of a token, read at from(token, group, head) and written to to(item, head); those of which copies(head) is
+// true are not turned.
 template <class T, int N, int EACH, class Route>
 __global__ void __launch_bounds__(TURN_WARPS * 32) turn_kernel(const Route route, const Angles angles, int64_t items,
                                                                int64_t width) {
   const int64_t half = angles.half, own = static_cast<int64_t>(threadIdx.x) * N, step = blockDim.x * N;
   for (int64_t item = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y; item < items;
        item += static_cast<int64_t>(gridDim.x) * blockDim.y) {
-    const uint32_t token = static_cast<uint32_t>(item) / route.groups, group = static_cast<uint32_t>(item) % route.groups;
+    const uint32_t token = static_cast<uint32_t>(item) / route.groups;
+    const uint32_t group = static_cast<uint32_t>(item) % route.groups;
     for (int64_t column = own; column < half; column += step) {
       const auto turn = turn_at<N>(angles, token, column);
       for (int begin = threadIdx.z; begin < route.heads; begin += blockDim.z * EACH) {

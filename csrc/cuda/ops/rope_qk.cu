@@ -10,9 +10,7 @@ namespace megatune::cuda {
 namespace {
 
 constexpr int THREADS = TURN_WARPS * 32;
-constexpr int EACH = 2;        // heads that a thread has on their way
-constexpr int EACH_NORMED = 2;
-constexpr int EACH_BACK = 2;
+constexpr int EACH = 2, EACH_NORMED = 3, EACH_BACK = 2;  // heads that a thread has on their way
 constexpr int BLOCKS_BACK = 2;  // of a multiprocessor, with the registers that their sums need
 constexpr int KEPT = 8;         // columns of each kind that a lane has, of heads with a norm
 
@@ -68,8 +66,8 @@ struct Weights {
   }
 };
 
-// Calls pair(column) for the pairs of columns that a lane has after its first, then single(column) for what is beyond both
-// halves.
+// Calls pair(column) for the pairs of columns that a lane has after its first, then single(column) for what is beyond
+// both halves.
 template <int N, class Pair, class Single>
 __device__ inline void far_columns(int64_t half, int64_t width, Pair&& pair, Single&& single) {
   const int64_t own = static_cast<int64_t>(threadIdx.x) * N, step = blockDim.x * N;
@@ -100,13 +98,14 @@ __device__ inline Vec<float, N> normalised(Vec<float, N> x, float rstd, const Ve
 // Forward with a norm; threads as in turn_kernel. A lane keeps its first pair of columns. FAR: it may have more, which
 // are read a second time, from the cache.
 template <class T, int N, int EACH, bool FAR>
-__global__ void __launch_bounds__(THREADS) norm_kernel(const Parted<T> route, const Angles angles,
-                                                       const Weights weights, int64_t items, float eps,
-                                                       bool round_first, float* rstds) {
+__global__ void __launch_bounds__(THREADS, 2) norm_kernel(const Parted<T> route, const Angles angles,
+                                                          const Weights weights, int64_t items, float eps,
+                                                          bool round_first, float* rstds) {
   const int64_t half = angles.half, width = route.width, own = static_cast<int64_t>(threadIdx.x) * N;
   const int64_t item = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   const bool here = item < items, kept = here && own < half;
-  const uint32_t token = static_cast<uint32_t>(item) / route.groups, group = static_cast<uint32_t>(item) % route.groups;
+  const uint32_t token = static_cast<uint32_t>(item) / route.groups;
+  const uint32_t group = static_cast<uint32_t>(item) % route.groups;
   Turn<N> turn{};
   if (kept) turn = turn_at<N>(angles, token, own);
   // All lanes of a warp go through together: they add up.
@@ -165,8 +164,8 @@ __global__ void __launch_bounds__(THREADS) norm_kernel(const Parted<T> route, co
   }
 }
 
-// Where part `i` of kind 0, 1, 2 (first half, second half, beyond both) of a lane's columns begins, or -1 where it has no
-// such part.
+// Where part `i` of kind 0, 1, 2 (first half, second half, beyond both) of a lane's columns begins, or -1 where it has
+// no such part.
 template <int N>
 __device__ inline int64_t column_of(int64_t half, int64_t width, int i, int kind) {
   const int64_t column = (static_cast<int64_t>(threadIdx.x) + static_cast<int64_t>(i) * blockDim.x) * N;
@@ -174,12 +173,12 @@ __device__ inline int64_t column_of(int64_t half, int64_t width, int i, int kind
   return column < half ? kind * half + column : -1;
 }
 
-template <int N, int KINDS, int PARTS, class Body>
+template <int N, int PARTS, class Body>
 __device__ inline void each_part(int64_t half, int64_t width, Body&& body) {
 #pragma unroll
   for (int i = 0; i < PARTS; ++i) {
 #pragma unroll
-    for (int kind = 0; kind < KINDS; ++kind) {
+    for (int kind = 0; kind < 3; ++kind) {
       const int64_t column = column_of<N>(half, width, i, kind);
       if (column >= 0) body(i, kind, column);
     }
@@ -191,23 +190,68 @@ struct Normed {
   int64_t token_stride, group_stride, head_stride;
   const float* rstd;  // [items, queries + 1]
   float* partials;
+
+  template <class T>
+  __device__ const T* head(int64_t token, int64_t group, int64_t number) const {
+    return static_cast<const T*>(x) + token * token_stride + group * group_stride + number * head_stride;
+  }
 };
 
-// Backward with a norm. The last of the threadIdx.z has the key and the value of its items, the others have queries: sums
-// for the gradient of one weight stay in registers until the end. Of a head a lane has PARTS vectors of KINDS kinds
-// (without the third where heads are turned whole).
-template <class T, int N, int KINDS, int PARTS, int EACH>
-__global__ void __launch_bounds__(THREADS, KINDS == 2 && PARTS == 1 ? BLOCKS_BACK : 1)
-    norm_backward_kernel(const Joined<T> route, const Angles angles, const Weights weights, const Normed normed,
-                         int64_t items) {
-  extern __shared__ float of_threads[];  // [blockDim.z, blockDim.y, width]
+// The sums of a block's threads for the gradients of both weights, as one row of `partials`. of_threads: [blockDim.z,
+// blockDim.y, width], of which each thread has written its columns; the last of the threadIdx.z has those of keys.
+__device__ inline void add_threads(const float* of_threads, int64_t width, float* partials) {
+  const int query_rows = (blockDim.z - 1) * blockDim.y, rows = blockDim.z * blockDim.y;
+  const int thread = (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
+  __syncthreads();
+  for (int64_t column = thread; column < 2 * width; column += rows * blockDim.x) {
+    const bool key = column >= width;
+    float sum = 0.0f;
+    for (int row = key ? query_rows : 0; row < (key ? rows : query_rows); ++row)
+      sum += of_threads[row * width + (key ? column - width : column)];
+    partials[blockIdx.x * 2 * width + column] = sum;
+  }
+}
+
+// Backward with a norm. The last of the threadIdx.z has the keys and values of its items, the others have queries: sums
+// for the gradient of one weight stay in registers until the end.
+//
+// With y = rstd * x * factor and g the gradient of y, turned back: that of the factor is the sum of g * rstd * x, that
+// of x is g * rstd * factor - x * rstd^2 * mean(g * rstd * factor * x).
+template <class T, int N>
+__device__ inline float begin_part(Vec<float, N>& grad, const Vec<T, N>& x, float rstd, const Vec<float, N>& factor,
+                                   Vec<float, N>& sum) {
+  const auto wide = widen(x);
+  float total = 0.0f;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    grad.at[i] *= rstd;
+    sum.at[i] += grad.at[i] * wide.at[i];
+    grad.at[i] *= factor.at[i];
+    total += grad.at[i] * wide.at[i];
+  }
+  return total;
+}
+
+template <class T, int N>
+__device__ inline Vec<T, N> end_part(Vec<float, N> scaled, const Vec<T, N>& x, float mean) {
+  const auto wide = widen(x);
+#pragma unroll
+  for (int i = 0; i < N; ++i) scaled.at[i] -= wide.at[i] * mean;
+  return narrow<T>(scaled);
+}
+
+// Heads of any kind. Of a head a lane has PARTS vectors of each of three kinds.
+template <class T, int N, int PARTS>
+__global__ void __launch_bounds__(THREADS) any_norm_backward_kernel(const Joined<T> route, const Angles angles,
+                                                                    const Weights weights, const Normed normed,
+                                                                    int64_t items) {
+  extern __shared__ float of_threads[];
   const int64_t half = angles.half, width = route.width;
   const int query_rows = blockDim.z - 1, queries = route.queries;
   const bool is_query = threadIdx.z < query_rows;
   const int begin = is_query ? threadIdx.z : queries, end = is_query ? queries : queries + 2;
-  const int step = is_query ? query_rows : 1;
-  const auto each = [&](auto&& body) { each_part<N, KINDS, PARTS>(half, width, body); };
-  Vec<float, N> sums[PARTS][KINDS]{}, factors[PARTS][KINDS]{};
+  const auto each = [&](auto&& body) { each_part<N, PARTS>(half, width, body); };
+  Vec<float, N> sums[PARTS][3]{}, factors[PARTS][3]{};
   each([&](int i, int kind, int64_t column) { factors[i][kind] = weights.at<N>(!is_query, column); });
 
   // All threads of a warp go through both loops together: lanes add up.
@@ -217,85 +261,172 @@ __global__ void __launch_bounds__(THREADS, KINDS == 2 && PARTS == 1 ? BLOCKS_BAC
     const bool here = item < items;
     const uint32_t token = static_cast<uint32_t>(item) / route.groups;
     const uint32_t group = static_cast<uint32_t>(item) % route.groups;
-    Turn<N> turn[PARTS]{};
+    for (int head = begin; head < end; head += is_query ? query_rows : 1) {
+      Vec<T, N> grad[PARTS][3]{}, x[PARTS][3]{};
+      const T* from = route.from(token, group, head);
+      T* to = route.to(item, head);
+      if (here) each([&](int i, int kind, int64_t column) { grad[i][kind] = load_once<N>(from + column); });
+      if (route.copies(head)) {  // the same for all lanes
+        if (here) each([&](int i, int kind, int64_t column) { store_once(to + column, grad[i][kind]); });
+        continue;
+      }
+      const T* before = normed.head<T>(token, group, head);
+      if (here) each([&](int i, int kind, int64_t column) { x[i][kind] = load_once<N>(before + column); });
+      const float rstd = here ? normed.rstd[item * (queries + 1) + head] : 0.0f;
+      Vec<float, N> scaled[PARTS][3];
+      float total = 0.0f;
 #pragma unroll
-    for (int i = 0; i < PARTS; ++i) {
-      const int64_t column = column_of<N>(half, width, i, 0);
-      if (here && column >= 0) turn[i] = turn_at<N>(angles, token, column);
+      for (int i = 0; i < PARTS; ++i) {
+        Turn<N> turn{};
+        const int64_t column = column_of<N>(half, width, i, 0);
+        if (here && column >= 0) turn = turn_at<N>(angles, token, column);
+#pragma unroll
+        for (int kind = 0; kind < 3; ++kind) scaled[i][kind] = widen(grad[i][kind]);
+        turn_pairs(turn, scaled[i][0], scaled[i][1]);
+#pragma unroll
+        for (int kind = 0; kind < 3; ++kind)
+          total += begin_part(scaled[i][kind], x[i][kind], rstd, factors[i][kind], sums[i][kind]);
+      }
+      const float mean = row_sum(total, blockDim.x, nullptr) / static_cast<float>(width) * rstd * rstd;
+      if (!here) continue;
+      each([&](int i, int kind, int64_t column) {
+        store_once(to + column, end_part(scaled[i][kind], x[i][kind], mean));
+      });
     }
-    for (int first_head = begin; first_head < end; first_head += step * EACH) {
-      Vec<T, N> grad[EACH][PARTS][KINDS]{}, x[EACH][PARTS][KINDS]{};
-      float rstd[EACH]{};
+  }
+  if (normed.partials == nullptr) return;
+  float* mine = of_threads + (threadIdx.z * blockDim.y + threadIdx.y) * width;
+  each([&](int i, int kind, int64_t column) { store(mine + column, sums[i][kind]); });
+  add_threads(of_threads, width, normed.partials);
+}
+
+// Heads that are turned whole and of which a lane has one pair of vectors. What a thread computes next is on its way to
+// places of its own in shared memory meanwhile, in STAGES of EACH_BACK heads: more of it than registers could hold.
+constexpr int STAGES = 2;
+
+__device__ inline void fetch(void* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+               "l"(__cvta_generic_to_global(from))
+               : "memory");
+}
+
+// By way of the first cache: for what threads of several heads read.
+template <int BYTES>
+__device__ inline void fetch_shared(void* to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+               "l"(__cvta_generic_to_global(from)), "n"(BYTES)
+               : "memory");
+}
+
+// Bytes of a stage of one thread: of each head gradient, x and rstd; the angles.
+template <int N>
+constexpr int stage_bytes() { return EACH_BACK * (4 * 16 + 4) + 2 * N * 4; }
+
+template <class T>
+__global__ void __launch_bounds__(THREADS, BLOCKS_BACK)
+    norm_backward_kernel(const Joined<T> route, const Angles angles, const Weights weights, const Normed normed,
+                         int64_t items) {
+  constexpr int N = 16 / sizeof(T), EACH = EACH_BACK, ANGLES = N / 4, VECTORS = EACH * 4 + 2 * ANGLES;
+  // [STAGES][VECTORS][threads], then [STAGES][EACH][threads] of rstd; at the end the sums.
+  extern __shared__ int4 stages[];
+  const int threads = blockDim.x * blockDim.y * blockDim.z;
+  const int thread = (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
+  float* rstds = reinterpret_cast<float*>(stages + STAGES * VECTORS * threads) + thread;
+  const int64_t half = angles.half, column = static_cast<int64_t>(threadIdx.x) * N;
+  const int query_rows = blockDim.z - 1, queries = route.queries;
+  const bool is_query = threadIdx.z < query_rows, has = column < half;
+  const int begin = is_query ? threadIdx.z : queries, end = is_query ? queries : queries + 2;
+  const int step = is_query ? query_rows : 1;
+  const int64_t item_step = static_cast<int64_t>(gridDim.x) * blockDim.y;
+  Vec<float, N> sums[2]{}, factors[2]{};
+  if (has) factors[0] = weights.at<N>(!is_query, column), factors[1] = weights.at<N>(!is_query, half + column);
+
+  int64_t next_item = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  int next_head = begin, next_stage = 0;
+  const auto fetch_next = [&] {
+    if (has && next_item < items) {
+      const uint32_t token = static_cast<uint32_t>(next_item) / route.groups;
+      const uint32_t group = static_cast<uint32_t>(next_item) % route.groups;
+      int4* to = stages + next_stage * VECTORS * threads + thread;
 #pragma unroll
       for (int e = 0; e < EACH; ++e) {
-        const int head = first_head + e * step;
-        if (!here || head >= end) continue;
-        const T* from = route.from(token, group, head);
-        each([&](int i, int kind, int64_t column) { grad[e][i][kind] = load_once<N>(from + column); });
+        const int head = next_head + e * step;
+        if (head >= end) continue;
+        const T* grad = route.from(token, group, head) + column;
+        fetch(to + 4 * e * threads, grad), fetch(to + (4 * e + 1) * threads, grad + half);
         if (route.copies(head)) continue;
-        const T* before = static_cast<const T*>(normed.x) + token * normed.token_stride + group * normed.group_stride +
-                          head * normed.head_stride;
-        each([&](int i, int kind, int64_t column) { x[e][i][kind] = load_once<N>(before + column); });
-        rstd[e] = normed.rstd[item * (queries + 1) + head];
+        const T* x = normed.head<T>(token, group, head) + column;
+        fetch(to + (4 * e + 2) * threads, x), fetch(to + (4 * e + 3) * threads, x + half);
+        fetch_shared<4>(rstds + (next_stage * EACH + e) * threads, normed.rstd + next_item * (queries + 1) + head);
+      }
+#pragma unroll
+      for (int i = 0; i < ANGLES; ++i) {
+        const int64_t at = token * half + column + 4 * i;
+        fetch_shared<16>(to + (4 * EACH + i) * threads, angles.cos + at);
+        fetch_shared<16>(to + (4 * EACH + ANGLES + i) * threads, angles.sin + at);
+      }
+    }
+    asm volatile("cp.async.commit_group;" ::: "memory");
+    next_head += step * EACH;
+    if (next_head >= end) next_head = begin, next_item += item_step;
+    next_stage = (next_stage + 1) % STAGES;
+  };
+
+#pragma unroll
+  for (int i = 1; i < STAGES; ++i) fetch_next();
+  int stage = 0;
+  // All threads of a warp go through both loops together: lanes add up.
+  for (int64_t first_item = static_cast<int64_t>(blockIdx.x) * blockDim.y; first_item < items;
+       first_item += item_step) {
+    const int64_t item = first_item + threadIdx.y;
+    const bool here = has && item < items;
+    for (int first_head = begin; first_head < end; first_head += step * EACH) {
+      fetch_next();
+      asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 1) : "memory");
+      const int4* from = stages + stage * VECTORS * threads + thread;
+      Turn<N> turn{};
+      if (here) {
+#pragma unroll
+        for (int i = 0; i < ANGLES; ++i) {
+          memcpy(turn.cos.at + 4 * i, from + (4 * EACH + i) * threads, 16);
+          memcpy(turn.sin.at + 4 * i, from + (4 * EACH + ANGLES + i) * threads, 16);
+        }
+#pragma unroll
+        for (int i = 0; i < N; ++i) turn.sin.at[i] *= angles.sign;
       }
 #pragma unroll
       for (int e = 0; e < EACH; ++e) {
         const int head = first_head + e * step;
         const bool writes = here && head < end;
-        T* to = route.to(item, head);
-        if (route.copies(head)) {  // the same for all lanes
-          if (writes) each([&](int i, int kind, int64_t column) { store_once(to + column, grad[e][i][kind]); });
-          continue;
-        }
-        // With y = rstd * x * factor and g the gradient of y, turned back: that of the factor is the sum of g * rstd * x,
-        // that of x is g * rstd * factor - x * rstd^2 * mean(g * rstd * factor * x).
-        Vec<float, N> scaled[PARTS][KINDS];
-        float total = 0.0f;
-#pragma unroll
-        for (int i = 0; i < PARTS; ++i) {
-#pragma unroll
-          for (int kind = 0; kind < KINDS; ++kind) {
-            scaled[i][kind] = widen(grad[e][i][kind]);
-            if (kind == 1) turn_pairs(turn[i], scaled[i][0], scaled[i][1]);
+        Vec<T, N> grad[2]{}, x[2]{};
+        float rstd = 0.0f;
+        if (writes) memcpy(&grad[0], from + 4 * e * threads, 16), memcpy(&grad[1], from + (4 * e + 1) * threads, 16);
+        if (!route.copies(head)) {  // the same for all lanes
+          if (writes) {
+            memcpy(&x[0], from + (4 * e + 2) * threads, 16), memcpy(&x[1], from + (4 * e + 3) * threads, 16);
+            rstd = rstds[(stage * EACH + e) * threads];
           }
-#pragma unroll
-          for (int kind = 0; kind < KINDS; ++kind) {
-            const auto wide = widen(x[e][i][kind]);
-#pragma unroll
-            for (int j = 0; j < N; ++j) {
-              const float product = scaled[i][kind].at[j] * rstd[e];
-              sums[i][kind].at[j] += product * wide.at[j];
-              scaled[i][kind].at[j] = product * factors[i][kind].at[j];
-              total += scaled[i][kind].at[j] * wide.at[j];
-            }
-          }
+          Vec<float, N> scaled[2] = {widen(grad[0]), widen(grad[1])};
+          turn_pairs(turn, scaled[0], scaled[1]);
+          const float total = begin_part(scaled[0], x[0], rstd, factors[0], sums[0]) +
+                              begin_part(scaled[1], x[1], rstd, factors[1], sums[1]);
+          const float mean = row_sum(total, blockDim.x, nullptr) / static_cast<float>(route.width) * rstd * rstd;
+          grad[0] = end_part(scaled[0], x[0], mean), grad[1] = end_part(scaled[1], x[1], mean);
         }
-        const float mean = row_sum(total, blockDim.x, nullptr) / static_cast<float>(width) * rstd[e] * rstd[e];
         if (!writes) continue;
-        each([&](int i, int kind, int64_t column) {
-          const auto wide = widen(x[e][i][kind]);
-#pragma unroll
-          for (int j = 0; j < N; ++j) scaled[i][kind].at[j] -= wide.at[j] * mean;
-          store_once(to + column, narrow<T>(scaled[i][kind]));
-        });
+        T* to = route.to(item, head) + column;
+        store_once(to, grad[0]), store_once(to + half, grad[1]);
       }
+      stage = (stage + 1) % STAGES;
     }
   }
   if (normed.partials == nullptr) return;
-  const int row = threadIdx.z * blockDim.y + threadIdx.y, threads = blockDim.x * blockDim.y * blockDim.z;
-  each([&](int i, int kind, int64_t column) {
-#pragma unroll
-    for (int j = 0; j < N; ++j) of_threads[row * width + column + j] = sums[i][kind].at[j];
-  });
+  asm volatile("cp.async.wait_all;" ::: "memory");
   __syncthreads();
-  for (int64_t column = row * blockDim.x + threadIdx.x; column < 2 * width; column += threads) {
-    const bool key = column >= width;
-    const int last = (key ? query_rows + 1 : query_rows) * blockDim.y;
-    float sum = 0.0f;
-    for (int one = key ? query_rows * blockDim.y : 0; one < last; ++one)
-      sum += of_threads[one * width + (key ? column - width : column)];
-    normed.partials[blockIdx.x * 2 * width + column] = sum;
-  }
+  float* of_threads = reinterpret_cast<float*>(stages);
+  float* mine = of_threads + (threadIdx.z * blockDim.y + threadIdx.y) * route.width + column;
+  if (has) store(mine, sums[0]), store(mine + half, sums[1]);
+  add_threads(of_threads, route.width, normed.partials);
 }
 
 constexpr int COLUMNS = 16, SLICES = 32;
@@ -375,7 +506,9 @@ int rope_qk(const RopeQk& args, Stream stream) {
     const dim3 block =
         turn_block(args.half, packed.width, route.heads, vectors ? N : 1, norm ? EACH_NORMED : EACH);
     const unsigned blocks = grid(items, block.y);
-    const auto run = [&](auto kernel, const auto&... more) { kernel<<<blocks, block, 0, stream>>>(route, angles, more...); };
+    const auto run = [&](auto kernel, const auto&... more) {
+      kernel<<<blocks, block, 0, stream>>>(route, angles, more...);
+    };
     if (norm) {
       const Weights weights{args.q_weight, args.k_weight, args.weight_type, args.offset};
       const auto run_norm = [&](auto kernel) { run(kernel, weights, items, args.eps, args.round_first, args.rstd); };
@@ -423,18 +556,19 @@ int rope_qk_backward(const RopeQkBackward& args, Stream stream) {
         const Weights weights{args.q_weight, args.k_weight, args.weight_type, args.offset};
         const Normed normed{args.qkv,  packed.token_stride, packed.group_stride, packed.head_stride,
                             args.rstd, args.partials};
-        const size_t shared =
-            args.partials == nullptr ? 0 : shape.block.y * shape.block.z * packed.width * sizeof(float);
-        const unsigned blocks = static_cast<unsigned>(most);
-        const auto run = [&](auto kernel) {
-          kernel<<<blocks, shape.block, shared, stream>>>(route, angles, weights, normed, items);
+        const size_t rows = shape.block.y * shape.block.z, threads = rows * shape.block.x;
+        const auto run = [&](auto kernel, size_t shared) {
+          kernel<<<static_cast<unsigned>(most), shape.block, shared, stream>>>(route, angles, weights, normed, items);
         };
-        if (shape.vectors && 2 * args.half == packed.width) {
-          run(norm_backward_kernel<T, N, 2, KEPT / N, N == KEPT ? EACH_BACK : 1>);
+        const size_t sums = args.partials == nullptr ? 0 : rows * packed.width * sizeof(float);
+        if (shape.vectors && 2 * args.half == packed.width && args.half <= shape.block.x * N) {
+          constexpr int bytes = STAGES * stage_bytes<N>();
+          cudaFuncSetAttribute(norm_backward_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes * THREADS);
+          run(norm_backward_kernel<T>, bytes * threads);  // the sums, 2 * N floats of a thread, are less
         } else if (shape.vectors) {
-          run(norm_backward_kernel<T, N, 3, KEPT / N, 1>);
+          run(any_norm_backward_kernel<T, N, KEPT / N>, sums);
         } else {
-          run(norm_backward_kernel<T, 1, 3, KEPT, 1>);
+          run(any_norm_backward_kernel<T, 1, KEPT>, sums);
         }
       } else {
         const unsigned blocks = grid(items, shape.block.y);
