@@ -51,6 +51,7 @@ Copies copies_of(const Tensor& like, int64_t rows, int64_t width, int64_t scalin
   if (second && rowwise) {
     made.peaks = empty(like, {first ? width + padded : width}, ScalarType::Float);
     made.out.peaks = static_cast<float*>(mutable_data(*made.peaks));
+    if (first) made.out.row_peaks = made.out.peaks + width;
   }
   return made;
 }

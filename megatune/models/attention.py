@@ -60,7 +60,12 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, segments: Segments, rotary: Rotary | None, cache: KVCache | None = None
     ) -> Tensor:
-        qkv = self.qkv(x, segments)
+        return self.from_qkv(self.qkv(x, segments), segments, rotary, cache)
+
+    def from_qkv(
+        self, qkv: Tensor, segments: Segments, rotary: Rotary | None, cache: KVCache | None = None
+    ) -> Tensor:
+        """What follows the fused projection."""
 
         def attend(*heads: Tensor) -> Tensor:
             return self._attend(

@@ -46,10 +46,19 @@ class Layer(nn.Module):
         self.mlp_norm = norm(before)
         self.mlp = _mlp(spec, index, world)
         self.mlp_post_norm = norm(after)
+        self.joined = False
+
+    def join_norms(self) -> None:
+        """Let the products behind RMS norms, whose linear layers are in fp8, take these along."""
+        norms = (self.attn_norm, self.mlp_norm)
+        gated = isinstance(self.mlp, GatedMLP)
+        self.joined = gated and all(norm is not None and norm.kind == "rms" for norm in norms)
 
     def forward(
         self, x: Tensor, segments: Segments, rotary: Rotary | None, cache: KVCache | None = None
     ) -> Tensor:
+        if self.joined:
+            return self._joined(x, segments, rotary, cache)
         y = self.attn_norm(x) if self.attn_norm is not None else x
         y = self.attn(y, segments, rotary, cache)
         y = self.attn_post_norm(y) if self.attn_post_norm is not None else y
@@ -58,6 +67,15 @@ class Layer(nn.Module):
         else:
             x = y = x + y
         y = self.mlp(y, segments)
+        return x + (self.mlp_post_norm(y) if self.mlp_post_norm is not None else y)
+
+    def _joined(self, x: Tensor, segments: Segments, rotary: Rotary | None, cache: KVCache | None) -> Tensor:
+        qkv = self.attn.qkv.of_norm(x, self.attn_norm.weight, self.attn_norm.eps, self.attn_norm.offset)
+        y = self.attn.from_qkv(qkv, segments, rotary, cache)
+        y = self.attn_post_norm(y) if self.attn_post_norm is not None else y
+        norm = self.mlp_norm
+        x, gate_up = self.mlp.gate_up.of_sum_norm(x, y, norm.weight, norm.eps, norm.offset)
+        y = self.mlp.from_gate_up(gate_up, segments)
         return x + (self.mlp_post_norm(y) if self.mlp_post_norm is not None else y)
 
 

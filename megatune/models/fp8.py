@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from typing import Literal
 
-from torch import nn
-
 from megatune.errors import ConfigError
+from megatune.models.decoder import Decoder
 from megatune.models.spec import DecoderSpec
 from megatune.ops import Fp8Recipe
 from megatune.parallel.tensor import Linear
 
 
-def use_fp8(model: nn.Module, scaling: Literal["rowwise", "blockwise"]) -> None:
+def use_fp8(model: Decoder, scaling: Literal["rowwise", "blockwise"]) -> None:
     """Let the linear layers of the decoder's layers compute in fp8, in place; head and embeddings stay as they are.
-    `check_fp8` says for which models."""
-    for name, linear in model.named_modules():
-        if isinstance(linear, Linear) and name.startswith("layers."):
-            linear.fp8 = Fp8Recipe(scaling)
+    RMS norms give them their input in 8 bits only. `check_fp8` says for which models."""
+    for layer in model.layers.values():
+        for linear in layer.modules():
+            if isinstance(linear, Linear):
+                linear.fp8 = Fp8Recipe(scaling)
+        layer.join_norms()
 
 
 def check_fp8(spec: DecoderSpec, scaling: Literal["rowwise", "blockwise"]) -> None:

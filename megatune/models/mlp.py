@@ -30,13 +30,17 @@ class GatedMLP(nn.Module):
         self.down = Linear(size, spec.hidden_size, spec.mlp_bias, shard="row", world=world)
 
     def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
+        return self.from_gate_up(self.gate_up(x, segments), segments)
+
+    def from_gate_up(self, gate_up: Tensor, segments: Segments | None = None) -> Tensor:
+        """What follows the first projection."""
         if self.down.fp8 is not None:
             # It keeps its input in 8 bits: less than what could be given up.
-            return self.down.of_glu(self.gate_up(x, segments), self.activation)
+            return self.down.of_glu(gate_up, self.activation)
         return recomputed(
             lambda gate_up: ops.glu(gate_up, self.activation),
             lambda inner: self.down(inner, segments),
-            self.gate_up(x, segments),
+            gate_up,
         )
 
 

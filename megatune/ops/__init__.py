@@ -4,14 +4,8 @@ from megatune.ops.attention import attention
 from megatune.ops.cross_entropy import VocabCut, cross_entropy, linear_cross_entropy
 from megatune.ops.dropout import keyed_dropout
 from megatune.ops.embedding import embedding
-from megatune.ops.fp8 import (
-    Fp8Recipe,
-    Fp8Weight,
-    fp8_glu_linear,
-    fp8_linear,
-    fp8_norm_linear,
-    fp8_products,
-)
+from megatune.ops.fp8 import Fp8Recipe, Fp8Weight, fp8_linear, fp8_products
+from megatune.ops.fp8_fused import fp8_add_norm_linear, fp8_glu_linear, fp8_norm_linear
 from megatune.ops.glu import glu
 from megatune.ops.lora import LoraLayout, lora_linear
 from megatune.ops.moe import clamped_glu
@@ -47,6 +41,7 @@ __all__ = [
     "cross_entropy",
     "dense",
     "embedding",
+    "fp8_add_norm_linear",
     "fp8_glu_linear",
     "fp8_linear",
     "fp8_norm_linear",

@@ -1,9 +1,8 @@
 """Linear layers whose three products are of 8 bit numbers: y = q(x) q(w)^T, dx = q(g) q(w), dw = q(g)^T q(x).
 
 Quantising is seen as the identity by autograd (straight through). Gradients and outputs are in the input's
-dtype; how exactly GPUs add up is said at `Fp8Recipe`. `fp8_norm_linear` and `fp8_glu_linear` take what stands
-before the layer along, so that the layer's input is never written in 16 bits: only its 8 bit copies are, and
-the transposed one is what backward keeps.
+dtype; how exactly GPUs add up is said at `Fp8Recipe`. `fp8_fused` has layers that take along what stands
+before them.
 
 The product is PyTorch's (cuBLAS). Where a device has none for fp8 (CPUs, GPUs before Ada), the reference multiplies
 the numbers that the codes stand for in fp32: the same values but for the order of sums.
@@ -30,11 +29,8 @@ from megatune.ops.fp8_quantise import (
     check_matrix,
     format_of,
     quantise,
-    quantise_glu,
-    quantise_rms_norm,
 )
-from megatune.ops.glu import ACTIVATIONS, Activation
-from megatune.ops.registry import CUDA_DTYPES, OPS, Body, add_op
+from megatune.ops.registry import CUDA_DTYPES, Body, add_op
 
 
 @dataclass(frozen=True)
@@ -171,12 +167,14 @@ def _weight(weight: Tensor, recipe: Fp8Recipe, kept: Fp8Weight | None, copies: i
     return quantise(weight, recipe.weights, copies=copies)
 
 
-def _copies(ctx: Any, weight_at: int, recipe: Fp8Recipe) -> int:
+def input_copies(ctx: Any, weight_at: int, recipe: Fp8Recipe) -> int:
     """Copies of the input: the transposed one is for the weight's gradient."""
     return BOTH if ctx.needs_input_grad[weight_at] and recipe.wgrad == "fp8" else ROWS
 
 
-def _forward(ctx: Any, x: Quantised, weight: Tensor, dtype: torch.dtype, *extra: Tensor | None) -> Tensor:
+def product_forward(
+    ctx: Any, x: Quantised, weight: Tensor, dtype: torch.dtype, *extra: Tensor | None
+) -> Tensor:
     """The product. Saved: the weight, the input's transposed copy, and `extra`."""
     ctx.save_for_backward(weight, x.codes_t, x.scales_t, *extra)
     ctx.input = (x.rows, x.scaling)
@@ -184,7 +182,7 @@ def _forward(ctx: Any, x: Quantised, weight: Tensor, dtype: torch.dtype, *extra:
     return _rows(_product(x.plain, quantised.plain, dtype, fast=True), x.rows)
 
 
-def _backward(
+def product_backward(
     ctx: Any, grad: Tensor, weight: Tensor, codes_t: Tensor, scales_t: Tensor, need_x: bool, need_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """(gradient of the layer's input; gradient of the weight if it is of 8 bit factors)."""
@@ -211,81 +209,23 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, recipe: Fp8Recipe, kept: Fp8Weight | None) -> Tensor:
         ctx.recipe, ctx.kept = recipe, kept
-        quantised = quantise(x, recipe.inputs, copies=_copies(ctx, 1, recipe))
+        quantised = quantise(x, recipe.inputs, copies=input_copies(ctx, 1, recipe))
         wide = x if ctx.needs_input_grad[1] and recipe.wgrad == "bf16" else None
-        return _forward(ctx, quantised, weight, x.dtype, wide)
+        return product_forward(ctx, quantised, weight, x.dtype, wide)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *saved, x = ctx.saved_tensors
-        grad_x, grad_weight = _backward(ctx, grad, *saved, *ctx.needs_input_grad[:2])
+        grad_x, grad_weight = product_backward(ctx, grad, *saved, *ctx.needs_input_grad[:2])
         if x is not None:
             grad_weight = (grad.t() @ x).to(saved[0].dtype)
         return grad_x, grad_weight, None, None
 
 
-class _NormLinear(torch.autograd.Function):
-    """x [T, in], scale [in], weight [out, in] -> rms_norm(x) weight^T [T, out]."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        scale: Tensor,
-        weight: Tensor,
-        eps: float,
-        offset: float,
-        recipe: Fp8Recipe,
-        kept: Fp8Weight | None,
-    ) -> Tensor:
-        ctx.recipe, ctx.kept, ctx.eps, ctx.offset = recipe, kept, eps, offset
-        copies = _copies(ctx, 2, recipe)
-        quantised, rstd = quantise_rms_norm(x, scale, eps, offset, recipe.inputs, copies=copies)
-        return _forward(ctx, quantised, weight, x.dtype, x, scale, rstd)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *saved, x, scale, rstd = ctx.saved_tensors
-        need_x, need_scale, need_weight = ctx.needs_input_grad[:3]
-        norm = OPS["rms_norm"].pick(x.device.type, x.dtype)
-        grad_y, grad_weight = _backward(ctx, grad, *saved, need_x or need_scale, need_weight)
-        if need_weight and grad_weight is None:
-            y = norm.run[0](x, scale, ctx.eps, ctx.offset)[0]
-            grad_weight = (grad.t() @ y).to(saved[0].dtype)
-        grad_x = grad_scale = None
-        if grad_y is not None:
-            grad_x, grad_scale = norm.run[1](grad_y, x, scale, rstd, ctx.offset, need_scale)
-        return grad_x, grad_scale.to(scale.dtype) if need_scale else None, grad_weight, *[None] * 4
-
-
-class _GluLinear(torch.autograd.Function):
-    """gate_up [T, 2 in], weight [out, in] -> glu(gate_up) weight^T [T, out]."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, gate_up: Tensor, weight: Tensor, activation: int, recipe: Fp8Recipe, kept: Fp8Weight | None
-    ) -> Tensor:
-        ctx.recipe, ctx.kept, ctx.activation = recipe, kept, activation
-        copies = _copies(ctx, 1, recipe)
-        quantised = quantise_glu(gate_up, ACTIVATIONS[activation], recipe.inputs, copies=copies)
-        return _forward(ctx, quantised, weight, gate_up.dtype, gate_up)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *saved, gate_up = ctx.saved_tensors
-        need_x, need_weight = ctx.needs_input_grad[:2]
-        glu = OPS["glu"].pick(gate_up.device.type, gate_up.dtype)
-        grad_y, grad_weight = _backward(ctx, grad, *saved, need_x, need_weight)
-        if need_weight and grad_weight is None:
-            grad_weight = (grad.t() @ glu.run[0](gate_up, ctx.activation)).to(saved[0].dtype)
-        grad_x = None if grad_y is None else glu.run[1](grad_y, gate_up, ctx.activation)
-        return grad_x, grad_weight, None, None, None
-
-
-def _check(op: str, x: Tensor, width: int, weight: Tensor, bias: Tensor | None, recipe: Fp8Recipe) -> None:
+def check_linear(
+    op: str, x: Tensor, width: int, weight: Tensor, bias: Tensor | None, recipe: Fp8Recipe
+) -> None:
     check_matrix(op, "weight", weight, weight.shape[-1], recipe.weights)
     step = 16 if recipe.scaling == "rowwise" else 128
     if weight.shape[0] == 0 or weight.shape[0] % step:
@@ -314,57 +254,6 @@ def fp8_linear(
     shapes, dtypes or devices do not fit."""
     op = "fp8_linear"
     check_matrix(op, "x", x, x.shape[-1], recipe.inputs)
-    _check(op, x, x.shape[1], weight, bias, recipe)
+    check_linear(op, x, x.shape[1], weight, bias, recipe)
     y = _Linear.apply(x, weight, recipe, kept)
-    return y if bias is None else y + bias
-
-
-def fp8_norm_linear(
-    x: Tensor,
-    scale: Tensor,
-    eps: float,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    offset: float = 0.0,
-    recipe: Fp8Recipe = Fp8Recipe(),
-    kept: Fp8Weight | None = None,
-) -> Tensor:
-    """`fp8_linear(rms_norm(x, scale, eps, offset), weight, bias)`, the norm's output in 8 bits only.
-
-    x [T, in], scale [in], weight [out, in] -> [T, out]. Gradients to x, scale, weight and bias. ValueError where
-    shapes, dtypes or devices do not fit."""
-    op = "fp8_norm_linear"
-    check_matrix(op, "x", x, x.shape[-1], recipe.inputs)
-    _check(op, x, x.shape[1], weight, bias, recipe)
-    if scale.shape != x.shape[1:]:
-        raise ValueError(f"{op}: scale {tuple(scale.shape)} must be [{x.shape[1]}]")
-    same_device(op, x, scale=scale)
-    x = x if x.stride(1) == 1 else x.contiguous()
-    y = _NormLinear.apply(x, scale, weight, eps, offset, recipe, kept)
-    return y if bias is None else y + bias
-
-
-def fp8_glu_linear(
-    gate_up: Tensor,
-    activation: Activation,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    recipe: Fp8Recipe = Fp8Recipe(),
-    kept: Fp8Weight | None = None,
-) -> Tensor:
-    """`fp8_linear(glu(gate_up, activation), weight, bias)`, the unit's output in 8 bits only.
-
-    gate_up [T, 2 in] interleaved, weight [out, in] -> [T, out]. Gradients to gate_up, weight and bias. ValueError where
-    shapes, dtypes or devices do not fit, or for an unknown activation."""
-    op = "fp8_glu_linear"
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"{op}: activation is {activation!r}, must be one of {', '.join(ACTIVATIONS)}")
-    if gate_up.dim() != 2 or gate_up.shape[1] % 2:
-        raise ValueError(f"{op}: gate_up {tuple(gate_up.shape)} must be [T, 2 in]")
-    check_matrix(op, "gate_up", gate_up, gate_up.shape[1] // 2, recipe.inputs)
-    _check(op, gate_up, gate_up.shape[1] // 2, weight, bias, recipe)
-    gate_up = gate_up if gate_up.stride(1) == 1 else gate_up.contiguous()
-    y = _GluLinear.apply(gate_up, weight, ACTIVATIONS.index(activation), recipe, kept)
     return y if bias is None else y + bias

@@ -131,6 +131,18 @@ class Linear(nn.Module):
             return linear.column(x, self.weight, self.bias, change, self.axis, self.overlap)
         return linear.row(x, self.weight, self.bias, change, self.axis, self.splits, self.overlap)
 
+    def of_norm(self, x: Tensor, scale: Tensor, eps: float, offset: float) -> Tensor:
+        """self(ops.rms_norm(x, scale, eps, offset)) for a layer with `fp8`: what stands between is in 8 bits only."""
+        norm = {"offset": offset, "recipe": self.fp8}
+        return ops.fp8_norm_linear(x, scale, eps, self.weight, self.bias, **norm)
+
+    def of_sum_norm(
+        self, x: Tensor, residual: Tensor, scale: Tensor, eps: float, offset: float
+    ) -> tuple[Tensor, Tensor]:
+        """(x + residual, `of_norm` of it)"""
+        norm = {"offset": offset, "recipe": self.fp8}
+        return ops.fp8_add_norm_linear(x, residual, scale, eps, self.weight, self.bias, **norm)
+
     def of_glu(self, gate_up: Tensor, activation: Activation) -> Tensor:
         """self(ops.glu(gate_up, activation)) for a layer with `fp8`: what stands between is in 8 bits only."""
         return ops.fp8_glu_linear(gate_up, activation, self.weight, self.bias, recipe=self.fp8)

@@ -198,6 +198,11 @@ def layers(recipe: Fp8Recipe, x: Tensor, scale: Tensor, weight: Tensor, gate_up:
             (x, scale, weight),
         ),
         (
+            lambda x, r, s, w: torch.cat(ops.fp8_add_norm_linear(x, r, s, 1e-5, w, recipe=recipe), 1),
+            lambda x, r, s, w: torch.cat((x + r, norm(x + r, s) @ w.t()), 1),
+            (x, x.flip(0), scale, weight),
+        ),
+        (
             lambda x, w: ops.fp8_glu_linear(x, "silu", w, recipe=recipe),
             lambda x, w: glu(x) @ w.t(),
             (gate_up, weight),
@@ -337,9 +342,16 @@ def test_copies_of_a_weight_are_kept_until_they_are_cleared() -> None:
         (lambda x, w: ops.fp8_linear(x, w, w[0, :5]), r"fp8_linear: bias \(5,\) must be \[16\]"),
         (lambda x, w: ops.fp8_linear(x, w, recipe=Fp8Recipe("blockwise")), "multiple of 128 with blocks"),
         (lambda x, w: ops.fp8_linear(x, w.to("meta")), "fp8_linear: weight is on meta"),
-        (lambda x, w: ops.fp8_norm_linear(x, w[0, :3], 1e-5, w), "fp8_norm_linear: scale"),
         (
-            lambda x, w: ops.fp8_glu_linear(x, "silu", w),
+            lambda x, w: ops.fp8_norm_linear(x, w[0, :3], 1e-5, w, recipe=Fp8Recipe()),
+            "fp8_norm_linear: scale",
+        ),
+        (
+            lambda x, w: ops.fp8_add_norm_linear(x, x[:2], w[0], 1e-5, w, recipe=Fp8Recipe()),
+            r"fp8_add_norm_linear: residual torch.float32 \(2, 32\) must be like x",
+        ),
+        (
+            lambda x, w: ops.fp8_glu_linear(x, "silu", w, recipe=Fp8Recipe()),
             r"fp8_glu_linear: weight \(16, 32\) must be \[out, 16\]",
         ),
         (lambda x, w: Fp8Recipe("tilewise"), "Fp8Recipe: scaling is 'tilewise'"),

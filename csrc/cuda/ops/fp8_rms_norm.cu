@@ -1,6 +1,8 @@
 // Root-mean-square norm, to fp8; it is never written in its own type. The formulas of rms_norm.cu.
+//
+// One row-wise copy takes one pass. Else the rows' rstd comes first, and what follows is quantised as it is read.
 
-#include "fp8.cuh"
+#include "fp8_tiles.cuh"
 
 namespace megatune::cuda {
 
@@ -47,9 +49,111 @@ struct Normed {
   }
 };
 
+// The same with rstd known.
+template <class T>
+struct Known : Normed<T> {
+  static constexpr bool NORMALISES = false;
+
+  __device__ Vec<T, 8> raw(int64_t row, int64_t column) const {
+    return Normed<T>::finish(Normed<T>::raw(row, column), this->rstd[row], Normed<T>::columns(column));
+  }
+  __device__ Vec<T, 8> finish(const Vec<T, 8>& values, float, const typename Normed<T>::Columns&) const {
+    return values;
+  }
+};
+
+// And for fp8_tiles.cuh. PLAIN: the weight is of type T, without an offset, so that the second product is one of two 16
+// bit numbers, rounded once.
+template <class T, bool PLAIN>
+struct KnownTiles : Normed<T> {
+  static constexpr int PIECES = 1, BLOCKS = PLAIN ? 3 : 2;
+  struct Rows {
+    float rstd[fp8::N];
+  };
+  using Columns = std::conditional_t<PLAIN, uint4, Vec<float, 8>>;
+
+  __device__ Columns columns(int64_t column) const {
+    if constexpr (PLAIN) {
+      return *reinterpret_cast<const uint4*>(static_cast<const T*>(this->weight) + column);
+    } else {
+      auto factors = Normed<T>::columns(column);
+#pragma unroll
+      for (int i = 0; i < fp8::N; ++i) factors.at[i] += this->offset;
+      return factors;
+    }
+  }
+  __device__ Rows rows(int64_t row, int64_t count) const {
+    Rows of;
+#pragma unroll
+    for (int i = 0; i < fp8::N; ++i) of.rstd[i] = row + i < count ? this->rstd[row + i] : 0.0f;
+    return of;
+  }
+  __device__ const T* from(int64_t row, int64_t column) const { return this->x + row * this->row_stride + column; }
+  __device__ void finish(const uint4 (&pieces)[1], const Rows& rows, int i, const Columns& columns,
+                         uint32_t (&y)[4]) const {
+    using P = fp8::Pair<T>;
+    const uint32_t words[4] = {pieces[0].x, pieces[0].y, pieces[0].z, pieces[0].w};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      float2 two = P::wide(words[j]);
+      two.x *= rows.rstd[i], two.y *= rows.rstd[i];
+      if constexpr (PLAIN) {
+        const uint32_t factors[4] = {columns.x, columns.y, columns.z, columns.w};
+        y[j] = P::product(P::narrow(two.x, two.y), factors[j]);
+      } else {
+        if (this->round_first) two = P::wide(P::narrow(two.x, two.y));
+        y[j] = P::narrow(two.x * columns.at[2 * j], two.y * columns.at[2 * j + 1]);
+      }
+    }
+  }
+};
+
+// A warp for a row; what it asks for at once keeps memory busy.
+constexpr int ROW_THREADS = 256, ROW_LOADS = 8;
+template <class T>
+__global__ void __launch_bounds__(ROW_THREADS) rstd_kernel(const Normed<T> source, int64_t rows, int64_t width) {
+  const int64_t row = (static_cast<int64_t>(blockIdx.x) * ROW_THREADS + threadIdx.x) / 32;
+  if (row >= rows) return;
+  const int lane = threadIdx.x % 32, vectors = static_cast<int>(width / fp8::N);
+  float total = 0.0f;
+  for (int first = lane; first < vectors; first += 32 * ROW_LOADS) {
+    Vec<T, 8> values[ROW_LOADS];
+#pragma unroll
+    for (int i = 0; i < ROW_LOADS; ++i) {
+      const int at = first + 32 * i;
+      values[i] = at < vectors ? source.raw(row, int64_t{at} * fp8::N) : fp8::zeros<T>();
+    }
+#pragma unroll
+    for (int i = 0; i < ROW_LOADS; ++i) {
+      const auto wide = widen(values[i]);
+#pragma unroll
+      for (int j = 0; j < fp8::N; ++j) total += wide.at[j] * wide.at[j];
+    }
+  }
+#pragma unroll
+  for (int other = 16; other > 0; other /= 2) total += __shfl_xor_sync(0xffffffffu, total, other);
+  if (lane == 0) source.rstd[row] = source.rstd_of(total, width);
+}
+
+template <class T>
+int quantise_known(const Fp8RmsNorm& args, const Normed<T>& source, Stream stream) {
+  const Fp8& out = args.out;
+  if (out.scaling == Scaling::rowwise) return fp8::launch_computed_columns(Known<T>{source}, out, stream);
+  if constexpr (sizeof(T) == 2) {
+    if (source.vectors && source.weight_vectors) {
+      if (args.weight_type == args.type && args.offset == 0.0f && args.round_first)
+        return fp8::launch_computed_tiles(KnownTiles<T, true>{source}, out, stream);
+      return fp8::launch_computed_tiles(KnownTiles<T, false>{source}, out, stream);
+    }
+  }
+  return fp8::launch_tiles<Known<T>, Scaling::blocks>(Known<T>{source}, out, stream);
+}
+
 }  // namespace
 
 int fp8_rms_norm(const Fp8RmsNorm& args, Stream stream) {
+  const Fp8& out = args.out;
+  if (out.width == 0) return 0;
   return with_type(args.type, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const Normed<T> source{static_cast<const T*>(args.x),
@@ -62,7 +166,12 @@ int fp8_rms_norm(const Fp8RmsNorm& args, Stream stream) {
                            args.eps,
                            args.round_first,
                            args.rstd};
-    return fp8::launch(source, args.out, stream);
+    if (out.scaling == Scaling::rowwise && out.codes_t == nullptr) return fp8::launch(source, out, stream);
+    if (out.rows > 0) {
+      rstd_kernel<<<grid(out.rows, ROW_THREADS / 32), ROW_THREADS, 0, stream>>>(source, out.rows, out.width);
+      if (const int error = launched()) return error;
+    }
+    return quantise_known(args, source, stream);
   });
 }
 

@@ -28,7 +28,7 @@ struct Fp8 {
   uint8_t* codes_t;  // [width, padded]; null, with its scales: not wanted
   float* scales_t;
   float* peaks;      // [width], workspace; null unless a rowwise transposed copy is wanted
-  float* row_peaks;  // [padded], workspace right behind it; only of fp8_quantise, null unless both copies are wanted
+  float* row_peaks;  // [padded], workspace right behind it; null unless both copies are wanted
 };
 
 struct Fp8Quantise {
