@@ -83,7 +83,7 @@ def dry_run(config: Config, spec: DecoderSpec, world_size: int, rank: int) -> Re
     runs = [count]
     if config.parallel.schedule != "gpipe" and count > 2 * layout.pp:
         runs = [layout.pp, 2 * layout.pp]
-    with _fake_group(rank, world_size), _shards_on_meta(), _logits_as_on_gpus():
+    with _fake_group(rank, world_size), _shards_on_meta(), _logits_as_on_gpus(), _only_new_objects():
         # Without streams, what runs behind computation would keep its buffers longer here than on a GPU.
         parallel = config.parallel.model_copy(update={"overlap": False})
         world = make_world(parallel, layout, rank, 0, torch.device("cpu"))
@@ -193,6 +193,16 @@ def _logits_as_on_gpus() -> Iterator[None]:
         yield
     finally:
         CHUNK_LOGITS.update(before)
+
+
+@contextmanager
+def _only_new_objects() -> Iterator[None]:
+    """Garbage is looked for among what is made within: a program with much else waits half a second a step else."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextmanager
