@@ -12,10 +12,10 @@ shapes), the host's time in one plain forward call, and the relative difference 
 bytes (`small_share`), too: no kernel of that length reaches the rate of a long one.
 
 Compiling comes first, in as many processes as there are cores (`benchmarks/ops_warm.py`). Rows are written to
-benchmarks/results/ops_GPU.json after each case: a run that is cut leaves what it has, and a later one on the same GPU,
-driver and torch puts its rows in the place of those of the same model and op. At the end, and in the file: what is
-below its target, and what is slower than the best of its rivals by more than 3 %. `--table` prints the page
-docs/ops.md of a file. `--device cpu --tiny` runs every case once anywhere.
+benchmarks/results/ops_GPU.json after each case: a run that is cut leaves what it has, and one of some models or ops
+(on the same GPU, driver and torch) puts its rows in the place of those of the same model and op. At the end, and in the
+file: what is below its target, and what is slower than the best of its rivals by more than 3 %. `--table` prints the
+page docs/ops.md of a file. `--device cpu --tiny` runs every case once anywhere.
 """
 
 from __future__ import annotations
@@ -305,7 +305,6 @@ def run(options: argparse.Namespace, path: Path) -> Row:
         this |= {"seconds": round(time.monotonic() - began, 1), "seconds_of": spent}
         this["models"] = sorted({*this["models"], model})
         write(content, path)
-    content["verdicts"] = verdicts(content["rows"])
     write(content, path)
     print("\n".join(["", *said(content["verdicts"])]))
     return content
@@ -333,6 +332,7 @@ def compile_into(options: argparse.Namespace) -> None:
 
 
 def write(content: Row, path: Path) -> None:
+    content["verdicts"] = verdicts(content["rows"])
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".tmp")
     unfinished.write_text(json.dumps(content, indent=1) + "\n")
