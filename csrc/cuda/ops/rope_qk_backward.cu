@@ -1,0 +1,366 @@
+// Backward of rope_qk.cu: the gradient of the whole product, the values' part included, in one pass.
+
+#include "rope_qk.cuh"
+
+namespace megatune::cuda {
+
+namespace {
+
+constexpr int EACH = 2, EACH_BACK = 2;  // heads that a thread has on their way, without and with a norm
+constexpr int BLOCKS_BACK = 2;          // of a multiprocessor, with the registers that their sums need
+constexpr int KEPT = 8;                 // columns of each kind that a lane has, of heads with a norm
+
+// The heads of a group: queries, then the key, then the value.
+template <class T>
+struct Joined {
+  Heads q, k, v;
+  T* y;
+  int64_t width;
+  uint32_t groups;
+  int queries, heads;
+
+  __device__ const T* from(int64_t token, int64_t group, int64_t head) const {
+    const Heads& part = head < queries ? q : head == queries ? k : v;
+    if (head < queries) group = group * queries + head;
+    return static_cast<const T*>(part.data) + token * part.token_stride + group * part.head_stride;
+  }
+  __device__ T* to(int64_t item, int64_t head) const { return y + (item * heads + head) * width; }
+  __device__ bool copies(int head) const { return head > queries; }
+};
+
+// Where part `i` of kind 0, 1, 2 (first half, second half, beyond both) of a lane's columns begins, or -1 where it has
+// no such part.
+template <int N>
+__device__ inline int64_t column_of(int64_t half, int64_t width, int i, int kind) {
+  const int64_t column = (static_cast<int64_t>(threadIdx.x) + static_cast<int64_t>(i) * blockDim.x) * N;
+  if (kind == 2) return 2 * half + column < width ? 2 * half + column : -1;
+  return column < half ? kind * half + column : -1;
+}
+
+template <int N, int PARTS, class Body>
+__device__ inline void each_part(int64_t half, int64_t width, Body&& body) {
+#pragma unroll
+  for (int i = 0; i < PARTS; ++i) {
+#pragma unroll
+    for (int kind = 0; kind < 3; ++kind) {
+      const int64_t column = column_of<N>(half, width, i, kind);
+      if (column >= 0) body(i, kind, column);
+    }
+  }
+}
+
+struct Normed {
+  const void* x;
+  int64_t token_stride, group_stride, head_stride;
+  const float* rstd;  // [items, queries + 1]
+  float* partials;
+
+  template <class T>
+  __device__ const T* head(int64_t token, int64_t group, int64_t number) const {
+    return static_cast<const T*>(x) + token * token_stride + group * group_stride + number * head_stride;
+  }
+};
+
+// The sums of a block's threads for the gradients of both weights, as one row of `partials`. of_threads: [blockDim.z,
+// blockDim.y, width], of which each thread has written its columns; the last of the threadIdx.z has those of keys.
+__device__ inline void add_threads(const float* of_threads, int64_t width, float* partials) {
+  const int query_rows = (blockDim.z - 1) * blockDim.y, rows = blockDim.z * blockDim.y;
+  const int thread = (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
+  __syncthreads();
+  for (int64_t column = thread; column < 2 * width; column += rows * blockDim.x) {
+    const bool key = column >= width;
+    float sum = 0.0f;
+    for (int row = key ? query_rows : 0; row < (key ? rows : query_rows); ++row)
+      sum += of_threads[row * width + (key ? column - width : column)];
+    partials[blockIdx.x * 2 * width + column] = sum;
+  }
+}
+
+// Backward with a norm. The last of the threadIdx.z has the keys and values of its items, the others have queries: sums
+// for the gradient of one weight stay in registers until the end.
+//
+// With y = rstd * x * factor and g the gradient of y, turned back: that of the factor is the sum of g * rstd * x, that
+// of x is g * rstd * factor - x * rstd^2 * mean(g * rstd * factor * x).
+template <class T, int N>
+__device__ inline float begin_part(Vec<float, N>& grad, const Vec<T, N>& x, float rstd, const Vec<float, N>& factor,
+                                   Vec<float, N>& sum) {
+  const auto wide = widen(x);
+  float total = 0.0f;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    grad.at[i] *= rstd;
+    sum.at[i] += grad.at[i] * wide.at[i];
+    grad.at[i] *= factor.at[i];
+    total += grad.at[i] * wide.at[i];
+  }
+  return total;
+}
+
+template <class T, int N>
+__device__ inline Vec<T, N> end_part(Vec<float, N> scaled, const Vec<T, N>& x, float mean) {
+  const auto wide = widen(x);
+#pragma unroll
+  for (int i = 0; i < N; ++i) scaled.at[i] -= wide.at[i] * mean;
+  return narrow<T>(scaled);
+}
+
+// Heads of any kind. Of a head a lane has PARTS vectors of each of three kinds.
+template <class T, int N, int PARTS>
+__global__ void __launch_bounds__(THREADS) any_norm_backward_kernel(const Joined<T> route, const Angles angles,
+                                                                    const Weights weights, const Normed normed,
+                                                                    int64_t items) {
+  extern __shared__ float of_threads[];
+  const int64_t half = angles.half, width = route.width;
+  const int query_rows = blockDim.z - 1, queries = route.queries;
+  const bool is_query = threadIdx.z < query_rows;
+  const int begin = is_query ? threadIdx.z : queries, end = is_query ? queries : queries + 2;
+  const auto each = [&](auto&& body) { each_part<N, PARTS>(half, width, body); };
+  Vec<float, N> sums[PARTS][3]{}, factors[PARTS][3]{};
+  each([&](int i, int kind, int64_t column) { factors[i][kind] = weights.at<N>(!is_query, column); });
+
+  // All threads of a warp go through both loops together: lanes add up.
+  for (int64_t first_item = static_cast<int64_t>(blockIdx.x) * blockDim.y; first_item < items;
+       first_item += static_cast<int64_t>(gridDim.x) * blockDim.y) {
+    const int64_t item = first_item + threadIdx.y;
+    const bool here = item < items;
+    const uint32_t token = static_cast<uint32_t>(item) / route.groups;
+    const uint32_t group = static_cast<uint32_t>(item) % route.groups;
+    for (int head = begin; head < end; head += is_query ? query_rows : 1) {
+      Vec<T, N> grad[PARTS][3]{}, x[PARTS][3]{};
+      const T* from = route.from(token, group, head);
+      T* to = route.to(item, head);
+      if (here) each([&](int i, int kind, int64_t column) { grad[i][kind] = load_once<N>(from + column); });
+      if (route.copies(head)) {  // the same for all lanes
+        if (here) each([&](int i, int kind, int64_t column) { store_once(to + column, grad[i][kind]); });
+        continue;
+      }
+      const T* before = normed.head<T>(token, group, head);
+      if (here) each([&](int i, int kind, int64_t column) { x[i][kind] = load_once<N>(before + column); });
+      const float rstd = here ? normed.rstd[item * (queries + 1) + head] : 0.0f;
+      Vec<float, N> scaled[PARTS][3];
+      float total = 0.0f;
+#pragma unroll
+      for (int i = 0; i < PARTS; ++i) {
+        Turn<N> turn{};
+        const int64_t column = column_of<N>(half, width, i, 0);
+        if (here && column >= 0) turn = turn_at<N>(angles, token, column);
+#pragma unroll
+        for (int kind = 0; kind < 3; ++kind) scaled[i][kind] = widen(grad[i][kind]);
+        turn_pairs(turn, scaled[i][0], scaled[i][1]);
+#pragma unroll
+        for (int kind = 0; kind < 3; ++kind)
+          total += begin_part(scaled[i][kind], x[i][kind], rstd, factors[i][kind], sums[i][kind]);
+      }
+      const float mean = row_sum(total, blockDim.x, nullptr) / static_cast<float>(width) * rstd * rstd;
+      if (!here) continue;
+      each([&](int i, int kind, int64_t column) {
+        store_once(to + column, end_part(scaled[i][kind], x[i][kind], mean));
+      });
+    }
+  }
+  if (normed.partials == nullptr) return;
+  float* mine = of_threads + (threadIdx.z * blockDim.y + threadIdx.y) * width;
+  each([&](int i, int kind, int64_t column) { store(mine + column, sums[i][kind]); });
+  add_threads(of_threads, width, normed.partials);
+}
+
+// Bytes of a stage of one thread: of each head gradient, x and rstd; the angles.
+template <int N>
+constexpr int stage_bytes() { return EACH_BACK * (4 * 16 + 4) + 2 * N * 4; }
+
+template <class T>
+__global__ void __launch_bounds__(THREADS, BLOCKS_BACK)
+    norm_backward_kernel(const Joined<T> route, const Angles angles, const Weights weights, const Normed normed,
+                         int64_t items) {
+  constexpr int N = 16 / sizeof(T), EACH = EACH_BACK, VECTORS = EACH * 4 + ANGLE_VECTORS<N>;
+  // [STAGES][VECTORS][threads], then [STAGES][EACH][threads] of rstd; at the end the sums.
+  extern __shared__ int4 stages[];
+  const int threads = blockDim.x * blockDim.y * blockDim.z;
+  const int thread = (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
+  float* rstds = reinterpret_cast<float*>(stages + STAGES * VECTORS * threads) + thread;
+  const int64_t half = angles.half, column = static_cast<int64_t>(threadIdx.x) * N;
+  const int query_rows = blockDim.z - 1, queries = route.queries;
+  const bool is_query = threadIdx.z < query_rows, has = column < half;
+  const int begin = is_query ? threadIdx.z : queries, end = is_query ? queries : queries + 2;
+  const int step = is_query ? query_rows : 1;
+  const int64_t item_step = static_cast<int64_t>(gridDim.x) * blockDim.y;
+  Vec<float, N> sums[2]{}, factors[2]{};
+  if (has) factors[0] = weights.at<N>(!is_query, column), factors[1] = weights.at<N>(!is_query, half + column);
+
+  int64_t next_item = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  int next_head = begin, next_stage = 0;
+  const auto fetch_next = [&] {
+    if (has && next_item < items) {
+      const uint32_t token = static_cast<uint32_t>(next_item) / route.groups;
+      const uint32_t group = static_cast<uint32_t>(next_item) % route.groups;
+      int4* to = stages + next_stage * VECTORS * threads + thread;
+#pragma unroll
+      for (int e = 0; e < EACH; ++e) {
+        const int head = next_head + e * step;
+        if (head >= end) continue;
+        const T* grad = route.from(token, group, head) + column;
+        fetch(to + 4 * e * threads, grad), fetch(to + (4 * e + 1) * threads, grad + half);
+        if (route.copies(head)) continue;
+        const T* x = normed.head<T>(token, group, head) + column;
+        fetch(to + (4 * e + 2) * threads, x), fetch(to + (4 * e + 3) * threads, x + half);
+        fetch_shared<4>(rstds + (next_stage * EACH + e) * threads, normed.rstd + next_item * (queries + 1) + head);
+      }
+      fetch_angles<N>(to + 4 * EACH * threads, threads, angles, token, column);
+    }
+    end_stage();
+    next_head += step * EACH;
+    if (next_head >= end) next_head = begin, next_item += item_step;
+    next_stage = (next_stage + 1) % STAGES;
+  };
+
+#pragma unroll
+  for (int i = 1; i < STAGES; ++i) fetch_next();
+  int stage = 0;
+  // All threads of a warp go through both loops together: lanes add up.
+  for (int64_t first_item = static_cast<int64_t>(blockIdx.x) * blockDim.y; first_item < items;
+       first_item += item_step) {
+    const int64_t item = first_item + threadIdx.y;
+    const bool here = has && item < items;
+    for (int first_head = begin; first_head < end; first_head += step * EACH) {
+      fetch_next();
+      await_stage();
+      const int4* from = stages + stage * VECTORS * threads + thread;
+      Turn<N> turn{};
+      if (here) turn = fetched_turn<N>(from + 4 * EACH * threads, threads, angles.sign);
+#pragma unroll
+      for (int e = 0; e < EACH; ++e) {
+        const int head = first_head + e * step;
+        const bool writes = here && head < end;
+        Vec<T, N> grad[2]{}, x[2]{};
+        float rstd = 0.0f;
+        if (writes) memcpy(&grad[0], from + 4 * e * threads, 16), memcpy(&grad[1], from + (4 * e + 1) * threads, 16);
+        if (!route.copies(head)) {  // the same for all lanes
+          if (writes) {
+            memcpy(&x[0], from + (4 * e + 2) * threads, 16), memcpy(&x[1], from + (4 * e + 3) * threads, 16);
+            rstd = rstds[(stage * EACH + e) * threads];
+          }
+          Vec<float, N> scaled[2] = {widen(grad[0]), widen(grad[1])};
+          turn_pairs(turn, scaled[0], scaled[1]);
+          const float total = begin_part(scaled[0], x[0], rstd, factors[0], sums[0]) +
+                              begin_part(scaled[1], x[1], rstd, factors[1], sums[1]);
+          const float mean = row_sum(total, blockDim.x, nullptr) / static_cast<float>(route.width) * rstd * rstd;
+          grad[0] = end_part(scaled[0], x[0], mean), grad[1] = end_part(scaled[1], x[1], mean);
+        }
+        if (!writes) continue;
+        T* to = route.to(item, head) + column;
+        store_once(to, grad[0]), store_once(to + half, grad[1]);
+      }
+      stage = (stage + 1) % STAGES;
+    }
+  }
+  if (normed.partials == nullptr) return;
+  asm volatile("cp.async.wait_all;" ::: "memory");
+  __syncthreads();
+  float* of_threads = reinterpret_cast<float*>(stages);
+  float* mine = of_threads + (threadIdx.z * blockDim.y + threadIdx.y) * route.width + column;
+  if (has) store(mine, sums[0]), store(mine + half, sums[1]);
+  add_threads(of_threads, route.width, normed.partials);
+}
+
+constexpr int COLUMNS = 16, SLICES = 32;
+
+// Sum over the rows of `partials`, for 16 columns in a block; 32 threads share a column.
+__global__ void __launch_bounds__(COLUMNS * SLICES) columns_kernel(const float* partials, int64_t count, int64_t width,
+                                                                   float* sums) {
+  __shared__ float shared[SLICES][COLUMNS + 1];
+  const int64_t column = static_cast<int64_t>(blockIdx.x) * COLUMNS + threadIdx.x;
+  float sum = 0.0f;
+  if (column < width) {
+#pragma unroll 8
+    for (int64_t row = threadIdx.y; row < count; row += SLICES) sum += partials[row * width + column];
+  }
+  shared[threadIdx.y][threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.y != 0 || column >= width) return;
+  for (int slice = 1; slice < SLICES; ++slice) sum += shared[slice][threadIdx.x];
+  sums[column] = sum;
+}
+
+struct Shape {
+  bool vectors;
+  dim3 block;
+};
+
+Shape backward_shape(const RopeQkBackward& args) {
+  const Packed& packed = args.packed;
+  const int step = args.type == Type::f32 ? 4 : 8;
+  bool vectors = in_steps(packed, args.half, step) &&
+                 aligned({args.qkv, args.cos, args.sin, args.q_weight, args.k_weight, args.grad_qkv});
+  for (const Heads* heads : {&args.grad_q, &args.grad_k, &args.grad_v})
+    vectors = vectors && aligned({heads->data}) && heads->token_stride % step == 0 && heads->head_stride % step == 0;
+  const int elements = vectors ? step : 1;
+  if (args.q_weight == nullptr)
+    return {vectors, turn_block(args.half, packed.width, packed.queries + 2, elements, EACH)};
+  dim3 block = turn_block(args.half, packed.width, packed.queries, elements, EACH_BACK);
+  // One more row, for keys and values.
+  const unsigned rows = std::min<unsigned>(block.z + 1, TURN_WARPS);
+  return {vectors, dim3(block.x, 32 / block.x * (TURN_WARPS / rows), rows)};
+}
+
+}  // namespace
+
+int64_t rope_qk_partials(const RopeQkBackward& args) {
+  const Shape shape = backward_shape(args);
+  return std::min<int64_t>(grid(args.packed.tokens * args.packed.groups, shape.block.y),
+                           BLOCKS_BACK * multiprocessors());
+}
+
+int rope_qk_backward(const RopeQkBackward& args, Stream stream) {
+  const Packed& packed = args.packed;
+  const int64_t items = packed.tokens * packed.groups;
+  const bool any = items != 0 && packed.width != 0;
+  const int64_t most = rope_qk_partials(args);
+  if (any) {
+    const Shape shape = backward_shape(args);
+    const bool norm = args.q_weight != nullptr;
+    if (too_many(packed) || (norm && std::max(args.half, packed.width - 2 * args.half) > ROPE_QK_NORM))
+      return static_cast<int>(cudaErrorInvalidValue);
+    with_type(args.type, [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      constexpr int N = 16 / sizeof(T);
+      const int queries = static_cast<int>(packed.queries);
+      const Joined<T> route{args.grad_q, args.grad_k, args.grad_v, static_cast<T*>(args.grad_qkv), packed.width,
+                            static_cast<uint32_t>(packed.groups), queries, queries + 2};
+      const Angles angles{args.cos, args.sin, args.half, -1.0f};
+      if (norm) {
+        const Weights weights{args.q_weight, args.k_weight, args.weight_type, args.offset};
+        const Normed normed{args.qkv,  packed.token_stride, packed.group_stride, packed.head_stride,
+                            args.rstd, args.partials};
+        const size_t rows = shape.block.y * shape.block.z, threads = rows * shape.block.x;
+        const auto run = [&](auto kernel, size_t shared) {
+          kernel<<<static_cast<unsigned>(most), shape.block, shared, stream>>>(route, angles, weights, normed, items);
+        };
+        const size_t sums = args.partials == nullptr ? 0 : rows * packed.width * sizeof(float);
+        if (shape.vectors && 2 * args.half == packed.width && args.half <= shape.block.x * N) {
+          constexpr int bytes = STAGES * stage_bytes<N>();
+          cudaFuncSetAttribute(norm_backward_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes * THREADS);
+          run(norm_backward_kernel<T>, bytes * threads);  // the sums, 2 * N floats of a thread, are less
+        } else if (shape.vectors) {
+          run(any_norm_backward_kernel<T, N, KEPT / N>, sums);
+        } else {
+          run(any_norm_backward_kernel<T, 1, KEPT>, sums);
+        }
+      } else {
+        const unsigned blocks = grid(items, shape.block.y);
+        if (shape.vectors) {
+          turn_kernel<T, N, EACH><<<blocks, shape.block, 0, stream>>>(route, angles, items, packed.width);
+        } else {
+          turn_kernel<T, 1, EACH><<<blocks, shape.block, 0, stream>>>(route, angles, items, packed.width);
+        }
+      }
+    });
+    if (const int error = launched()) return error;
+  }
+  if (args.partials == nullptr || packed.width == 0) return 0;
+  const int64_t columns = 2 * packed.width;
+  columns_kernel<<<grid(columns, COLUMNS), dim3(COLUMNS, SLICES), 0, stream>>>(args.partials, any ? most : 0, columns,
+                                                                              args.grad_weight);
+  return launched();
+}
+
+}  // namespace megatune::cuda
