@@ -7,7 +7,7 @@ namespace megatune::cuda {
 namespace {
 
 constexpr int EACH = 2, EACH_NORMED = 3;  // heads that a thread has on their way, without and with a norm
-constexpr int BLOCKS_NORM = 3;            // of a multiprocessor, at least as far as registers go
+constexpr int BLOCKS_NORM = 2;            // of a multiprocessor: with three, or more in turn, it was slower
 
 // The heads of a group: queries, then the key; values stay where they are.
 template <class T>
@@ -217,9 +217,7 @@ int rope_qk(const RopeQk& args, Stream stream) {
         constexpr size_t factors = 2 * sizeof(float) * 2 * 32 * N;  // of the widest heads
         cudaFuncSetAttribute(norm_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, THREADS * bytes + factors);
         const size_t shared = block.x * block.y * block.z * bytes + 2 * sizeof(float) * packed.width;
-        int at_once = 1;
-        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&at_once, norm_kernel<T>, block.x * block.y * block.z, shared);
-        run(norm_kernel<T>, std::min<unsigned>(blocks, at_once * multiprocessors()), shared);
+        run(norm_kernel<T>, std::min<unsigned>(blocks, BLOCKS_NORM * multiprocessors()), shared);
       } else if (vectors) {
         run(any_norm_kernel<T, N>, blocks, 0);
       } else {
