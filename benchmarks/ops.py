@@ -126,8 +126,8 @@ def _measure_joint(
 
     def both(leaves: tuple[Tensor, ...]) -> Any:
         outputs = tensors_in(other.run(*leaves))
-        if not grads:
-            grads.extend(seeded(outputs))
+        if not grads:  # of a loss: 1, with which a backward pass starts
+            grads.extend([torch.ones_like(x) for x in outputs] if outputs[0].dim() == 0 else seeded(outputs))
         return torch.autograd.grad(outputs, [x for x in leaves if x.requires_grad], grads)
 
     calls = [lambda leaves=leaves: both(leaves) for leaves in sets]
