@@ -41,10 +41,10 @@ __device__ inline float block_max(float value, float* shared) {
   return value;
 }
 
-// Threads of a row, at most. What is not computed has its columns' peaks from peaks_kernel, and registers to spare.
+// Threads of a row, at most. What is computed has its columns' peaks in registers too.
 template <class Source>
 constexpr int row_threads(int cached) {
-  return !Source::COMPUTES ? 1024 : cached == 8 ? 384 : 512;
+  return Source::COMPUTES && cached == 8 ? 384 : 512;
 }
 
 // A row at a time: its rstd if the source is a norm, its codes and scale, and what it adds to the columns' peaks. A
@@ -179,14 +179,14 @@ __device__ inline void store_tile_scale(float* scales, int64_t row, int64_t colu
 
 // What leaves registers for three blocks on a multiprocessor.
 template <class Source>
-constexpr int TILE_BLOCKS = sizeof(typename Source::Type) == 2 && !Source::COMPUTES ? 3 : 2;
+constexpr bool LIGHT = sizeof(typename Source::Type) == 2 && !Source::COMPUTES;
 
 // A tile of 128 x 128. A thread has 8 x 8 of the values; the transposed codes go through shared memory, where 16 bytes
 // are sixteen rows of a column. Those of column c stand at g ^ (c / 8), their halves the other way round from c = 64
 // on, so that neither side collides. rowwise: the columns' peaks are known, and where there are rows' peaks, the rows'
 // codes are written too.
 template <class Source, Scaling SCALING, bool E5M2>
-__global__ void __launch_bounds__(THREADS, TILE_BLOCKS<Source>) tiles_kernel(const Source source, const Fp8 out) {
+__global__ void __launch_bounds__(THREADS, LIGHT<Source> ? 3 : 2) tiles_kernel(const Source source, const Fp8 out) {
   using T = typename Source::Type;
   __shared__ uint4 turned[TILE][LANES / 2];
   __shared__ alignas(16) T of_warps[WARPS][SCALING == Scaling::blocks ? TILE : 1];
@@ -198,16 +198,13 @@ __global__ void __launch_bounds__(THREADS, TILE_BLOCKS<Source>) tiles_kernel(con
   const int64_t row = int64_t{band} * TILE + group * N;
   const int column = strip * TILE + lane * N;  // the width is below 2^31
   const bool inside = column < out.width;
-  float scale = 1.0f, inverse = 1.0f;
+  // rowwise: half of the threads have a column's scale each, the others a row's. Their peaks come with the values.
+  const bool of_column = threadIdx.x < TILE;
+  const int64_t with_scale = int64_t{of_column ? strip : band} * TILE + threadIdx.x % TILE;
+  float scale = 1.0f, inverse = 1.0f, peak = -1.0f;
   if constexpr (SCALING == Scaling::rowwise) {
-    // Half of the threads for a column each, the others for a row each.
-    const bool of_column = threadIdx.x < TILE;
-    const int64_t at = int64_t{of_column ? strip : band} * TILE + threadIdx.x % TILE;
     const float* peaks = of_column ? out.peaks : out.row_peaks;
-    if (peaks != nullptr && at < (of_column ? out.width : out.padded)) {
-      scale = scale_of(peaks[at], E5M2);
-      if ((of_column ? band : strip) == 0) (of_column ? out.scales_t : out.scales)[at] = scale;
-    }
+    if (peaks != nullptr && with_scale < (of_column ? out.width : out.padded)) peak = peaks[with_scale];
   }
   Values<T> values[N];
   const auto columns = source.columns(inside ? column : 0);
@@ -235,7 +232,9 @@ __global__ void __launch_bounds__(THREADS, TILE_BLOCKS<Source>) tiles_kernel(con
     }
   }
   if constexpr (SCALING == Scaling::rowwise) {
+    scale = scale_of(peak, E5M2);
     inverses[threadIdx.x] = __frcp_rn(scale);
+    if (peak >= 0.0f && (of_column ? band : strip) == 0) (of_column ? out.scales_t : out.scales)[with_scale] = scale;
     __syncthreads();
   }
   if constexpr (SCALING == Scaling::blocks) {
@@ -249,7 +248,7 @@ __global__ void __launch_bounds__(THREADS, TILE_BLOCKS<Source>) tiles_kernel(con
       if (threadIdx.x % 32 < LANES) store(of_warps[warp] + lane * N, of_warp);
       __syncthreads();
       if (threadIdx.x < TILE) {
-        float peak = 0.0f;
+        peak = 0.0f;
 #pragma unroll
         for (int other = 0; other < WARPS; ++other)
           peak = fmaxf(peak, fabsf(to_float(of_warps[other][threadIdx.x])));
@@ -325,7 +324,7 @@ int launch_tiles(const Source& source, const Fp8& out, Stream stream) {
 template <class Source, bool E5M2 = false>
 int first_pass(const Source& source, const Fp8& out, Stream stream) {
   // Twice as many vectors in a thread where a block's threads do not suffice; fp32 has no registers for them.
-  constexpr int more = Source::COMPUTES && sizeof(typename Source::Type) == 2 ? 8 : 4;
+  constexpr int more = sizeof(typename Source::Type) == 2 ? 8 : 4;
   if (more > 4 && out.width > int64_t{row_threads<Source>(4)} * 4 * N)
     return launch_rows<Source, more, E5M2>(source, out, stream);
   return launch_rows<Source, 4, E5M2>(source, out, stream);
