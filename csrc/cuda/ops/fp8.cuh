@@ -6,6 +6,8 @@
 //   raw(row, column)           what is kept of the input
 //   finish(raw, rstd, columns) the values that are quantised
 //
+// COMPUTES: raw or finish do more than load; what does not says whether it loads WHOLE vectors.
+//
 // scale = largest magnitude / largest number of the format, NaN left out; 1 where there is nothing above 2^-100. A code
 // is value * (1 / scale), rounded to the nearest, never beyond the largest number; NaN stays NaN.
 //
@@ -179,14 +181,17 @@ __device__ inline void store_tile_scale(float* scales, int64_t row, int64_t colu
 
 // What leaves registers for three blocks on a multiprocessor.
 template <class Source>
-constexpr bool LIGHT = sizeof(typename Source::Type) == 2 && !Source::COMPUTES;
+constexpr bool light() {
+  if constexpr (Source::COMPUTES) return false;
+  else return sizeof(typename Source::Type) == 2 && Source::WHOLE;
+}
 
 // A tile of 128 x 128. A thread has 8 x 8 of the values; the transposed codes go through shared memory, where 16 bytes
 // are sixteen rows of a column. Those of column c stand at g ^ (c / 8), their halves the other way round from c = 64
 // on, so that neither side collides. rowwise: the columns' peaks are known, and where there are rows' peaks, the rows'
 // codes are written too.
 template <class Source, Scaling SCALING, bool E5M2>
-__global__ void __launch_bounds__(THREADS, LIGHT<Source> ? 3 : 2) tiles_kernel(const Source source, const Fp8 out) {
+__global__ void __launch_bounds__(THREADS, light<Source>() ? 3 : 2) tiles_kernel(const Source source, const Fp8 out) {
   using T = typename Source::Type;
   __shared__ uint4 turned[TILE][LANES / 2];
   __shared__ alignas(16) T of_warps[WARPS][SCALING == Scaling::blocks ? TILE : 1];

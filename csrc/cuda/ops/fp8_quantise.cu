@@ -10,7 +10,7 @@ namespace {
 template <class T, bool VECTORS>
 struct Plain {
   using Type = T;
-  static constexpr bool NORMALISES = false, COMPUTES = false;
+  static constexpr bool NORMALISES = false, COMPUTES = false, WHOLE = VECTORS;
   struct Columns {};
 
   const T* x;
