@@ -179,11 +179,12 @@ __device__ inline void store_tile_scale(float* scales, int64_t row, int64_t colu
     for (int64_t next = columns; next % 4 != 0; ++next) to[next] = 1.0f;
 }
 
-// What leaves registers for three blocks on a multiprocessor.
-template <class Source>
-constexpr bool light() {
-  if constexpr (Source::COMPUTES) return false;
-  else return sizeof(typename Source::Type) == 2 && Source::WHOLE;
+// Blocks on a multiprocessor that registers suffice for.
+template <class Source, Scaling SCALING>
+constexpr int tile_blocks() {
+  if constexpr (!Source::COMPUTES)
+    if (sizeof(typename Source::Type) == 2 && Source::WHOLE) return SCALING == Scaling::tiles ? 4 : 3;
+  return 2;
 }
 
 // A tile of 128 x 128. A thread has 8 x 8 of the values; the transposed codes go through shared memory, where 16 bytes
@@ -191,7 +192,8 @@ constexpr bool light() {
 // on, so that neither side collides. rowwise: the columns' peaks are known, and where there are rows' peaks, the rows'
 // codes are written too.
 template <class Source, Scaling SCALING, bool E5M2>
-__global__ void __launch_bounds__(THREADS, light<Source>() ? 3 : 2) tiles_kernel(const Source source, const Fp8 out) {
+__global__ void __launch_bounds__(THREADS, tile_blocks<Source, SCALING>())
+    tiles_kernel(const Source source, const Fp8 out) {
   using T = typename Source::Type;
   __shared__ uint4 turned[TILE][LANES / 2];
   __shared__ alignas(16) T of_warps[WARPS][SCALING == Scaling::blocks ? TILE : 1];

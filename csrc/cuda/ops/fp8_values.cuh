@@ -259,8 +259,7 @@ __device__ uint2 column_codes(const Values<T> (&values)[N], int column, float in
   return eight_codes(scaled, e5m2);
 }
 
-// What is written is not read again here: it need not stay in the cache.
-__device__ inline void store_codes(uint8_t* to, uint2 codes) { __stcs(reinterpret_cast<uint2*>(to), codes); }
-__device__ inline void store_codes(uint8_t* to, uint4 codes) { __stcs(reinterpret_cast<uint4*>(to), codes); }
+__device__ inline void store_codes(uint8_t* to, uint2 codes) { *reinterpret_cast<uint2*>(to) = codes; }
+__device__ inline void store_codes(uint8_t* to, uint4 codes) { *reinterpret_cast<uint4*>(to) = codes; }
 
 }  // namespace megatune::cuda::fp8
