@@ -13,7 +13,7 @@ from megatune.parallel.tensor import Linear
 
 def use_fp8(model: Decoder, scaling: Literal["rowwise", "blockwise"]) -> None:
     """Let the linear layers of the decoder's layers compute in fp8, in place; head and embeddings stay as they are.
-    RMS norms give them their input in 8 bits only. `check_fp8` says for which models."""
+    Blockwise, RMS norms give them their input in 8 bits only. `check_fp8` says for which models."""
     for layer in model.layers.values():
         for linear in layer.modules():
             if isinstance(linear, Linear):

@@ -40,11 +40,14 @@ def test_losses_stay_close_to_those_in_fp32(tiny_llama, tiny_data, tmp_path, mon
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_norms_taken_along_change_nothing(recompute: str, tiny_llama) -> None:
+    # The tiny model is too narrow for blocks, which are what norms are taken along with.
     spec = checkpoint.resolve_model(str(tiny_llama)).spec
     model = models.build(spec)
+    models.use_fp8(model, "blockwise")
+    assert all(layer.joined for layer in model.layers.values())
     models.materialise_random(model, 3, "cpu")
     models.use_fp8(model, "rowwise")
-    assert all(layer.joined for layer in model.layers.values())
+    assert not any(layer.joined for layer in model.layers.values())
     model.recompute = recompute
     tokens = torch.randint(0, spec.vocab_size, (40,))
     segments, targets = Segments.from_lengths([25, 15]), Targets(torch.arange(39), tokens[1:])

@@ -52,7 +52,8 @@ constexpr int row_threads(int cached) {
 // A row at a time: its rstd if the source is a norm, its codes and scale, and what it adds to the columns' peaks. A
 // thread keeps up to CACHED vectors of the row; of longer rows the rest is read again, from the cache.
 template <class Source, int CACHED, bool E5M2>
-__global__ void __launch_bounds__(row_threads<Source>(CACHED)) rows_kernel(const Source source, const Fp8 out) {
+__global__ void __launch_bounds__(row_threads<Source>(CACHED), 1)
+    rows_kernel(const Source source, const Fp8 out) {
   using T = typename Source::Type;
   __shared__ float shared[32];
   const int vectors = static_cast<int>(out.width / N), threads = blockDim.x;
@@ -133,7 +134,7 @@ __global__ void __launch_bounds__(row_threads<Source>(CACHED)) rows_kernel(const
 // are one below the other, PASSES times eight rows of each. The peaks are zeros before.
 constexpr int PASSES = 4, PANEL = 32 * N;
 template <class Source>
-__global__ void __launch_bounds__(THREADS, sizeof(typename Source::Type) == 2 ? 3 : 2)
+__global__ void __launch_bounds__(THREADS, sizeof(typename Source::Type) == 2 && !Source::COMPUTES ? 3 : 2)
     peaks_kernel(const Source source, const Fp8 out) {
   using T = typename Source::Type;
   __shared__ alignas(16) T of_warps[WARPS][PANEL];

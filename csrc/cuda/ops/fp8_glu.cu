@@ -37,7 +37,12 @@ struct Gated {
 // The same for the tiles of fp8_tiles.cuh.
 template <class T, bool SILU>
 struct GatedTiles : Gated<T, SILU> {
-  static constexpr int PIECES = 2, BLOCKS = std::is_same_v<T, __nv_bfloat16> ? 3 : 2;
+  static constexpr int PIECES = 2;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  static constexpr int BLOCKS = 2;  // sm_80 needs some registers more
+#else
+  static constexpr int BLOCKS = std::is_same_v<T, __nv_bfloat16> ? 3 : 2;
+#endif
   struct Rows {};
   using Columns = typename Gated<T, SILU>::Columns;
 
@@ -69,7 +74,7 @@ int fp8_glu(const Fp8Glu& args, Stream stream) {
       const Gated<T, silu.value>& any = source;
       if (args.out.scaling == Scaling::rowwise)
         return args.out.codes_t == nullptr ? fp8::launch(any, args.out, stream)
-                                           : fp8::launch_computed_columns(any, args.out, stream);
+                                           : fp8::launch_computed_columns(any, any, args.out, stream);
       if constexpr (sizeof(T) == 2)
         if (source.vectors) return fp8::launch_computed_tiles(source, args.out, stream);
       return fp8::launch_tiles<Gated<T, silu.value>, Scaling::blocks>(any, args.out, stream);

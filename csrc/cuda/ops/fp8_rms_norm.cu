@@ -49,7 +49,7 @@ struct Normed {
   }
 };
 
-// The same with rstd known.
+// With rstd known, the values at once.
 template <class T>
 struct Known : Normed<T> {
   static constexpr bool NORMALISES = false;
@@ -57,16 +57,13 @@ struct Known : Normed<T> {
   __device__ Vec<T, 8> raw(int64_t row, int64_t column) const {
     return Normed<T>::finish(Normed<T>::raw(row, column), this->rstd[row], Normed<T>::columns(column));
   }
-  __device__ Vec<T, 8> finish(const Vec<T, 8>& values, float, const typename Normed<T>::Columns&) const {
-    return values;
-  }
 };
 
 // And for fp8_tiles.cuh. PLAIN: the weight is of type T, without an offset, so that the second product is one of two 16
 // bit numbers, rounded once.
 template <class T, bool PLAIN>
 struct KnownTiles : Normed<T> {
-  static constexpr int PIECES = 1, BLOCKS = PLAIN ? 3 : 2;
+  static constexpr int PIECES = 1, BLOCKS = 2;
   struct Rows {
     float rstd[fp8::N];
   };
@@ -138,7 +135,7 @@ __global__ void __launch_bounds__(ROW_THREADS) rstd_kernel(const Normed<T> sourc
 template <class T>
 int quantise_known(const Fp8RmsNorm& args, const Normed<T>& source, Stream stream) {
   const Fp8& out = args.out;
-  if (out.scaling == Scaling::rowwise) return fp8::launch_computed_columns(Known<T>{source}, out, stream);
+  if (out.scaling == Scaling::rowwise) return fp8::launch_computed_columns(Known<T>{source}, source, out, stream);
   if constexpr (sizeof(T) == 2) {
     if (source.vectors && source.weight_vectors) {
       if (args.weight_type == args.type && args.offset == 0.0f && args.round_first)
@@ -146,7 +143,7 @@ int quantise_known(const Fp8RmsNorm& args, const Normed<T>& source, Stream strea
       return fp8::launch_computed_tiles(KnownTiles<T, false>{source}, out, stream);
     }
   }
-  return fp8::launch_tiles<Known<T>, Scaling::blocks>(Known<T>{source}, out, stream);
+  return fp8::launch_tiles<Normed<T>, Scaling::blocks>(source, out, stream);
 }
 
 }  // namespace

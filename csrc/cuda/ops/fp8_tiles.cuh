@@ -198,10 +198,10 @@ __device__ void quantise_tile(const Block& block, const Fp8& out, uint32_t band,
   }
 }
 
-// What a thread has of a tile. It asks for eight vectors at a time.
+// What a thread has of a tile.
 template <class Source>
 __device__ Block tile_of(const Source& source, const Fp8& out, uint32_t band, uint32_t strip) {
-  constexpr int AT_ONCE = N / Source::PIECES;  // rows, in registers
+  constexpr int AT_ONCE = 4;  // rows, in registers
   const int lane = threadIdx.x % LANES, group = threadIdx.x / LANES;
   const int64_t row = int64_t{band} * TILE + group * N, column = int64_t{strip} * TILE + lane * N;
   const auto* from = source.from(row, column);
@@ -241,14 +241,20 @@ int launch_computed_tiles(const Source& source, const Fp8& out, Stream stream) {
   return launched();
 }
 
-// rowwise, with the transposed copy: a pass for the peaks, one for the codes.
-template <class Source>
-int launch_computed_columns(const Source& source, const Fp8& out, Stream stream) {
+// rowwise, with the transposed copy: a pass for the peaks of what `known` gives at once, one for the codes.
+template <class Known, class Source>
+int launch_computed_columns(const Known& known, const Source& source, const Fp8& out, Stream stream) {
   // The peaks of rows stand behind those of columns.
   const int64_t peaks = out.width + (out.row_peaks != nullptr ? out.padded : 0);
   const auto error = cudaMemsetAsync(out.peaks, 0, peaks * sizeof(float), stream);
   if (error != cudaSuccess) return static_cast<int>(error);
-  return launch_columns<Source, false>(source, out, stream);
+  if (out.rows > 0) {
+    const int64_t across = (out.width + PANEL - 1) / PANEL, height = PASSES * WARPS * N;
+    const auto blocks = static_cast<unsigned>(across * ((out.rows + height - 1) / height));
+    peaks_kernel<Known><<<blocks, THREADS, 0, stream>>>(known, out);
+    if (const int failed = launched()) return failed;
+  }
+  return launch_tiles<Source, Scaling::rowwise>(source, out, stream);
 }
 
 }  // namespace megatune::cuda::fp8
