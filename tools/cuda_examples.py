@@ -75,6 +75,10 @@ def gates(dtype: torch.dtype) -> Iterator[Example]:
             yield "glu", (x, activation), dtype
             yield "glu_backward", (grad, x, activation), dtype
         yield "glu", (torch.randn(4, 36).to(dtype)[:, :20], activation), dtype
+    for rows, width in ((3, 7), (5, 64), (0, 8)):
+        x, grad = (torch.randn(rows, 2 * width) * 5).to(dtype), torch.randn(rows, width).to(dtype)
+        yield "clamped_glu", (x,), dtype
+        yield "clamped_glu_backward", (grad, x), dtype
 
 
 def losses(dtype: torch.dtype) -> Iterator[Example]:

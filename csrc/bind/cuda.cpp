@@ -129,32 +129,29 @@ Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin, bool inverse)
   return y;
 }
 
-void check_glu(const Tensor& gate_up, int64_t activation, const char* op) {
-  check(gate_up.dim() == 2 && gate_up.size(1) % 2 == 0, op, "gate_up must be [tokens, 2 * width]");
-  check(gate_up.stride(1) == 1 || gate_up.size(1) == 0, op, "the last dimension of gate_up must be contiguous");
+cuda::Activation activation_of(int64_t activation, const char* op) {
   check(activation >= 0 && activation <= 2, op, "unknown activation");
+  return static_cast<cuda::Activation>(activation);
 }
 
-Tensor glu(const Tensor& gate_up, int64_t activation) {
-  const char* op = "glu";
-  check_glu(gate_up, activation, op);
+void check_glu(const Tensor& gate_up, const char* op) {
+  check(gate_up.dim() == 2 && gate_up.size(1) % 2 == 0, op, "gate_up must be [tokens, 2 * width]");
+  check(gate_up.stride(1) == 1 || gate_up.size(1) == 0, op, "the last dimension of gate_up must be contiguous");
+}
+
+Tensor gated(const Tensor& gate_up, cuda::Activation activation, const char* op) {
+  check_glu(gate_up, op);
   const int64_t width = gate_up.size(1) / 2;
   Tensor y = empty(gate_up, {gate_up.size(0), width});
   const OnDeviceOf device(gate_up);
-  const cuda::Glu args{type_of(gate_up, op),
-                       data(gate_up),
-                       gate_up.size(0),
-                       gate_up.stride(0),
-                       width,
-                       static_cast<cuda::Activation>(activation),
-                       mutable_data(y)};
+  const cuda::Glu args{type_of(gate_up, op), data(gate_up), gate_up.size(0), gate_up.stride(0),
+                       width,                activation,    mutable_data(y)};
   check_launch(cuda::glu(args, device.stream()), op);
   return y;
 }
 
-Tensor glu_backward(const Tensor& grad, const Tensor& gate_up, int64_t activation) {
-  const char* op = "glu_backward";
-  check_glu(gate_up, activation, op);
+Tensor gated_backward(const Tensor& grad, const Tensor& gate_up, cuda::Activation activation, const char* op) {
+  check_glu(gate_up, op);
   const int64_t width = gate_up.size(1) / 2;
   check(grad.dim() == 2 && grad.size(0) == gate_up.size(0) && grad.size(1) == width && grad.is_contiguous() &&
             grad.scalar_type() == gate_up.scalar_type(),
@@ -162,16 +159,26 @@ Tensor glu_backward(const Tensor& grad, const Tensor& gate_up, int64_t activatio
   check_devices(gate_up, {&grad}, op);
   Tensor grad_gate_up = empty(gate_up, sizes(gate_up));
   const OnDeviceOf device(gate_up);
-  const cuda::GluBackward args{type_of(gate_up, op),
-                               data(grad),
-                               data(gate_up),
-                               gate_up.size(0),
-                               gate_up.stride(0),
-                               width,
-                               static_cast<cuda::Activation>(activation),
-                               mutable_data(grad_gate_up)};
+  const cuda::GluBackward args{type_of(gate_up, op), data(grad), data(gate_up),
+                               gate_up.size(0),      gate_up.stride(0),
+                               width,                activation, mutable_data(grad_gate_up)};
   check_launch(cuda::glu_backward(args, device.stream()), op);
   return grad_gate_up;
+}
+
+Tensor glu(const Tensor& gate_up, int64_t activation) {
+  return gated(gate_up, activation_of(activation, "glu"), "glu");
+}
+
+Tensor glu_backward(const Tensor& grad, const Tensor& gate_up, int64_t activation) {
+  const char* op = "glu_backward";
+  return gated_backward(grad, gate_up, activation_of(activation, op), op);
+}
+
+Tensor clamped_glu(const Tensor& gate_up) { return gated(gate_up, cuda::Activation::clamped, "clamped_glu"); }
+
+Tensor clamped_glu_backward(const Tensor& grad, const Tensor& gate_up) {
+  return gated_backward(grad, gate_up, cuda::Activation::clamped, "clamped_glu_backward");
 }
 
 std::tuple<Tensor, Tensor> add_rms_norm_backward(const Tensor& grad, const Tensor& grad_sum, const Tensor& total,
@@ -195,6 +202,8 @@ STABLE_TORCH_LIBRARY_IMPL(megatune, CUDA, m) {
   m.impl("rope", TORCH_BOX(&rope));
   m.impl("glu", TORCH_BOX(&glu));
   m.impl("glu_backward", TORCH_BOX(&glu_backward));
+  m.impl("clamped_glu", TORCH_BOX(&clamped_glu));
+  m.impl("clamped_glu_backward", TORCH_BOX(&clamped_glu_backward));
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(megatune, m) { m.def("cuda_error() -> int"); }

@@ -1,4 +1,4 @@
-"""Gated linear unit (arXiv:2002.05202) on an interleaved gate and up projection."""
+"""Gated linear unit (arXiv:2002.05202) on an interleaved gate and up projection, and GPT-OSS's clamped one."""
 
 from __future__ import annotations
 
@@ -148,3 +148,75 @@ def glu(gate_up: Tensor, activation: Activation) -> Tensor:
     return _Glu.apply(
         gate_up if gate_up.stride(1) == 1 else gate_up.contiguous(), ACTIVATIONS.index(activation)
     )
+
+
+# ---- GPT-OSS's gate
+
+_LIMIT, _SHARPNESS = 7.0, 1.702
+
+
+def _clamped(gate_up: Tensor) -> Tensor:
+    wide = accumulate_dtype(gate_up.dtype)
+    gate = gate_up[..., 0::2].to(wide).clamp(max=_LIMIT)
+    up = gate_up[..., 1::2].to(wide).clamp(-_LIMIT, _LIMIT)
+    return ((up + 1) * gate * torch.sigmoid(_SHARPNESS * gate)).to(gate_up.dtype)
+
+
+def _clamped_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
+    wide = accumulate_dtype(gate_up.dtype)
+    gate, up, grad = gate_up[..., 0::2].to(wide), gate_up[..., 1::2].to(wide), grad.to(wide)
+    gate_passes, up_passes = gate <= _LIMIT, up.abs() <= _LIMIT
+    gate, up = gate.clamp(max=_LIMIT), up.clamp(-_LIMIT, _LIMIT)
+    sigmoid = torch.sigmoid(_SHARPNESS * gate)
+    slope = sigmoid * (1 + _SHARPNESS * gate * (1 - sigmoid))
+    pair = (grad * (up + 1) * slope * gate_passes, grad * gate * sigmoid * up_passes)
+    return torch.stack(pair, -1).flatten(-2).to(gate_up.dtype)
+
+
+def _fake_clamped(gate_up: Tensor) -> Tensor:
+    return _fake(gate_up, 0)
+
+
+def _fake_clamped_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
+    return _fake_backward(grad, gate_up, 0)
+
+
+_CLAMPED = add_op(
+    "clamped_glu",
+    [
+        cuda_body(
+            define("clamped_glu(Tensor gate_up) -> Tensor", _clamped, _fake_clamped),
+            define(
+                "clamped_glu_backward(Tensor grad, Tensor gate_up) -> Tensor",
+                _clamped_backward,
+                _fake_clamped_backward,
+            ),
+        ),
+        compiled_body(fuse(_clamped), fuse(_clamped_backward)),
+        Body("reference", (_clamped, _clamped_backward)),
+    ],
+)
+
+
+class _ClampedGlu(torch.autograd.Function):
+    """gate_up [R, 2I] -> [R, I]. Saved: gate_up."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        return _CLAMPED.pick(gate_up.device.type, gate_up.dtype).run[0](gate_up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (gate_up,) = ctx.saved_tensors
+        return _CLAMPED.pick(gate_up.device.type, gate_up.dtype).run[1](grad.contiguous(), gate_up)
+
+
+def clamped_glu(gate_up: Tensor) -> Tensor:
+    """gate_up [R, 2I] interleaved -> (up' + 1) * gate' * sigmoid(1.702 gate') [R, I] with gate' = min(gate, 7) and
+    up' = up held within [-7, 7], as in GPT-OSS; computed in fp32. ValueError for another shape or dtype."""
+    if gate_up.dim() != 2 or gate_up.shape[1] % 2:
+        raise ValueError(f"clamped_glu: gate_up {tuple(gate_up.shape)} must be [R, 2I]")
+    floating("clamped_glu", gate_up=gate_up)
+    return _ClampedGlu.apply(gate_up if gate_up.stride(1) == 1 else gate_up.contiguous())

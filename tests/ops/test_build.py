@@ -125,9 +125,10 @@ def test_the_cuda_library_fits_the_operators(monkeypatch: pytest.MonkeyPatch) ->
 import torch
 from megatune import ops
 torch.ops.load_library({str(library)!r})
+gates = "glu", "glu_backward", "clamped_glu", "clamped_glu_backward"
 norms = "rms_norm", "rms_norm_backward", "add_rms_norm", "add_rms_norm_backward"
 tokens = "rope_qk", "rope_qk_backward", "embedding_backward", "router", "router_backward", "expert_take"
-for name in (*norms, *tokens, "expert_sum", "expert_sum_backward", "rope", "glu", "glu_backward"):
+for name in (*norms, *tokens, "expert_sum", "expert_sum_backward", "rope", *gates):
     assert torch._C._dispatch_has_kernel_for_dispatch_key("megatune::" + name, "CUDA"), name
 assert isinstance(torch.ops.megatune.cuda_error(), int)
 """

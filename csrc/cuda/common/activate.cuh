@@ -27,8 +27,9 @@ __device__ float2 activate(float gate, Activation activation) {
   float scaled = gate, steep = 1.0f;
   if (activation == Activation::gelu_tanh) {
     constexpr float scale = 1.5957691216057308f;  // 0.5 * (1 + tanh(u)) = sigmoid(2 u)
-    scaled = scale * (gate + 0.044715f * gate * gate * gate);
-    steep = scale * (1.0f + 3 * 0.044715f * gate * gate);
+    const float square = gate * gate;
+    scaled = gate * (scale + scale * 0.044715f * square);
+    steep = scale + 3 * scale * 0.044715f * square;
   }
   const float sigmoid = sigmoid_of<FAST>(scaled);
   const float value = gate * sigmoid;

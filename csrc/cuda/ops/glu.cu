@@ -18,9 +18,35 @@ __device__ Vec<T, 2 * N> load_pairs(const T* from) {
   else return load<2 * N>(from);
 }
 
+constexpr float LIMIT = 7.0f, SHARPNESS = 1.702f;  // of the clamped gate
+
+// What the product takes of a gate, and its derivative. The comparisons let NaN pass.
+template <Activation A, bool SLOPE, bool FAST>
+__device__ float2 of_gate(float gate) {
+  if constexpr (A != Activation::clamped) return activate<SLOPE, FAST>(gate, A);
+  const float held = gate > LIMIT ? LIMIT : gate;
+  const float sigmoid = sigmoid_of<FAST>(SHARPNESS * held);
+  const float value = held * sigmoid;
+  return {value, SLOPE && !(gate > LIMIT) ? sigmoid + value * (1.0f - sigmoid) * SHARPNESS : 0.0f};
+}
+
+// What it takes of an up.
+template <Activation A>
+__device__ float of_up(float up) {
+  if constexpr (A != Activation::clamped) return up;
+  return (up > LIMIT ? LIMIT : up < -LIMIT ? -LIMIT : up) + 1.0f;
+}
+
+template <Activation A>
+__device__ bool up_passes(float up) {
+  return A != Activation::clamped || fabsf(up) <= LIMIT;
+}
+
+// The activation is known to the compiler: chosen for each value, it costs several percent of the whole.
 // Each thread takes LOADS times N pairs, THREADS * N pairs from each other, so that a warp reads without gaps.
-template <class T, int N, int LOADS, bool FAST>
+template <class T, int N, int LOADS, Activation A>
 __global__ void __launch_bounds__(THREADS) glu_kernel(const Glu args) {
+  constexpr bool FAST = sizeof(T) == 2;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * THREADS * N * LOADS + threadIdx.x * N;
   for (int64_t row = blockIdx.y; row < args.rows; row += gridDim.y) {
     const T* from = static_cast<const T*>(args.gate_up) + row * args.row_stride;
@@ -40,15 +66,16 @@ __global__ void __launch_bounds__(THREADS) glu_kernel(const Glu args) {
         Vec<float, N> y;
 #pragma unroll
         for (int j = 0; j < N; ++j)
-          y.at[j] = activate<false, FAST>(pairs.at[2 * j], args.activation).x * pairs.at[2 * j + 1];
+          y.at[j] = of_gate<A, false, FAST>(pairs.at[2 * j]).x * of_up<A>(pairs.at[2 * j + 1]);
         store_whole(to + column, narrow<T>(y));
       }
     }
   }
 }
 
-template <class T, int N>
+template <class T, int N, Activation A>
 __global__ void __launch_bounds__(THREADS) glu_backward_kernel(const GluBackward args) {
+  constexpr bool FAST = sizeof(T) == 2;
   const int64_t step = static_cast<int64_t>(gridDim.x) * THREADS * N;
   for (int64_t row = blockIdx.y; row < args.rows; row += gridDim.y) {
     const T* from = static_cast<const T*>(args.gate_up) + row * args.row_stride;
@@ -63,10 +90,10 @@ __global__ void __launch_bounds__(THREADS) glu_backward_kernel(const GluBackward
       for (int i = 0; i < N; ++i) {
         const float gate = to_float(part[2 * i / N].at[2 * i % N]);
         const float up = to_float(part[(2 * i + 1) / N].at[(2 * i + 1) % N]);
-        const float2 active = activate<true>(gate, args.activation);
+        const float2 active = of_gate<A, true, FAST>(gate);
         const float g = to_float(grad.at[i]);
-        result[2 * i / N].at[2 * i % N] = from_float<T>(g * up * active.y);
-        result[(2 * i + 1) / N].at[(2 * i + 1) % N] = from_float<T>(g * active.x);
+        result[2 * i / N].at[2 * i % N] = from_float<T>(g * of_up<A>(up) * active.y);
+        result[(2 * i + 1) / N].at[(2 * i + 1) % N] = from_float<T>(up_passes<A>(up) ? g * active.x : 0.0f);
       }
       store_whole(to + 2 * column, result[0]);
       store_whole(to + 2 * column + N, result[1]);
@@ -92,19 +119,33 @@ Args joined(Args args) {
   return args;
 }
 
+// Calls body with the type and the activation, both known to the compiler.
+template <class Body>
+void with_kind(Type type, Activation activation, Body&& body) {
+  with_type(type, [&](auto* null) {
+    const auto go = [&](auto known) { body(null, known); };
+    switch (activation) {
+      case Activation::silu: return go(std::integral_constant<Activation, Activation::silu>{});
+      case Activation::gelu: return go(std::integral_constant<Activation, Activation::gelu>{});
+      case Activation::gelu_tanh: return go(std::integral_constant<Activation, Activation::gelu_tanh>{});
+      case Activation::clamped: return go(std::integral_constant<Activation, Activation::clamped>{});
+    }
+  });
+}
+
 }  // namespace
 
 int glu(const Glu& given, Stream stream) {
   if (given.rows == 0 || given.width == 0) return 0;
   const Glu args = joined(given);
-  with_type(args.type, [&](auto* type) {
+  with_kind(args.type, args.activation, [&](auto* type, auto activation) {
     using T = std::remove_pointer_t<decltype(type)>;
-    constexpr bool FAST = sizeof(T) == 2;
+    constexpr Activation A = decltype(activation)::value;
     if (in_vectors<T>(args.rows, args.row_stride, args.width, {args.gate_up, args.y})) {
       constexpr int N = 8 / sizeof(T);
-      glu_kernel<T, N, LOADS, FAST><<<grid_of(args.rows, args.width, N * LOADS), THREADS, 0, stream>>>(args);
+      glu_kernel<T, N, LOADS, A><<<grid_of(args.rows, args.width, N * LOADS), THREADS, 0, stream>>>(args);
     } else {
-      glu_kernel<T, 1, LOADS, FAST><<<grid_of(args.rows, args.width, LOADS), THREADS, 0, stream>>>(args);
+      glu_kernel<T, 1, LOADS, A><<<grid_of(args.rows, args.width, LOADS), THREADS, 0, stream>>>(args);
     }
   });
   return launched();
@@ -113,13 +154,14 @@ int glu(const Glu& given, Stream stream) {
 int glu_backward(const GluBackward& given, Stream stream) {
   if (given.rows == 0 || given.width == 0) return 0;
   const GluBackward args = joined(given);
-  with_type(args.type, [&](auto* type) {
+  with_kind(args.type, args.activation, [&](auto* type, auto activation) {
     using T = std::remove_pointer_t<decltype(type)>;
+    constexpr Activation A = decltype(activation)::value;
     if (in_vectors<T>(args.rows, args.row_stride, args.width, {args.gate_up, args.grad, args.grad_gate_up})) {
       constexpr int N = 16 / sizeof(T);
-      glu_backward_kernel<T, N><<<grid_of(args.rows, args.width, N), THREADS, 0, stream>>>(args);
+      glu_backward_kernel<T, N, A><<<grid_of(args.rows, args.width, N), THREADS, 0, stream>>>(args);
     } else {
-      glu_backward_kernel<T, 1><<<grid_of(args.rows, args.width, 1), THREADS, 0, stream>>>(args);
+      glu_backward_kernel<T, 1, A><<<grid_of(args.rows, args.width, 1), THREADS, 0, stream>>>(args);
     }
   });
   return launched();

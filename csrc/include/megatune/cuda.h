@@ -62,7 +62,9 @@ struct RmsNormBackward {
 int64_t rms_norm_partials(const RmsNormBackward& args);
 int rms_norm_backward(const RmsNormBackward& args, Stream stream);
 
-enum class Activation { silu = 0, gelu = 1, gelu_tanh = 2 };
+// `clamped`: GPT-OSS's gate, gate * sigmoid(1.702 gate) * (up + 1) of values held within a limit; of `glu` and
+// `glu_backward` alone.
+enum class Activation { silu = 0, gelu = 1, gelu_tanh = 2, clamped = 3 };
 
 struct Glu {
   Type type;
