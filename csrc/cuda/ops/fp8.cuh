@@ -43,6 +43,13 @@ __device__ inline float block_max(float value, float* shared) {
   return value;
 }
 
+// Whether registers suffice for more blocks: not where values are computed, have four bytes or are loaded one by one.
+template <class Source>
+constexpr bool spare() {
+  if constexpr (!Source::COMPUTES) return sizeof(typename Source::Type) == 2 && Source::WHOLE;
+  return false;
+}
+
 // Threads of a row, at most. What is computed has its columns' peaks in registers too.
 template <class Source>
 constexpr int row_threads(int cached) {
@@ -134,7 +141,7 @@ __global__ void __launch_bounds__(row_threads<Source>(CACHED), 1)
 // are one below the other, PASSES times eight rows of each. The peaks are zeros before.
 constexpr int PASSES = 4, PANEL = 32 * N;
 template <class Source>
-__global__ void __launch_bounds__(THREADS, sizeof(typename Source::Type) == 2 && !Source::COMPUTES ? 3 : 2)
+__global__ void __launch_bounds__(THREADS, spare<Source>() ? 3 : 2)
     peaks_kernel(const Source source, const Fp8 out) {
   using T = typename Source::Type;
   __shared__ alignas(16) T of_warps[WARPS][PANEL];
@@ -183,8 +190,7 @@ __device__ inline void store_tile_scale(float* scales, int64_t row, int64_t colu
 // Blocks on a multiprocessor that registers suffice for.
 template <class Source, Scaling SCALING>
 constexpr int tile_blocks() {
-  if constexpr (!Source::COMPUTES)
-    if (sizeof(typename Source::Type) == 2 && Source::WHOLE) return SCALING == Scaling::tiles ? 4 : 3;
+  if (spare<Source>()) return SCALING == Scaling::tiles ? 4 : 3;
   return 2;
 }
 
