@@ -1,5 +1,6 @@
 """Ops on the flat stream of tokens: one function per op; what computes it is chosen by device, dtype and features."""
 
+from megatune.ops import moe  # noqa: F401 - it registers ops of its own
 from megatune.ops.attention import attention
 from megatune.ops.cross_entropy import VocabCut, cross_entropy, linear_cross_entropy
 from megatune.ops.dropout import keyed_dropout
