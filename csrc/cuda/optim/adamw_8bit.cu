@@ -9,7 +9,10 @@ namespace {
 
 constexpr int THREADS = 640;  // a multiprocessor has one such block: as many warps as have room for two blocks each
 constexpr int WARPS = THREADS / 32;
-constexpr int CHUNK = WARPS * codes::BLOCK;  // elements
+// A warp's blocks in line: it stores their new scales together, as 32 bytes. In four bytes at a time, into sectors that
+// other warps write too, they would take a tenth of the time.
+constexpr int SPAN = 8;
+constexpr int CHUNK = SPAN * codes::BLOCK;  // elements
 constexpr int EACH = codes::BLOCK / 32;  // elements of a thread: two times four in line
 
 struct Table : Batch<AdamW8bitTensor, 380> {
@@ -68,10 +71,9 @@ __device__ inline uint32_t pack(const uint32_t (&place)[4], const float* x) {
   return (low & negative) | ((places + 0x7f7f7f7fu) & ~negative);
 }
 
-// New codes and scale of a warp's 256 numbers.
+// New codes of a warp's 256 numbers; their scale is returned.
 template <bool is_signed>
-__device__ inline void encode(const codes::Cells<is_signed>& cells, float (&x)[EACH], uint32_t (&packed)[2],
-                              float* scale) {
+__device__ inline float encode(const codes::Cells<is_signed>& cells, float (&x)[EACH], uint32_t (&packed)[2]) {
   // As bits, numbers >= 0 are in the same order, any NaN above all.
   uint32_t bits = 0;
 #pragma unroll
@@ -101,7 +103,7 @@ __device__ inline void encode(const codes::Cells<is_signed>& cells, float (&x)[E
     for (int k = 0; k < 4; ++k) places[k] = place_of(cells, __fmul_rn(x[half * 4 + k], inverse));
     packed[half] = pack<is_signed>(places, x + half * 4);
   }
-  if (threadIdx.x % 32 == 0) *scale = most;
+  return most;
 }
 
 // A lane's elements of a block of 256, as they are in memory.
@@ -109,7 +111,7 @@ struct Loaded {
   float4 master[2];
   uint4 grad[2];  // of bf16 the first two words
   uint32_t exp_avg[2], exp_avg_sq[2];
-  float exp_avg_scale, exp_avg_sq_scale;
+  float exp_avg_scale, exp_avg_sq_scale;  // lane i: of the chunk's block i
 };
 
 struct Numbers {
@@ -118,8 +120,10 @@ struct Numbers {
 
 __device__ inline int place_of_half(int half) { return half * 128 + static_cast<int>(threadIdx.x % 32) * 4; }
 
-__device__ inline bool is_whole(const AdamW8bitTensor& t, int64_t at) {
-  return t.n - at >= codes::BLOCK && at_16_bytes(t.master, t.exp_avg, t.exp_avg_sq, t.grad, t.weight);
+// How many blocks of a chunk, from block `first` of the tensor on, are whole and can be loaded and stored in fours.
+__device__ inline int whole_blocks(const AdamW8bitTensor& t, int first) {
+  if (!at_16_bytes(t.master, t.exp_avg, t.exp_avg_sq, t.grad, t.weight)) return 0;
+  return static_cast<int>(min(t.n / codes::BLOCK - first, static_cast<int64_t>(SPAN)));
 }
 
 __device__ inline void load_block(const AdamW8bitTensor& t, int64_t at, Loaded& block) {
@@ -136,11 +140,12 @@ __device__ inline void load_block(const AdamW8bitTensor& t, int64_t at, Loaded& 
     block.exp_avg[half] = *reinterpret_cast<const uint32_t*>(t.exp_avg + i);
     block.exp_avg_sq[half] = *reinterpret_cast<const uint32_t*>(t.exp_avg_sq + i);
   }
-  block.exp_avg_scale = t.exp_avg_scale[at / codes::BLOCK];
-  block.exp_avg_sq_scale = t.exp_avg_sq_scale[at / codes::BLOCK];
 }
 
-__device__ inline void decode(const Loaded& block, bool low_grad, const Lookup& lookup, Numbers& x) {
+// The chunk's block i, which is loaded.
+__device__ inline void decode(const Loaded& block, int i, bool low_grad, const Lookup& lookup, Numbers& x) {
+  const float m_scale = __shfl_sync(0xffffffffu, block.exp_avg_scale, i);
+  const float v_scale = __shfl_sync(0xffffffffu, block.exp_avg_sq_scale, i);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const float4 master = block.master[half];
@@ -157,15 +162,14 @@ __device__ inline void decode(const Loaded& block, bool low_grad, const Lookup& 
     }
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      const int i = half * 4 + k;
-      x.m[i] = __fmul_rn(lookup.first[block.exp_avg[half] >> (8 * k) & 0xffu], block.exp_avg_scale);
-      x.v[i] = __fmul_rn(lookup.second[block.exp_avg_sq[half] >> (8 * k) & 0xffu], block.exp_avg_sq_scale);
+      x.m[half * 4 + k] = __fmul_rn(lookup.first[block.exp_avg[half] >> (8 * k) & 0xffu], m_scale);
+      x.v[half * 4 + k] = __fmul_rn(lookup.second[block.exp_avg_sq[half] >> (8 * k) & 0xffu], v_scale);
     }
   }
 }
 
 __device__ inline void update_whole(const AdamW8bitTensor& t, const AdamWStep& step, const Lookup& lookup, float scale,
-                                    int64_t at, Numbers& x) {
+                                    int64_t at, Numbers& x, float* new_m_scale, float* new_v_scale) {
   adamw_elements(step, t.keep, scale, x.g, x.p, x.m, x.v);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -175,8 +179,9 @@ __device__ inline void update_whole(const AdamW8bitTensor& t, const AdamWStep& s
     store_weight(t, i, four);
   }
   uint32_t m_codes[2], v_codes[2];
-  encode(lookup.first_cells, x.m, m_codes, t.exp_avg_scale + at / codes::BLOCK);
-  encode(lookup.second_cells, x.v, v_codes, t.exp_avg_sq_scale + at / codes::BLOCK);
+  const float m_scale = encode(lookup.first_cells, x.m, m_codes);
+  const float v_scale = encode(lookup.second_cells, x.v, v_codes);
+  if (threadIdx.x % 32 == 0) *new_m_scale = m_scale, *new_v_scale = v_scale;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int64_t i = at + place_of_half(half);
@@ -203,8 +208,9 @@ __device__ inline void update_some(const AdamW8bitTensor& t, const AdamWStep& st
   }
   adamw_elements(step, t.keep, scale, x.g, x.p, x.m, x.v);
   uint32_t m_codes[2], v_codes[2];
-  encode(lookup.first_cells, x.m, m_codes, t.exp_avg_scale + at / codes::BLOCK);
-  encode(lookup.second_cells, x.v, v_codes, t.exp_avg_sq_scale + at / codes::BLOCK);
+  const float m_new = encode(lookup.first_cells, x.m, m_codes);
+  const float v_new = encode(lookup.second_cells, x.v, v_codes);
+  if (threadIdx.x % 32 == 0) t.exp_avg_scale[at / codes::BLOCK] = m_new, t.exp_avg_sq_scale[at / codes::BLOCK] = v_new;
 #pragma unroll
   for (int k = 0; k < EACH; ++k) {
     const int from = place_of_half(k / 4) + k % 4;
@@ -219,38 +225,59 @@ __device__ inline void update_some(const AdamW8bitTensor& t, const AdamWStep& st
 
 __global__ void __launch_bounds__(THREADS, 1) adamw_8bit_kernel(const __grid_constant__ Table table) {
   __shared__ Lookup lookup;
+  __shared__ float new_m_scale[WARPS][SPAN], new_v_scale[WARPS][SPAN];
   static_assert(sizeof(Lookup) % 16 == 0);
   for (int i = threadIdx.x; i < static_cast<int>(sizeof(Lookup) / 16); i += THREADS)
     reinterpret_cast<uint4*>(&lookup)[i] = reinterpret_cast<const uint4*>(&lookup_table)[i];
   __syncthreads();
   const float scale = *table.step.scale;
-  const int chunks = table.chunks();
-  const int64_t mine = static_cast<int64_t>(threadIdx.x / 32) * codes::BLOCK;  // this warp's place in a chunk
+  const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
+  const int stride = static_cast<int>(gridDim.x) * WARPS;
   Loaded block{};
-  int next = 0;  // the tensor of the chunk that is loaded
-  bool whole = false;
-  const auto load_ahead = [&](int chunk) {
-    whole = false;
-    if (chunk >= chunks) return;
+  int next = 0, next_whole = 0;  // the chunk that is loaded: its tensor and how many of its blocks are whole
+  const auto load_chunk = [&](int chunk) {
+    next_whole = 0;
+    if (chunk >= table.chunks()) return;
     while (next + 1 < table.count && table.first[next + 1] <= chunk) ++next;
     const AdamW8bitTensor& t = table.tensors[next];
-    const int64_t at = static_cast<int64_t>(chunk - table.first[next]) * CHUNK + mine;
-    whole = is_whole(t, at);
-    if (whole) load_block(t, at, block);
-  };
-  load_ahead(blockIdx.x);
-  for (int chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
-    const AdamW8bitTensor& t = table.tensors[next];
-    const int64_t at = static_cast<int64_t>(chunk - table.first[next]) * CHUNK + mine;
-    const bool is_loaded = whole;
-    Numbers x;
-    decode(block, t.low_grad, lookup, x);
-    load_ahead(chunk + gridDim.x);
-    if (is_loaded) {
-      update_whole(t, table.step, lookup, scale, at, x);
-    } else if (at < t.n) {
-      update_some(t, table.step, lookup, scale, at);
+    const int first = (chunk - table.first[next]) * SPAN;
+    next_whole = whole_blocks(t, first);
+    if (next_whole == 0) return;
+    load_block(t, static_cast<int64_t>(first) * codes::BLOCK, block);
+    if (lane < next_whole) {
+      block.exp_avg_scale = t.exp_avg_scale[first + lane];
+      block.exp_avg_sq_scale = t.exp_avg_sq_scale[first + lane];
     }
+  };
+  int chunk = warp * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x);
+  load_chunk(chunk);
+  for (; chunk < table.chunks(); chunk += stride) {
+    const AdamW8bitTensor& t = table.tensors[next];
+    const int first = (chunk - table.first[next]) * SPAN, whole = next_whole;
+    const int64_t left = (t.n + codes::BLOCK - 1) / codes::BLOCK - first;
+    const int blocks = static_cast<int>(min(left, static_cast<int64_t>(SPAN)));
+#pragma unroll 1
+    for (int i = 0; i < blocks; ++i) {
+      const int64_t at = static_cast<int64_t>(first + i) * codes::BLOCK;
+      Numbers x;
+      decode(block, i, t.low_grad, lookup, x);
+      if (i + 1 < whole) {
+        load_block(t, at + codes::BLOCK, block);
+      } else if (i + 1 == blocks) {
+        load_chunk(chunk + stride);
+      }
+      if (i < whole) {
+        update_whole(t, table.step, lookup, scale, at, x, &new_m_scale[warp][i], &new_v_scale[warp][i]);
+      } else {
+        update_some(t, table.step, lookup, scale, at);
+      }
+    }
+    __syncwarp();
+    if (lane < whole) {
+      t.exp_avg_scale[first + lane] = new_m_scale[warp][lane];
+      t.exp_avg_sq_scale[first + lane] = new_v_scale[warp][lane];
+    }
+    __syncwarp();
   }
 }
 
