@@ -17,6 +17,9 @@ constexpr int FORWARD_THREADS = 1024;
 constexpr int FORWARD_KEPT = 4, FORWARD_SUM_KEPT = 2;  // without and with a residual
 constexpr int BACKWARD_THREADS = 512;  // up to 128 registers
 constexpr int BACKWARD_KEPT = 4;
+// Backward of rows that are fetched ahead: the most threads of a row, vectors of a thread, rows in shared memory
+// (the one at work too), and threads of a multiprocessor (more of them: more partial sums).
+constexpr int AHEAD_THREADS = 1024, AHEAD_KEPT = 1, AHEAD_STAGES = 2, AHEAD_RESIDENT = 1024;
 
 // x + residual as it is stored, which is what the norm is of.
 template <class T, int N>
@@ -181,6 +184,24 @@ __device__ void far_grads(const RmsNormBackward& args, int64_t row, int first, i
   }
 }
 
+// What the groups of a block have added up, [blockDim.y, width], to one row.
+__device__ void sum_of_groups(const float* of_groups, int64_t width, float* partial) {
+  __syncthreads();
+  const int all = blockDim.x * blockDim.y;
+  for (int64_t column = threadIdx.y * blockDim.x + threadIdx.x; column < width; column += all) {
+    float sum = 0.0f;
+    for (int group = 0; group < blockDim.y; ++group) sum += of_groups[group * width + column];
+    partial[column] = sum;
+  }
+}
+
+// 16 bytes from global to shared memory; done when this thread has waited for their group.
+__device__ inline void fetch(void* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+               "l"(from)
+               : "memory");
+}
+
 // Each block takes every gridDim.x-th group of rows and leaves its sum of grad * h in one row of `partials`.
 // HELD: the weight has the type of the rows and stays in registers; for rows that threads keep.
 template <class T, int N, int KEPT, bool MORE, bool HELD>
@@ -267,12 +288,108 @@ __global__ void __launch_bounds__(BACKWARD_THREADS) backward_kernel(const RmsNor
     }
   }
   if (blockDim.y == 1) return;
-  __syncthreads();
-  for (int64_t column = threadIdx.y * threads + lane; column < args.width; column += blockDim.y * threads) {
-    float sum = 0.0f;
-    for (int group = 0; group < blockDim.y; ++group) sum += of_groups[group * args.width + column];
-    partial[column] = sum;
+  sum_of_groups(of_groups, args.width, partial);
+}
+
+// As `backward_kernel` for rows that threads keep and a weight of their type, but the rows after the one at work are on
+// their way into shared memory meanwhile. A thread reads only what it has fetched itself: that needs no barrier.
+template <class T, bool MORE>
+__global__ void __launch_bounds__(AHEAD_THREADS) backward_ahead_kernel(const RmsNormBackward args, int64_t rows) {
+  constexpr int N = 16 / sizeof(T), KEPT = AHEAD_KEPT, STAGES = AHEAD_STAGES, ARRAYS = MORE ? 3 : 2;
+  __shared__ float shared[2][32];
+  extern __shared__ int4 ahead[];  // [stage, array, i, thread]; in the end float [blockDim.y, width]
+  const int vectors = static_cast<int>(args.width / N);
+  const int threads = blockDim.x, lane = threadIdx.x, all = blockDim.x * blockDim.y;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.y;
+  int4* own = ahead + threadIdx.y * threads + lane;
+  const auto slot = [&](int stage, int array, int i) { return own + ((stage * ARRAYS + array) * KEPT + i) * all; };
+  const auto fetch_row = [&](int64_t row, int stage) {
+    if (row < rows) {
+      const T* x = static_cast<const T*>(args.x) + offset_of(args.rows, row);
+      const int64_t begin = row * args.width;
+#pragma unroll
+      for (int i = 0; i < KEPT; ++i) {
+        const int at = lane + i * threads;
+        if (at >= vectors) continue;
+        fetch(slot(stage, 0, i), x + at * N);
+        fetch(slot(stage, 1, i), static_cast<const T*>(args.grad) + begin + at * N);
+        if constexpr (MORE) fetch(slot(stage, 2, i), static_cast<const T*>(args.grad_sum) + begin + at * N);
+      }
+    }
+    asm volatile("cp.async.commit_group;" ::: "memory");  // empty ones count too
+  };
+  int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+#pragma unroll
+  for (int stage = 0; stage < STAGES - 1; ++stage) fetch_row(row + stage * step, stage);
+
+  Vec<T, N> held[KEPT];
+  Vec<float, N> sums[KEPT];
+#pragma unroll
+  for (int i = 0; i < KEPT; ++i) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) sums[i].at[j] = 0.0f;
+    const int at = lane + i * threads;
+    if (at < vectors) held[i] = load<N>(static_cast<const T*>(args.weight) + at * N);
   }
+  const auto factor_of = [&](int i) {
+    Vec<float, N> result = widen(held[i]);
+#pragma unroll
+    for (int j = 0; j < N; ++j) result.at[j] += args.offset;
+    return result;
+  };
+
+  float next = row < rows ? args.rstd[row] : 0.0f;
+  int stage = 0, turn = 0;
+  for (int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y; first < rows; first += step, row += step) {
+    fetch_row(row + (STAGES - 1) * step, stage == 0 ? STAGES - 1 : stage - 1);
+    const float rstd = next;
+    next = row + step < rows ? args.rstd[row + step] : 0.0f;
+    asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 1) : "memory");
+    const int mine = row < rows ? vectors : 0;
+    Vec<T, N> near_x[KEPT], near_grad[KEPT];
+    float total = 0.0f;
+#pragma unroll
+    for (int i = 0; i < KEPT; ++i) {
+      if (lane + i * threads >= mine) continue;
+      near_x[i] = *reinterpret_cast<Vec<T, N>*>(slot(stage, 0, i));
+      near_grad[i] = *reinterpret_cast<Vec<T, N>*>(slot(stage, 1, i));
+      const auto factor = factor_of(i), wide_x = widen(near_x[i]), wide_grad = widen(near_grad[i]);
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        const float product = wide_grad.at[j] * (wide_x.at[j] * rstd);
+        sums[i].at[j] += product;
+        total += product * factor.at[j];
+      }
+    }
+    const float mean = row_sum<true>(total, threads, shared[turn]) / static_cast<float>(args.width);
+#pragma unroll
+    for (int i = 0; i < KEPT; ++i) {
+      const int at = lane + i * threads;
+      if (at >= mine) continue;
+      Vec<T, N> more;
+      if constexpr (MORE) more = *reinterpret_cast<Vec<T, N>*>(slot(stage, 2, i));
+      store_whole(static_cast<T*>(args.grad_x) + row * args.width + at * N,
+                  input_grad<T, N, MORE>(near_grad[i], near_x[i], more, factor_of(i), rstd, mean));
+    }
+    turn ^= 1;
+    stage = stage == STAGES - 1 ? 0 : stage + 1;
+  }
+  if (args.partials == nullptr) return;
+  float* partial = args.partials + blockIdx.x * args.width;
+  float* of_groups = reinterpret_cast<float*>(ahead);
+  if (blockDim.y > 1) __syncthreads();  // everyone has read the rows that were there
+  float* to = blockDim.y == 1 ? partial : of_groups + threadIdx.y * args.width;
+#pragma unroll
+  for (int i = 0; i < KEPT; ++i) {
+    const int at = lane + i * threads;
+    if (at >= vectors) continue;
+#pragma unroll
+    for (int j = 0; j < N; j += 4) {
+      const auto& sum = sums[i].at;
+      *reinterpret_cast<float4*>(to + at * N + j) = make_float4(sum[j], sum[j + 1], sum[j + 2], sum[j + 3]);
+    }
+  }
+  if (blockDim.y > 1) sum_of_groups(of_groups, args.width, partial);
 }
 
 constexpr int COLUMNS = 32, SLICES = 32;
@@ -303,13 +420,14 @@ struct Shape {
   int elements;  // of a vector
   dim3 block;    // threads of a row, rows of a block
   bool whole;    // threads keep all of a row
+  bool ahead;    // rows are fetched ahead (backward)
 };
 
-// For `kept` vectors a thread.
-dim3 block_of(int64_t vectors, int kept, int most) {
+// For `kept` vectors a thread. few: of a short row as few threads as can keep it, not as many as it has vectors.
+dim3 block_of(int64_t vectors, int kept, int most, bool few = false) {
   if (vectors <= 32 * kept) {
     unsigned lanes = 1;
-    while (lanes < 32 && lanes < vectors) lanes *= 2;
+    while (lanes < 32 && lanes * (few ? kept : 1) < vectors) lanes *= 2;
     return dim3(lanes, SHORT_THREADS / lanes);
   }
   return dim3(static_cast<unsigned>(std::min<int64_t>((vectors + kept * 32 - 1) / (kept * 32) * 32, most)));
@@ -323,7 +441,8 @@ Shape forward_shape(const RmsNorm& args) {
   const int64_t count = args.width / elements;
   const int kept = vectors && args.residual != nullptr ? FORWARD_SUM_KEPT : FORWARD_KEPT;
   const bool whole = vectors && count <= FORWARD_THREADS * kept;
-  return {elements, block_of(count, whole || !vectors ? kept : FORWARD_SUM_KEPT, FORWARD_THREADS), whole};
+  const int each = whole || !vectors ? kept : FORWARD_SUM_KEPT;
+  return {elements, block_of(count, each, FORWARD_THREADS, vectors), whole, false};
 }
 
 Shape backward_shape(const RmsNormBackward& args) {
@@ -332,13 +451,27 @@ Shape backward_shape(const RmsNormBackward& args) {
                        aligned({args.grad, args.x, args.grad_sum, args.weight, args.grad_x});
   const int elements = vectors ? step : 1;
   const int64_t count = args.width / elements;
-  return {elements, block_of(count, BACKWARD_KEPT, BACKWARD_THREADS), count <= BACKWARD_THREADS * BACKWARD_KEPT};
+  // Between short rows and those that nearly fill a multiprocessor it is no faster (measured on an H200).
+  const bool ahead = vectors && args.weight_type == args.type &&
+                     (count <= 32 || (count > AHEAD_THREADS * 3 / 4 && count <= AHEAD_THREADS * AHEAD_KEPT));
+  const dim3 block =
+      ahead ? block_of(count, AHEAD_KEPT, AHEAD_THREADS) : block_of(count, BACKWARD_KEPT, BACKWARD_THREADS);
+  return {elements, block, count <= BACKWARD_THREADS * BACKWARD_KEPT, ahead};
 }
 
 template <class T, bool MORE>
 void launch_backward(const Shape& shape, const RmsNormBackward& args, int64_t rows, unsigned blocks, Stream stream) {
   constexpr int N = 16 / sizeof(T);
   const size_t shared = shape.block.y == 1 ? 0 : shape.block.y * args.width * sizeof(float);
+  if (shape.ahead) {
+    const auto kernel = backward_ahead_kernel<T, MORE>;
+    const size_t fetched = size_t{16} * AHEAD_STAGES * (MORE ? 3 : 2) * AHEAD_KEPT * shape.block.x * shape.block.y;
+    const size_t bytes = std::max(fetched, shared);
+    if (bytes > 48 * 1024)
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+    kernel<<<blocks, shape.block, bytes, stream>>>(args, rows);
+    return;
+  }
   const auto run = [&](auto kernel) { kernel<<<blocks, shape.block, shared, stream>>>(args, rows); };
   if (shape.elements == 1) {
     run(backward_kernel<T, 1, BACKWARD_KEPT, MORE, false>);
@@ -378,7 +511,8 @@ int rms_norm(const RmsNorm& given, Stream stream) {
 int64_t rms_norm_partials(const RmsNormBackward& args) {
   const Shape shape = backward_shape(args);
   // As many blocks as are at work at the same time: a multiprocessor has registers for so many threads.
-  const int64_t each = std::max<int64_t>(1, BACKWARD_THREADS / (shape.block.x * shape.block.y));
+  const int64_t resident = shape.ahead ? AHEAD_RESIDENT : BACKWARD_THREADS;
+  const int64_t each = std::max<int64_t>(1, resident / (shape.block.x * shape.block.y));
   const int64_t groups = (count(args.rows) + shape.block.y - 1) / shape.block.y;
   return std::min<int64_t>(groups, multiprocessors() * each);
 }
