@@ -37,11 +37,11 @@ struct Gated {
 // The same for the tiles of fp8_tiles.cuh.
 template <class T, bool SILU>
 struct GatedTiles : Gated<T, SILU> {
-  [[maybe_unused]] static constexpr int PIECES = 2;
+  static constexpr int PIECES = 2;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-  [[maybe_unused]] static constexpr int BLOCKS = 2;  // sm_80 needs some registers more
+  static constexpr int BLOCKS = 2;  // sm_80 needs some registers more
 #else
-  [[maybe_unused]] static constexpr int BLOCKS = std::is_same_v<T, __nv_bfloat16> ? 3 : 2;
+  static constexpr int BLOCKS = std::is_same_v<T, __nv_bfloat16> ? 3 : 2;
 #endif
   struct Rows {};
   using Columns = typename Gated<T, SILU>::Columns;

@@ -52,7 +52,7 @@ struct Normed {
 // With rstd known, the values at once.
 template <class T>
 struct Known : Normed<T> {
-  [[maybe_unused]] static constexpr bool NORMALISES = false;
+  static constexpr bool NORMALISES = false;
 
   __device__ Vec<T, 8> raw(int64_t row, int64_t column) const {
     return Normed<T>::finish(Normed<T>::raw(row, column), this->rstd[row], Normed<T>::columns(column));

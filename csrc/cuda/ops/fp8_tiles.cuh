@@ -8,6 +8,9 @@
 //   finish(pieces, rows, i, columns, y)  the eight values of row i, as four words
 #pragma once
 
+// nvcc warns of a constant of a template that one of its instances does not need.
+#pragma nv_diag_suppress 177
+
 #include "fp8.cuh"
 
 namespace megatune::cuda::fp8 {
