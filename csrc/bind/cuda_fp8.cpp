@@ -66,7 +66,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fp8_quantise(const Tensor& x, int64_t
   check_matrix(x, op);
   const OnDeviceOf device(x);
   Copies made = copies_of(x, x.size(0), x.size(1), scaling, e5m2, copies, op);
-  if (made.out.codes != nullptr && made.out.peaks != nullptr) made.out.row_peaks = made.out.peaks + made.out.width;
   const cuda::Fp8Quantise args{type_of(x, op), data(x), x.stride(0), made.out};
   check_launch(cuda::fp8_quantise(args, device.stream()), op);
   return {made.codes, made.scales, made.codes_t, made.scales_t};
@@ -83,6 +82,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fp8_rms_norm(const Tensor& x,
   const OnDeviceOf device(x);
   Copies made = copies_of(x, x.size(0), x.size(1), scaling, false, copies, op);
   Tensor rstd = empty(x, {x.size(0)}, ScalarType::Float);
+  if (made.out.peaks != nullptr) {
+    // Both passes of two row-wise copies would compute the norm: it is faster to write it in between.
+    Tensor y = empty(x, sizes(x));
+    const cuda::Rows rows = rows_of(x, op);
+    const cuda::RmsNorm norm{type_of(x, op), type_of(weight, op), data(x), rows, x.size(1), nullptr, rows, nullptr,
+                             data(weight), static_cast<float>(offset), static_cast<float>(eps), offset == 0.0,
+                             mutable_data(y), static_cast<float*>(mutable_data(rstd))};
+    check_launch(cuda::rms_norm(norm, device.stream()), op);
+    check_launch(cuda::fp8_quantise({type_of(x, op), data(y), x.size(1), made.out}, device.stream()), op);
+    return {made.codes, made.scales, made.codes_t, made.scales_t, rstd};
+  }
   const cuda::Fp8RmsNorm args{type_of(x, op),
                               type_of(weight, op),
                               data(x),

@@ -21,7 +21,7 @@ constexpr int SIDE = WARPS * WARP;
 constexpr int SLOT = SIDE * EACH;  // vectors of 16 bytes
 constexpr int MOST_SLOTS = 28;     // as many as a multiprocessor has room for
 constexpr int MOST_BLOCKS = 4;     // of a cluster
-constexpr int LEAST_VOCAB = 8192;  // shorter rows are not worth a ring
+constexpr int LEAST_VOCAB = 16384;  // shorter rows are not worth a ring
 // Rows whose sums are kept. The ring holds at most half as many: sums of a row can be sent only when all blocks have
 // begun the gradient of the row that many before it, and so have read all sums that were in its place.
 constexpr int TURNS = 16;
@@ -382,10 +382,10 @@ int shared_memory() {
 }
 
 // The smallest cluster whose rings hold a third more than a row, so that a row is summed while the gradient of the one
-// before is written. blocks 0: there is none.
+// before is written; two blocks at least, as one has nobody to send to. blocks 0: there is none.
 Plan plan_of(int64_t vocab) {
   const int room = std::min(MOST_SLOTS, (shared_memory() - OWN_SHARED) / (SLOT * 16));
-  for (int blocks = 1; blocks <= MOST_BLOCKS; blocks *= 2) {
+  for (int blocks = 2; blocks <= MOST_BLOCKS; blocks *= 2) {
     const int64_t share = (vocab / 8 + blocks - 1) / blocks, parts = (share + SLOT - 1) / SLOT;
     if (4 * parts > 3 * room) continue;
     const int slots = std::min(room, TURNS / 2 * static_cast<int>(parts));

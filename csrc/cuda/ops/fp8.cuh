@@ -50,22 +50,14 @@ constexpr bool spare() {
   return false;
 }
 
-// Threads of a row, at most. What is computed has its columns' peaks in registers too.
-template <class Source>
-constexpr int row_threads(int cached) {
-  return Source::COMPUTES && cached == 8 ? 384 : 512;
-}
-
-// A row at a time: its rstd if the source is a norm, its codes and scale, and what it adds to the columns' peaks. A
-// thread keeps up to CACHED vectors of the row; of longer rows the rest is read again, from the cache.
+// A row at a time: its rstd if the source is a norm, its codes and scale. A thread keeps up to CACHED vectors of the
+// row; of longer rows the rest is read again, from the cache.
+constexpr int ROW_THREADS = 512;
 template <class Source, int CACHED, bool E5M2>
-__global__ void __launch_bounds__(row_threads<Source>(CACHED), 1)
-    rows_kernel(const Source source, const Fp8 out) {
+__global__ void __launch_bounds__(ROW_THREADS, 1) rows_kernel(const Source source, const Fp8 out) {
   using T = typename Source::Type;
   __shared__ float shared[32];
   const int vectors = static_cast<int>(out.width / N), threads = blockDim.x;
-  const bool quantises = out.codes != nullptr || out.peaks != nullptr;
-  Peaks<T> columns[Source::COMPUTES ? CACHED : 1];
   // All threads of a block go through the loop equally often: they reduce together.
   for (int64_t row = blockIdx.x; row < out.padded; row += gridDim.x) {
     const bool here = row < out.rows;
@@ -90,7 +82,6 @@ __global__ void __launch_bounds__(row_threads<Source>(CACHED), 1)
       rstd = source.rstd_of(row_sum(total, threads, shared), out.width);
       if (here && threadIdx.x == 0) source.rstd[row] = rstd;
     }
-    if (!quantises) continue;
     Peaks<T> peaks;
 #pragma unroll
     for (int i = 0; i < CACHED; ++i) {
@@ -98,19 +89,10 @@ __global__ void __launch_bounds__(row_threads<Source>(CACHED), 1)
       if (!here || at >= vectors) continue;
       if constexpr (Source::NORMALISES) values[i] = source.finish(values[i], rstd, source.columns(at * N));
       peaks.add(values[i]);
-      if constexpr (Source::COMPUTES) columns[i].add(values[i]);
     }
     for (int at = threadIdx.x + CACHED * threads; here && at < vectors; at += threads) {
-      const Values<T> more = source.finish(source.raw(row, at * N), rstd, source.columns(at * N));
-      peaks.add(more);
-      if (Source::COMPUTES && out.peaks != nullptr) {
-        Peaks<T> of_columns;
-        of_columns.add(more);
-#pragma unroll
-        for (int j = 0; j < N; ++j) raise(out.peaks + at * N + j, of_columns.of(j));
-      }
+      peaks.add(source.finish(source.raw(row, at * N), rstd, source.columns(at * N)));
     }
-    if (out.codes == nullptr) continue;
     const float scale = scale_of(block_max(peaks.largest(), shared), E5M2), inverse = __frcp_rn(scale);
     if (threadIdx.x == 0) out.scales[row] = scale;
     uint8_t* codes = out.codes + row * out.width;
@@ -125,19 +107,9 @@ __global__ void __launch_bounds__(row_threads<Source>(CACHED), 1)
       store_codes(codes + at * N, row_codes(more, inverse, E5M2));
     }
   }
-  if constexpr (Source::COMPUTES) {
-    if (out.peaks == nullptr) return;
-#pragma unroll
-    for (int i = 0; i < CACHED; ++i) {
-      const int at = threadIdx.x + i * threads;
-      if (at >= vectors) continue;
-#pragma unroll
-      for (int j = 0; j < N; ++j) raise(out.peaks + at * N + j, columns[i].of(j));
-    }
-  }
 }
 
-// Largest magnitudes of columns, and of rows where wanted, of what is not computed. A block has 256 columns, its warps
+// Largest magnitudes of columns, and of rows where wanted. A block has 256 columns, its warps
 // are one below the other, PASSES times eight rows of each. The peaks are zeros before.
 constexpr int PASSES = 4, PANEL = 32 * N;
 template <class Source>
@@ -312,19 +284,11 @@ __global__ void __launch_bounds__(THREADS, tile_blocks<Source, SCALING>())
 
 template <class Source, int CACHED, bool E5M2>
 int launch_rows(const Source& source, const Fp8& out, Stream stream) {
-  const auto kernel = rows_kernel<Source, CACHED, E5M2>;
   const int64_t vectors = out.width / N;
   // Four vectors a thread where that is enough.
   const int64_t wanted = ((vectors + 3) / 4 + 31) / 32 * 32;
-  const int threads = static_cast<int>(std::min<int64_t>(wanted, row_threads<Source>(CACHED)));
-  unsigned blocks = grid(out.padded, 1);
-  if (Source::COMPUTES && out.peaks != nullptr) {
-    // Peaks of columns stay in registers: as many blocks as are at work at the same time.
-    int each = 1;
-    if (cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, 0) != cudaSuccess) each = 1;
-    blocks = static_cast<unsigned>(std::min<int64_t>(out.padded, int64_t{multiprocessors()} * std::max(each, 1)));
-  }
-  kernel<<<blocks, threads, 0, stream>>>(source, out);
+  const int threads = static_cast<int>(std::min<int64_t>(wanted, ROW_THREADS));
+  rows_kernel<Source, CACHED, E5M2><<<grid(out.padded, 1), threads, 0, stream>>>(source, out);
   return launched();
 }
 
@@ -335,56 +299,36 @@ int launch_tiles(const Source& source, const Fp8& out, Stream stream) {
   return launched();
 }
 
+// Row-wise, one copy by rows.
 template <class Source, bool E5M2 = false>
-int first_pass(const Source& source, const Fp8& out, Stream stream) {
+int launch_row_copy(const Source& source, const Fp8& out, Stream stream) {
   // Twice as many vectors in a thread where a block's threads do not suffice; fp32 has no registers for them.
   constexpr int more = sizeof(typename Source::Type) == 2 ? 8 : 4;
-  if (more > 4 && out.width > int64_t{row_threads<Source>(4)} * 4 * N)
+  if (more > 4 && out.width > int64_t{ROW_THREADS} * 4 * N)
     return launch_rows<Source, more, E5M2>(source, out, stream);
   return launch_rows<Source, 4, E5M2>(source, out, stream);
 }
 
-// Peaks of a matrix as it is, of its rows too where both copies are wanted; then all codes.
-template <class Source, bool E5M2>
+// Row-wise, a transposed copy and perhaps one by rows: peaks of columns, and of rows if wanted; then all codes.
+template <class Source, bool E5M2 = false>
 int launch_columns(const Source& source, const Fp8& out, Stream stream) {
+  // Those of rows stand behind those of columns.
+  const int64_t peaks = out.width + (out.row_peaks != nullptr ? out.padded : 0);
+  const auto error = cudaMemsetAsync(out.peaks, 0, peaks * sizeof(float), stream);
+  if (error != cudaSuccess) return static_cast<int>(error);
   if (out.rows > 0) {
     const int64_t across = (out.width + PANEL - 1) / PANEL, height = PASSES * WARPS * N;
     const auto blocks = static_cast<unsigned>(across * ((out.rows + height - 1) / height));
     peaks_kernel<Source><<<blocks, THREADS, 0, stream>>>(source, out);
-    if (const int error = launched()) return error;
+    if (const int failed = launched()) return failed;
   }
   return launch_tiles<Source, Scaling::rowwise, E5M2>(source, out, stream);
 }
 
-template <class Source, bool E5M2>
+template <class Source, bool E5M2 = false>
 int launch_rowwise(const Source& source, const Fp8& out, Stream stream) {
-  if (out.peaks != nullptr) {
-    // Those of rows stand behind those of columns.
-    const int64_t peaks = out.width + (out.row_peaks != nullptr ? out.padded : 0);
-    const auto error = cudaMemsetAsync(out.peaks, 0, peaks * sizeof(float), stream);
-    if (error != cudaSuccess) return static_cast<int>(error);
-    if constexpr (!Source::COMPUTES) return launch_columns<Source, E5M2>(source, out, stream);
-  }
-  if (const int error = first_pass<Source, E5M2>(source, out, stream)) return error;
-  return out.codes_t == nullptr ? 0 : launch_tiles<Source, Scaling::rowwise, E5M2>(source, out, stream);
-}
-
-// rowwise and blocks, both copies or one.
-template <class Source>
-int launch(const Source& source, const Fp8& out, Stream stream) {
-  if (out.width == 0) return 0;
-  if (out.scaling == Scaling::blocks) {
-    if constexpr (Source::NORMALISES) {
-      Fp8 rstd_only = out;
-      rstd_only.codes = nullptr, rstd_only.peaks = nullptr, rstd_only.padded = out.rows;
-      if (out.rows > 0)
-        if (const int error = first_pass(source, rstd_only, stream)) return error;
-    }
-    return launch_tiles<Source, Scaling::blocks>(source, out, stream);
-  }
-  if constexpr (!Source::COMPUTES)
-    if (out.e5m2) return launch_rowwise<Source, true>(source, out, stream);
-  return launch_rowwise<Source, false>(source, out, stream);
+  return out.codes_t == nullptr ? launch_row_copy<Source, E5M2>(source, out, stream)
+                                : launch_columns<Source, E5M2>(source, out, stream);
 }
 
 }  // namespace megatune::cuda::fp8

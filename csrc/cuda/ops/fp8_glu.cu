@@ -72,9 +72,7 @@ int fp8_glu(const Fp8Glu& args, Stream stream) {
       const GatedTiles<T, silu.value> source{{static_cast<const T*>(args.gate_up), args.row_stride,
                                               fp8::in_vectors<T>(args.gate_up, args.row_stride), args.activation}};
       const Gated<T, silu.value>& any = source;
-      if (args.out.scaling == Scaling::rowwise)
-        return args.out.codes_t == nullptr ? fp8::launch(any, args.out, stream)
-                                           : fp8::launch_computed_columns(any, any, args.out, stream);
+      if (args.out.scaling == Scaling::rowwise) return fp8::launch_rowwise(any, args.out, stream);
       if constexpr (sizeof(T) == 2)
         if (source.vectors) return fp8::launch_computed_tiles(source, args.out, stream);
       return fp8::launch_tiles<Gated<T, silu.value>, Scaling::blocks>(any, args.out, stream);

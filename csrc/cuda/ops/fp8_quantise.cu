@@ -26,14 +26,17 @@ struct Plain {
 }  // namespace
 
 int fp8_quantise(const Fp8Quantise& args, Stream stream) {
+  if (args.out.width == 0) return 0;
   return with_type(args.type, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const auto go = [&](auto vectors) {
       using Source = Plain<T, vectors.value>;
       const Source source{static_cast<const T*>(args.x), args.row_stride};
-      if (args.out.scaling != Scaling::tiles) return fp8::launch(source, args.out, stream);
-      if (args.out.width == 0) return 0;
-      return fp8::launch_tiles<Source, Scaling::tiles>(source, args.out, stream);
+      const Fp8& out = args.out;
+      if (out.scaling == Scaling::blocks) return fp8::launch_tiles<Source, Scaling::blocks>(source, out, stream);
+      if (out.scaling == Scaling::tiles) return fp8::launch_tiles<Source, Scaling::tiles>(source, out, stream);
+      return out.e5m2 ? fp8::launch_rowwise<Source, true>(source, out, stream)
+                      : fp8::launch_rowwise(source, out, stream);
     };
     return fp8::in_vectors<T>(args.x, args.row_stride) ? go(std::true_type{}) : go(std::false_type{});
   });

@@ -1,6 +1,6 @@
 // Root-mean-square norm, to fp8; it is never written in its own type. The formulas of rms_norm.cu.
 //
-// One row-wise copy takes one pass. Else the rows' rstd comes first, and what follows is quantised as it is read.
+// One row-wise copy takes one pass. In blocks the rows' rstd comes first, and what follows is quantised as it is read.
 
 #include "fp8_tiles.cuh"
 
@@ -49,18 +49,8 @@ struct Normed {
   }
 };
 
-// With rstd known, the values at once.
-template <class T>
-struct Known : Normed<T> {
-  static constexpr bool NORMALISES = false;
-
-  __device__ Vec<T, 8> raw(int64_t row, int64_t column) const {
-    return Normed<T>::finish(Normed<T>::raw(row, column), this->rstd[row], Normed<T>::columns(column));
-  }
-};
-
-// And for fp8_tiles.cuh. PLAIN: the weight is of type T, without an offset, so that the second product is one of two 16
-// bit numbers, rounded once.
+// With rstd known, for fp8_tiles.cuh. PLAIN: the weight is of type T, without an offset, so that the second product is
+// one of two 16 bit numbers, rounded once.
 template <class T, bool PLAIN>
 struct KnownTiles : Normed<T> {
   static constexpr int PIECES = 1, BLOCKS = 2;
@@ -132,20 +122,6 @@ __global__ void __launch_bounds__(ROW_THREADS) rstd_kernel(const Normed<T> sourc
   if (lane == 0) source.rstd[row] = source.rstd_of(total, width);
 }
 
-template <class T>
-int quantise_known(const Fp8RmsNorm& args, const Normed<T>& source, Stream stream) {
-  const Fp8& out = args.out;
-  if (out.scaling == Scaling::rowwise) return fp8::launch_computed_columns(Known<T>{source}, source, out, stream);
-  if constexpr (sizeof(T) == 2) {
-    if (source.vectors && source.weight_vectors) {
-      if (args.weight_type == args.type && args.offset == 0.0f && args.round_first)
-        return fp8::launch_computed_tiles(KnownTiles<T, true>{source}, out, stream);
-      return fp8::launch_computed_tiles(KnownTiles<T, false>{source}, out, stream);
-    }
-  }
-  return fp8::launch_tiles<Normed<T>, Scaling::blocks>(source, out, stream);
-}
-
 }  // namespace
 
 int fp8_rms_norm(const Fp8RmsNorm& args, Stream stream) {
@@ -163,12 +139,19 @@ int fp8_rms_norm(const Fp8RmsNorm& args, Stream stream) {
                            args.eps,
                            args.round_first,
                            args.rstd};
-    if (out.scaling == Scaling::rowwise && out.codes_t == nullptr) return fp8::launch(source, out, stream);
+    if (out.scaling == Scaling::rowwise) return fp8::launch_row_copy(source, out, stream);
     if (out.rows > 0) {
       rstd_kernel<<<grid(out.rows, ROW_THREADS / 32), ROW_THREADS, 0, stream>>>(source, out.rows, out.width);
       if (const int error = launched()) return error;
     }
-    return quantise_known(args, source, stream);
+    if constexpr (sizeof(T) == 2) {
+      if (source.vectors && source.weight_vectors) {
+        if (args.weight_type == args.type && args.offset == 0.0f && args.round_first)
+          return fp8::launch_computed_tiles(KnownTiles<T, true>{source}, out, stream);
+        return fp8::launch_computed_tiles(KnownTiles<T, false>{source}, out, stream);
+      }
+    }
+    return fp8::launch_tiles<Normed<T>, Scaling::blocks>(source, out, stream);
   });
 }
 

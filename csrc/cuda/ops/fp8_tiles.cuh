@@ -244,20 +244,4 @@ int launch_computed_tiles(const Source& source, const Fp8& out, Stream stream) {
   return launched();
 }
 
-// rowwise, with the transposed copy: a pass for the peaks of what `known` gives at once, one for the codes.
-template <class Known, class Source>
-int launch_computed_columns(const Known& known, const Source& source, const Fp8& out, Stream stream) {
-  // The peaks of rows stand behind those of columns.
-  const int64_t peaks = out.width + (out.row_peaks != nullptr ? out.padded : 0);
-  const auto error = cudaMemsetAsync(out.peaks, 0, peaks * sizeof(float), stream);
-  if (error != cudaSuccess) return static_cast<int>(error);
-  if (out.rows > 0) {
-    const int64_t across = (out.width + PANEL - 1) / PANEL, height = PASSES * WARPS * N;
-    const auto blocks = static_cast<unsigned>(across * ((out.rows + height - 1) / height));
-    peaks_kernel<Known><<<blocks, THREADS, 0, stream>>>(known, out);
-    if (const int failed = launched()) return failed;
-  }
-  return launch_tiles<Source, Scaling::rowwise>(source, out, stream);
-}
-
 }  // namespace megatune::cuda::fp8

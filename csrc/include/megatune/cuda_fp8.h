@@ -39,7 +39,7 @@ struct Fp8Quantise {
 };
 int fp8_quantise(const Fp8Quantise& args, Stream stream);
 
-// What `rms_norm` makes of x, rounded to its type, then quantised.
+// What `rms_norm` makes of x, rounded to its type, then quantised: in blocks, or one row-wise copy by rows.
 struct Fp8RmsNorm {
   Type type, weight_type;
   const void* x;
