@@ -19,14 +19,6 @@ Example = tuple[str, tuple[Any, ...], torch.dtype]  # operator, arguments, what 
 
 
 def examples() -> Iterator[Example]:
-    """Those of the operators that are defined."""
-    for name, arguments, dtype in _all():
-        operator = getattr(torch.ops.megatune, name, None)
-        if operator is not None and len(arguments) <= len(operator.default._schema.arguments):
-            yield name, arguments, dtype
-
-
-def _all() -> Iterator[Example]:
     torch.manual_seed(0)
     for dtype in DTYPES:
         yield from norms(dtype)
@@ -83,23 +75,28 @@ def gates(dtype: torch.dtype) -> Iterator[Example]:
 
 def losses(dtype: torch.dtype) -> Iterator[Example]:
     """Whole vocabularies and parts of one; labels elsewhere and rows that do not count."""
-    for rows, columns, softcap in ((5, 33, 0.0), (3, 4096, 3.0), (1, 20011, 0.0), (0, 8, 0.0)):
+    rings = ((140, 16384, 0.0), (3, 131072, 0.0))  # more rows than blocks, a row of several blocks
+    for rows, columns, softcap in ((5, 33, 0.0), (3, 4096, 3.0), (1, 20011, 0.0), (0, 8, 0.0), *rings):
         labels = torch.randint(columns, (rows,))
         for write_grad in (False, True):
             arguments = (torch.randn(rows, columns).to(dtype), labels, softcap, write_grad)
             yield "cross_entropy_rows", arguments, dtype
-            more = (
-                torch.rand(rows),
-                1e-3,
-                0.1,
-                0,
-            )  # weights, z-loss, smoothing, the label that does not count
-            yield "cross_entropy_rows", (*arguments, *more), dtype
+            for smoothing in (0.0, 0.1):
+                more = (
+                    torch.rand(rows),
+                    1e-3,
+                    smoothing,
+                    0,
+                )  # weights, z-loss, .., the label that does not count
+                yield "cross_entropy_rows", (*arguments, *more), dtype
         for with_sum in (False, True):
             logits, elsewhere = torch.randn(rows, columns).to(dtype), labels + columns // 2
             yield "cross_entropy_sums", (logits, elsewhere, columns, 3 * columns, softcap, with_sum, 0), dtype
         arguments = (logits, elsewhere, columns, 3 * columns, softcap, torch.full((rows,), 9.0))
         yield "cross_entropy_grad", (*arguments, torch.rand(rows), 1e-3, 0.1, 0), dtype
+        single, factor = torch.randn(rows, columns), torch.tensor(0.3)
+        yield "scale_gradient", (logits, logits, factor), dtype
+        yield "scale_gradient", (torch.empty(rows, columns, dtype=dtype), single, factor), dtype
 
 
 def projections(dtype: torch.dtype) -> Iterator[Example]:
@@ -109,13 +106,13 @@ def projections(dtype: torch.dtype) -> Iterator[Example]:
         angle = torch.randn(tokens, width // 2)
         grads = [torch.randn(tokens, heads, width).to(dtype) for heads in (groups * queries, groups, groups)]
         weights = [torch.rand(width).to(dtype) for _ in range(2)]
-        rstd = torch.rand(tokens, groups, queries), torch.rand(tokens, groups)
+        rstd = torch.rand(tokens, groups, queries + 1)
         turn = angle.cos(), angle.sin()
         yield "rope_qk", (qkv, *turn, None, None, 1e-5, 0.0), dtype
         yield "rope_qk", (qkv, *turn, *weights, 1e-5, 1.0), dtype
-        yield "rope_qk_backward", (*grads, *turn, None, None, None, None, None, 0.0, False), dtype
+        yield "rope_qk_backward", (*grads, *turn, None, None, None, None, 0.0, False), dtype
         for weight_grad in (False, True):
-            yield "rope_qk_backward", (*grads, *turn, qkv, *weights, *rstd, 1.0, weight_grad), dtype
+            yield "rope_qk_backward", (*grads, *turn, qkv, *weights, rstd, 1.0, weight_grad), dtype
 
 
 def rows_of_tokens(dtype: torch.dtype) -> Iterator[Example]:
