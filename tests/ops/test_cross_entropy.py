@@ -333,7 +333,7 @@ def test_many_rows_one_after_the_other(dtype: torch.dtype) -> None:
     reference = ops.OPS[OP].bodies["reference"].run[0]
     for vocab, rows in (
         (520, 2500),
-        (8192, 2500),
+        (16384, 1300),
         (32000, 2500),
         (81928, 1300),
         (128256, 1300),
