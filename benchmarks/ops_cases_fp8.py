@@ -30,8 +30,13 @@ def _parts(made: Quantised) -> Tensors:
 
 
 def _work(rows: int, width: int, read: int, scaling: Scaling, copies: int, new: New) -> Work:
-    """`read` numbers for each result; a byte for each code, 4 for each scale, in each copy."""
+    """`read` numbers for each result; a byte for each code, 4 for each scale, in each copy.
+
+    Two row-wise copies are read for twice: no code can be written before the scales of all rows and columns are known,
+    and a matrix of these sizes does not stay on the chip.
+    """
     elements, count = rows * width, 2 if copies == BOTH else 1
+    read *= 2 if scaling == "rowwise" and copies == BOTH else 1
     scales = {
         "rowwise": rows + (width if copies == BOTH else 0),
         "blocks": count * elements // 128,
