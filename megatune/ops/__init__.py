@@ -5,7 +5,7 @@ from megatune.ops.attention import attention
 from megatune.ops.cross_entropy import VocabCut, cross_entropy, linear_cross_entropy
 from megatune.ops.dropout import keyed_dropout
 from megatune.ops.embedding import embedding
-from megatune.ops.fp8 import Fp8Recipe, Fp8Weight, fp8_linear, fp8_products
+from megatune.ops.fp8 import Fp8Recipe, fp8_linear, fp8_products
 from megatune.ops.fp8_fused import fp8_add_norm_linear, fp8_glu_linear, fp8_norm_linear
 from megatune.ops.glu import clamped_glu, glu
 from megatune.ops.lora import LoraLayout, lora_linear
@@ -24,7 +24,6 @@ BODIES = {name: tuple(op.bodies) for name, op in OPS.items()}  # the bodies of e
 __all__ = [
     "BODIES",
     "Fp8Recipe",
-    "Fp8Weight",
     "FrozenWeight",
     "LoraLayout",
     "Segments",

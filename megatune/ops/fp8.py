@@ -78,23 +78,6 @@ class Fp8Recipe:
         return "rowwise" if self.scaling == "rowwise" else "tiles"
 
 
-class Fp8Weight:
-    """The 8 bit copies of one weight, made when they are first needed and kept until `clear`, so that the
-    micro-batches of a step share them. Whoever changes the weight must call `clear`."""
-
-    def __init__(self) -> None:
-        self._made: Quantised | None = None
-
-    def of(self, weight: Tensor, scaling: Scaling) -> Quantised:
-        made = self._made
-        if made is None or made.scaling != scaling:
-            made = self._made = quantise(weight.detach(), scaling, copies=BOTH)
-        return made
-
-    def clear(self) -> None:
-        self._made = None
-
-
 @cache
 def _products(device: int) -> tuple[str, ...]:
     """What the GPU multiplies itself."""
@@ -161,12 +144,6 @@ def _rows(y: Tensor, rows: int) -> Tensor:
     return y if y.shape[0] == rows else y[:rows].clone()
 
 
-def _weight(weight: Tensor, recipe: Fp8Recipe, kept: Fp8Weight | None, copies: int) -> Quantised:
-    if kept is not None:
-        return kept.of(weight, recipe.weights)
-    return quantise(weight, recipe.weights, copies=copies)
-
-
 def input_copies(ctx: Any, weight_at: int, recipe: Fp8Recipe) -> int:
     """Copies of the input: the transposed one is for the weight's gradient."""
     return BOTH if ctx.needs_input_grad[weight_at] and recipe.wgrad == "fp8" else ROWS
@@ -178,7 +155,7 @@ def product_forward(
     """The product. Saved: the weight, the input's transposed copy, and `extra`."""
     ctx.save_for_backward(weight, x.codes_t, x.scales_t, *extra)
     ctx.input = (x.rows, x.scaling)
-    quantised = _weight(weight, ctx.recipe, ctx.kept, ROWS)
+    quantised = quantise(weight, ctx.recipe.weights, copies=ROWS)
     return _rows(_product(x.plain, quantised.plain, dtype, fast=True), x.rows)
 
 
@@ -195,7 +172,7 @@ def product_backward(
     g = quantise(grad, scaling, e5m2=recipe.gradients == "e5m2", copies=copies)
     grad_x = grad_weight = None
     if need_x:
-        quantised = _weight(weight, recipe, ctx.kept, TRANSPOSED)
+        quantised = quantise(weight, recipe.weights, copies=TRANSPOSED)
         grad_x = _rows(_product(g.plain, quantised.transposed, grad.dtype, recipe.fast_gradients), rows)
     if in_fp8:
         x_t = Factor(codes_t, scales_t, scaling, False)
@@ -207,8 +184,8 @@ class _Linear(torch.autograd.Function):
     """x [T, in], weight [out, in] -> [T, out]."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, recipe: Fp8Recipe, kept: Fp8Weight | None) -> Tensor:
-        ctx.recipe, ctx.kept = recipe, kept
+    def forward(ctx: Any, x: Tensor, weight: Tensor, recipe: Fp8Recipe) -> Tensor:
+        ctx.recipe = recipe
         quantised = quantise(x, recipe.inputs, copies=input_copies(ctx, 1, recipe))
         wide = x if ctx.needs_input_grad[1] and recipe.wgrad == "bf16" else None
         return product_forward(ctx, quantised, weight, x.dtype, wide)
@@ -220,7 +197,7 @@ class _Linear(torch.autograd.Function):
         grad_x, grad_weight = product_backward(ctx, grad, *saved, *ctx.needs_input_grad[:2])
         if x is not None:
             grad_weight = (grad.t() @ x).to(saved[0].dtype)
-        return grad_x, grad_weight, None, None
+        return grad_x, grad_weight, None
 
 
 def check_linear(
@@ -245,15 +222,13 @@ def fp8_linear(
     weight: Tensor,
     bias: Tensor | None = None,
     recipe: Fp8Recipe = Fp8Recipe(),
-    kept: Fp8Weight | None = None,
 ) -> Tensor:
     """x [T, in] weight^T + bias -> [T, out] of x's dtype, in 8 bits as `recipe` says.
 
     weight [out, in]; x and weight fp32, bf16 or fp16; `in` and `out` multiples of 16 (blockwise: 128), T anything.
-    `kept`: where the weight's 8 bit copies stay for the next call. Gradients to x, weight and bias. ValueError where
-    shapes, dtypes or devices do not fit."""
+    Gradients to x, weight and bias. ValueError where shapes, dtypes or devices do not fit."""
     op = "fp8_linear"
     check_matrix(op, "x", x, x.shape[-1], recipe.inputs)
     check_linear(op, x, x.shape[1], weight, bias, recipe)
-    y = _Linear.apply(x, weight, recipe, kept)
+    y = _Linear.apply(x, weight, recipe)
     return y if bias is None else y + bias

@@ -15,7 +15,6 @@ from torch.autograd.function import once_differentiable
 from megatune.ops.checks import same_device
 from megatune.ops.fp8 import (
     Fp8Recipe,
-    Fp8Weight,
     check_linear,
     input_copies,
     product_backward,
@@ -33,11 +32,10 @@ def _norm_forward(
     weight: Tensor,
     norm: tuple[float, float],
     recipe: Fp8Recipe,
-    kept: Fp8Weight | None,
     weight_at: int,
 ) -> Tensor:
     """rms_norm(x) weight^T; `norm`: (eps, offset)."""
-    ctx.recipe, ctx.kept, ctx.norm = recipe, kept, norm
+    ctx.recipe, ctx.norm = recipe, norm
     quantised, rstd = quantise_rms_norm(
         x, scale, *norm, recipe.inputs, copies=input_copies(ctx, weight_at, recipe)
     )
@@ -72,9 +70,8 @@ class _NormLinear(torch.autograd.Function):
         weight: Tensor,
         norm: tuple[float, float],
         recipe: Fp8Recipe,
-        kept: Fp8Weight | None,
     ) -> Tensor:
-        return _norm_forward(ctx, x, scale, weight, norm, recipe, kept, 2)
+        return _norm_forward(ctx, x, scale, weight, norm, recipe, 2)
 
     @staticmethod
     @once_differentiable
@@ -86,7 +83,7 @@ class _NormLinear(torch.autograd.Function):
         if grad_y is not None:
             norm = OPS["rms_norm"].pick(x.device.type, x.dtype)
             grad_x, grad_scale = norm.run[1](grad_y, x, scale, rstd, ctx.norm[1], need_scale)
-        return grad_x, grad_scale.to(scale.dtype) if need_scale else None, grad_weight, *[None] * 3
+        return grad_x, grad_scale.to(scale.dtype) if need_scale else None, grad_weight, None, None
 
 
 class _AddNormLinear(torch.autograd.Function):
@@ -101,10 +98,9 @@ class _AddNormLinear(torch.autograd.Function):
         weight: Tensor,
         norm: tuple[float, float],
         recipe: Fp8Recipe,
-        kept: Fp8Weight | None,
     ) -> tuple[Tensor, Tensor]:
         total = (x + residual).contiguous()
-        return total, _norm_forward(ctx, total, scale, weight, norm, recipe, kept, 3)
+        return total, _norm_forward(ctx, total, scale, weight, norm, recipe, 3)
 
     @staticmethod
     @once_differentiable
@@ -119,17 +115,15 @@ class _AddNormLinear(torch.autograd.Function):
             norm = OPS["add_rms_norm"].pick(total.device.type, total.dtype)
             arguments = (grad_sum.contiguous(), total, scale, rstd, ctx.norm[1], need_scale)
             grad_x, grad_scale = norm.run[1](grad_y, *arguments)
-        return grad_x, grad_x, grad_scale.to(scale.dtype) if need_scale else None, grad_weight, *[None] * 3
+        return grad_x, grad_x, grad_scale.to(scale.dtype) if need_scale else None, grad_weight, None, None
 
 
 class _GluLinear(torch.autograd.Function):
     """gate_up [T, 2 in], weight [out, in] -> glu(gate_up) weight^T [T, out]."""
 
     @staticmethod
-    def forward(
-        ctx: Any, gate_up: Tensor, weight: Tensor, activation: int, recipe: Fp8Recipe, kept: Fp8Weight | None
-    ) -> Tensor:
-        ctx.recipe, ctx.kept, ctx.activation = recipe, kept, activation
+    def forward(ctx: Any, gate_up: Tensor, weight: Tensor, activation: int, recipe: Fp8Recipe) -> Tensor:
+        ctx.recipe, ctx.activation = recipe, activation
         copies = input_copies(ctx, 1, recipe)
         quantised = quantise_glu(gate_up, ACTIVATIONS[activation], recipe.inputs, copies=copies)
         return product_forward(ctx, quantised, weight, gate_up.dtype, gate_up)
@@ -144,7 +138,7 @@ class _GluLinear(torch.autograd.Function):
         if need_weight and grad_weight is None:
             grad_weight = (grad.t() @ glu.run[0](gate_up, ctx.activation)).to(saved[0].dtype)
         grad_x = None if grad_y is None else glu.run[1](grad_y, gate_up, ctx.activation)
-        return grad_x, grad_weight, None, None, None
+        return grad_x, grad_weight, None, None
 
 
 def _check_norm(
@@ -166,7 +160,6 @@ def fp8_norm_linear(
     *,
     offset: float = 0.0,
     recipe: Fp8Recipe,
-    kept: Fp8Weight | None = None,
 ) -> Tensor:
     """`fp8_linear(rms_norm(x, scale, eps, offset), weight, bias)`, the norm's output in 8 bits only.
 
@@ -174,7 +167,7 @@ def fp8_norm_linear(
     shapes, dtypes or devices do not fit."""
     _check_norm("fp8_norm_linear", x, scale, weight, bias, recipe)
     x = x if x.stride(1) == 1 else x.contiguous()
-    y = _NormLinear.apply(x, scale, weight, (eps, offset), recipe, kept)
+    y = _NormLinear.apply(x, scale, weight, (eps, offset), recipe)
     return y if bias is None else y + bias
 
 
@@ -188,7 +181,6 @@ def fp8_add_norm_linear(
     *,
     offset: float = 0.0,
     recipe: Fp8Recipe,
-    kept: Fp8Weight | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(x + residual, what `fp8_norm_linear` makes of it): the residual stream and the next block's first product.
 
@@ -201,7 +193,7 @@ def fp8_add_norm_linear(
             f"{op}: residual {residual.dtype} {tuple(residual.shape)} must be like x {x.dtype} {tuple(x.shape)}"
         )
     same_device(op, x, residual=residual)
-    total, y = _AddNormLinear.apply(x, residual, scale, weight, (eps, offset), recipe, kept)
+    total, y = _AddNormLinear.apply(x, residual, scale, weight, (eps, offset), recipe)
     return total, y if bias is None else y + bias
 
 
@@ -212,7 +204,6 @@ def fp8_glu_linear(
     bias: Tensor | None = None,
     *,
     recipe: Fp8Recipe,
-    kept: Fp8Weight | None = None,
 ) -> Tensor:
     """`fp8_linear(glu(gate_up, activation), weight, bias)`, the unit's output in 8 bits only.
 
@@ -226,5 +217,5 @@ def fp8_glu_linear(
     check_matrix(op, "gate_up", gate_up, gate_up.shape[1] // 2, recipe.inputs)
     check_linear(op, gate_up, gate_up.shape[1] // 2, weight, bias, recipe)
     gate_up = gate_up if gate_up.stride(1) == 1 else gate_up.contiguous()
-    y = _GluLinear.apply(gate_up, weight, ACTIVATIONS.index(activation), recipe, kept)
+    y = _GluLinear.apply(gate_up, weight, ACTIVATIONS.index(activation), recipe)
     return y if bias is None else y + bias
