@@ -259,7 +259,8 @@ def needs_of(config: Config, processes: int, device: torch.device) -> Needs:
 
     Nothing is loaded: shapes come from the model's config.json (a GGUF file or a hub name is fetched first).
     """
-    from megatune import adapters, models, plan
+    from megatune import adapters, models, optim, plan
+    from megatune.parallel.units import is_base_matrix
     from megatune.training.layout import check as check_model
     from megatune.training.precision import compute_dtype
 
@@ -269,8 +270,13 @@ def needs_of(config: Config, processes: int, device: torch.device) -> Needs:
     model = models.build(spec)
     adapters.attach(model, config.method)
     dtype = compute_dtype(config.model.dtype, device)
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    one = 12 * trained  # weights and AdamW's two moments in fp32
+    specs, state_width = model.shard_specs(), optim.state_width(config.optim)
+    low = optim.master_dtype(config.optim, dtype).itemsize
+    one = 0  # bytes of a checkpoint: masters and what the optimizer keeps of them
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            master = low if is_base_matrix(specs[name]) else 4
+            one += int(parameter.numel() * (master + state_width(specs[name])))
     folder = Path(config.checkpoint.folder)
     saves = config.checkpoint
     kept = 1

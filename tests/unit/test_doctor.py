@@ -290,6 +290,12 @@ def test_what_a_run_takes(tiny_llama: Path, tiny_data: tuple[Path, Path], tmp_pa
     assert needs.process > 0
     (tmp_path / "run" / "checkpoints" / "step-000001").mkdir(parents=True)
     assert doctor_probe.needs_of(config, 2, cpu).disk == needs.disk - needs.checkpoint
+    for name, width in (("lion", 8), ("adamw_bf16", 10)):
+        other = tiny_config(
+            tiny_llama, tiny_data, tmp_path / name, optim__name=name, model__dtype="bf16", checkpoint__every=1
+        )
+        share = doctor_probe.needs_of(other, 2, cpu).checkpoint / needs.checkpoint
+        assert share == pytest.approx(width / 12, rel=0.01)
     lora = tiny_config(tiny_llama, tiny_data, tmp_path / "lora", method=LORA)
     assert doctor_probe.needs_of(lora, 2, cpu).checkpoint < needs.checkpoint / 4
 
