@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import cache
 from typing import Any
 
 import torch
@@ -80,8 +79,7 @@ class Tracker(TorchDispatchMode):
             tuple(map(_on_meta, args)),
             {name: _on_meta(one) for name, one in (kwargs or {}).items()},
         )
-        makes = _takes_device(func) and not any(isinstance(one, Tensor) for one in args)
-        if makes or named.get("device") is not None:
+        if named.get("device") is not None:
             named["device"] = META
         out = func(*args, **named)
         if self._inside_kernel:
@@ -182,11 +180,6 @@ def _bytes_sent(name: str, args: tuple[Any, ...], group: dist.ProcessGroup) -> i
         return others * (args[1].nbytes // max(1, sum(rows)))
     whole = max(sum(tensor.nbytes for tensor in _tensors(one)) for one in args)
     return round(whole * _SHARES[name](group.size()))
-
-
-@cache
-def _takes_device(func: Any) -> bool:
-    return any(argument.name == "device" for argument in func._schema.arguments)
 
 
 def _on_meta(one: Any) -> Any:
