@@ -22,7 +22,12 @@ from megatune.ops.fp8_quantise import (
 )
 
 QUANTISING = (0.80, None)
-_SCALES = {"rowwise": "a scale a row", "blocks": "a scale for 128", "tiles": "a scale for 128 x 128"}
+_SCALES = {
+    "rowwise": "a scale a row",
+    "blocks": "a scale for 128",
+    "tiles": "a scale for 128 x 128",
+    "mixed": "a scale for 128, transposed for 128 x 128",
+}
 
 
 def _parts(made: Quantised) -> Tensors:
@@ -41,6 +46,7 @@ def _work(rows: int, width: int, read: int, scaling: Scaling, copies: int, new: 
         "rowwise": rows + (width if copies == BOTH else 0),
         "blocks": count * elements // 128,
         "tiles": count * elements // 128**2,
+        "mixed": elements // 128 + elements // 128**2,
     }[scaling]
     return Work(elements * (read * new.width + count) + 4 * scales)
 
@@ -71,6 +77,7 @@ _KINDS: dict[str, tuple[Any, ...]] = {
     "_rows": ("rowwise", ROWS),
     "_blocks": ("blocks", BOTH),
     "_blocks_rows": ("blocks", ROWS),
+    "_mixed": ("mixed", BOTH),
 }
 
 

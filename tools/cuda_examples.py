@@ -141,7 +141,7 @@ def eight_bits(dtype: torch.dtype) -> Iterator[Example]:
     for rows, width in ((5, 128), (130, 256), (1, 1152)):
         x, gate_up = torch.randn(rows, width).to(dtype), torch.randn(rows, 2 * width).to(dtype)
         for copies in (1, 2, 3):
-            for scaling in range(3):
+            for scaling in range(4):
                 yield "fp8_quantise", (x, scaling, False, copies), dtype
             yield "fp8_quantise", (x, 0, True, copies), dtype
             for scaling in range(2):

@@ -19,7 +19,7 @@ struct Copies {
 
 Copies copies_of(const Tensor& like, int64_t rows, int64_t width, int64_t scaling, bool e5m2, int64_t copies,
                  const char* op) {
-  check(scaling >= 0 && scaling <= 2, op, "unknown scaling");
+  check(scaling >= 0 && scaling <= 3, op, "unknown scaling");
   check(copies >= 1 && copies <= 3, op, "copies must be 1, 2 or 3");
   const auto kind = static_cast<cuda::Scaling>(scaling);
   const bool rowwise = kind == cuda::Scaling::rowwise;
@@ -30,8 +30,10 @@ Copies copies_of(const Tensor& like, int64_t rows, int64_t width, int64_t scalin
   const auto four = [](int64_t count) { return (count + 3) / 4 * 4; };
   std::vector<int64_t> scales{padded}, scales_t{width};
   if (kind == cuda::Scaling::blocks) scales = {width / 128, padded}, scales_t = {padded / 128, width};
-  if (kind == cuda::Scaling::tiles)
-    scales = {padded / 128, four(width / 128)}, scales_t = {width / 128, four(padded / 128)};
+  if (kind == cuda::Scaling::tiles) scales = {padded / 128, four(width / 128)};
+  if (kind == cuda::Scaling::mixed) scales = {width / 128, padded};
+  if (kind == cuda::Scaling::tiles || kind == cuda::Scaling::mixed)
+    scales_t = {width / 128, four(padded / 128)};
   const bool first = copies & ROWS, second = copies & TRANSPOSED;
   const std::vector<int64_t> none{0};
   Copies made{empty(like, first ? std::vector<int64_t>{padded, width} : none, ScalarType::Byte),
@@ -77,7 +79,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fp8_rms_norm(const Tensor& x,
   check_matrix(x, op);
   check(weight.dim() == 1 && weight.is_contiguous() && weight.size(0) == x.size(1), op,
         "weight must be a contiguous vector that fits the last dimension of x");
-  check(scaling != static_cast<int64_t>(cuda::Scaling::tiles), op, "tiles are for weights");
+  check(scaling < static_cast<int64_t>(cuda::Scaling::tiles), op, "the scales must be of rows or blocks");
   check_devices(x, {&weight}, op);
   const OnDeviceOf device(x);
   Copies made = copies_of(x, x.size(0), x.size(1), scaling, false, copies, op);
@@ -113,7 +115,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fp8_glu(const Tensor& gate_up, int64_
   check_matrix(gate_up, op);
   check(gate_up.size(1) % 2 == 0, op, "gate_up must be [tokens, 2 * width]");
   check(activation >= 0 && activation <= 2, op, "unknown activation");
-  check(scaling != static_cast<int64_t>(cuda::Scaling::tiles), op, "tiles are for weights");
+  check(scaling < static_cast<int64_t>(cuda::Scaling::tiles), op, "the scales must be of rows or blocks");
   const OnDeviceOf device(gate_up);
   Copies made = copies_of(gate_up, gate_up.size(0), gate_up.size(1) / 2, scaling, false, copies, op);
   const cuda::Fp8Glu args{type_of(gate_up, op), data(gate_up), gate_up.stride(0),

@@ -9,6 +9,7 @@ gradients and weights likewise. Both copies come from one reading of the matrix 
 | rowwise | each row of each copy | [padded] | [width] |
 | blocks | each 128 numbers along a row of each copy | [width / 128, padded] | [padded / 128, width] |
 | tiles | each 128 x 128, for weights | [padded / 128, width / 128] | [width / 128, padded / 128] |
+| mixed | as blocks, transposed as tiles, for gradients | [width / 128, padded] | [width / 128, padded / 128] |
 
 Blocks and tiles are those of arXiv:2412.19437. Scales of tiles have rows padded to a multiple of four, as cuBLAS reads
 them. `padded`: the rows, and rows of zeros behind them up to a multiple of 16 (rowwise) or 128; products of 8 bit
@@ -41,12 +42,17 @@ from megatune.ops.registry import (
     inductor_problem,
 )
 
-Scaling = Literal["rowwise", "blocks", "tiles"]
-SCALINGS: tuple[Scaling, ...] = ("rowwise", "blocks", "tiles")  # the operators take the index
+Scaling = Literal["rowwise", "blocks", "tiles", "mixed"]
+SCALINGS: tuple[Scaling, ...] = ("rowwise", "blocks", "tiles", "mixed")  # the operators take the index
 BLOCK = 128
 ROWS, TRANSPOSED, BOTH = 1, 2, 3  # which copies are wanted
 _LEAST = 2.0**-100
 _Copies = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def of_copies(scaling: Scaling) -> tuple[Scaling, Scaling]:
+    """How the copy as it is and the transposed one are scaled."""
+    return ("blocks", "tiles") if scaling == "mixed" else (scaling, scaling)
 
 
 def format_of(e5m2: bool) -> torch.dtype:
@@ -98,12 +104,12 @@ class Quantised:
     @property
     def plain(self) -> Factor:
         """[padded, width]"""
-        return Factor(self.codes, self.scales, self.scaling, self.e5m2)
+        return Factor(self.codes, self.scales, of_copies(self.scaling)[0], self.e5m2)
 
     @property
     def transposed(self) -> Factor:
         """[width, padded]"""
-        return Factor(self.codes_t, self.scales_t, self.scaling, self.e5m2)
+        return Factor(self.codes_t, self.scales_t, of_copies(self.scaling)[1], self.e5m2)
 
 
 def _scaled(values: Tensor, peaks: Tensor, e5m2: bool) -> tuple[Tensor, Tensor]:
@@ -135,9 +141,10 @@ def _layout(values: Tensor, scaling: Scaling, e5m2: bool) -> tuple[Tensor, Tenso
 def _both(x: Tensor, scaling: Scaling, e5m2: bool, plain: bool, transposed: bool) -> _Copies:
     values = F.pad(x.float(), (0, 0, 0, padded_rows(x.shape[0], scaling) - x.shape[0]))
     none = (x.new_empty(0, dtype=torch.uint8), x.new_empty(0, dtype=torch.float32))
-    first = _layout(values, scaling, e5m2) if plain else none
+    of_rows, of_columns = of_copies(scaling)
+    first = _layout(values, of_rows, e5m2) if plain else none
     none = (x.new_empty(0, dtype=torch.uint8), x.new_empty(0, dtype=torch.float32))
-    second = _layout(values.t(), scaling, e5m2) if transposed else none
+    second = _layout(values.t(), of_columns, e5m2) if transposed else none
     return *first, *second
 
 
@@ -195,7 +202,7 @@ def _empty(x: Tensor, width: int, scaling: int, copies: int) -> _Copies:
     kind = SCALINGS[scaling]
     padded = padded_rows(x.shape[0], kind)
 
-    def one(rows: int, inner: int) -> tuple[Tensor, Tensor]:
+    def one(rows: int, inner: int, kind: Scaling) -> tuple[Tensor, Tensor]:
         shape: tuple[int, ...] = (rows,)
         if kind == "blocks":
             shape = (inner // BLOCK, rows)
@@ -207,7 +214,9 @@ def _empty(x: Tensor, width: int, scaling: int, copies: int) -> _Copies:
         return x.new_empty(0, dtype=torch.uint8), x.new_empty(0, dtype=torch.float32)
 
     plain, transposed = _flags(copies)
-    return *(one(padded, width) if plain else none()), *(one(width, padded) if transposed else none())
+    of_rows, of_columns = of_copies(kind)
+    first = one(padded, width, of_rows) if plain else none()
+    return *first, *(one(width, padded, of_columns) if transposed else none())
 
 
 def _fake(x: Tensor, scaling: int, e5m2: bool, copies: int) -> _Copies:
@@ -337,5 +346,7 @@ def quantise_glu(
 
 
 def _not_tiles(op: str, scaling: Scaling) -> None:
-    if scaling == "tiles":
-        raise ValueError(f"{op}: scaling is 'tiles', which is for weights; must be rowwise or blocks")
+    if scaling not in ("rowwise", "blocks"):
+        raise ValueError(
+            f"{op}: scaling is {scaling!r}, which is not for activations; must be rowwise or blocks"
+        )

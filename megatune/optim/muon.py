@@ -24,6 +24,10 @@ from megatune.parallel.shard import ShardSpec, local_shape
 # The quintic's coefficients, steep at zero: after five steps singular values are within about [0.7, 1.2].
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 STEPS = 5
+# The factor of several steps is computed before it is applied, where that is less work: matrices wider than this many
+# times their height. All five at once would let A's rounding errors grow, by a^2 a step, to more than its eigenvalues.
+WIDE, WIDE_RATIO = (2, 3), 1.5
+LEAST_CUT = 3072
 # Root mean square of an update, that of AdamW: so both go by one learning rate (arXiv:2502.16982).
 RMS = 0.2
 
@@ -33,19 +37,79 @@ def is_orthogonal(spec: ShardSpec) -> bool:
     return is_matrix(spec) and spec.name.startswith("layers.") and ".router." not in spec.name
 
 
-def orthogonalise(x: Tensor, steps: int = STEPS) -> Tensor:
-    """[.., rows, columns] -> nearly U V^T of its singular value decomposition U S V^T, by Newton-Schulz iterations of
-    X <- a X + b (X X^T) X + c (X X^T)^2 X on X / |X|. fp64 and, on CPUs, fp32 as they are; on GPUs in bf16."""
-    a, b, c = COEFFICIENTS
+def orthogonalise(x: Tensor, scale: float = 1.0) -> Tensor:
+    """[.., rows, columns] -> `scale` times nearly U V^T of its singular value decomposition U S V^T, by five
+    Newton-Schulz iterations X <- P X from X / |X| on, P = a + b A + c A^2 of A = X X^T. fp64 and, on CPUs, fp32 as they
+    are; on GPUs in fp16, of which the result is, too: no number here is large, and it has eight times bf16's precision.
+    No autograd."""
     is_tall = x.shape[-2] > x.shape[-1]
-    y = x.mT if is_tall else x  # the smaller of both products
+    y = x.mT if is_tall else x  # the smaller A
+    y = y.reshape(-1, *y.shape[-2:])
     norm = torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True)
-    y = y / (norm + 1e-7)
-    y = y.bfloat16() if x.is_cuda and x.dtype != torch.float64 else y
-    for _ in range(steps):
-        gram = y @ y.mT
-        y = a * y + (b * gram + c * (gram @ gram)) @ y
-    return (y.mT if is_tall else y).to(x.dtype)
+    low = torch.float16 if x.is_cuda and x.dtype != torch.float64 else x.dtype
+    y = torch.mul(y, (norm + 1e-7).reciprocal_(), out=torch.empty_like(y, dtype=low))
+    other = torch.empty_like(y)
+    squares = [y.new_empty(*y.shape[:-1], y.shape[-2]) for _ in range(4)]
+    cut = _cut(y.shape[-2])
+    counts = WIDE if y.shape[-1] >= WIDE_RATIO * y.shape[-2] else (1,) * STEPS
+    for number, count in enumerate(counts):
+        factor = _factor(y, count, scale if number == len(counts) - 1 else 1.0, cut, squares)
+        torch.bmm(factor[:, :cut], y, out=other[:, :cut])
+        torch.bmm(factor[:, :, cut:].mT, y, out=other[:, cut:])
+        y, other = other, y
+    y = y.view(*x.shape[:-2], *y.shape[-2:])
+    return y.mT if is_tall else y
+
+
+def _factor(y: Tensor, count: int, scale: float, cut: int, squares: list[Tensor]) -> Tensor:
+    """scale times what `count` iterations multiply y [batch, m, n] with: the product of their P, each of which makes
+    the next A, which is P A P. [batch, m, m], one of the four `squares`, all overwritten; symmetric, as all of these
+    are: what is below `cut` on the left is neither computed nor read."""
+    gram, factor, known, spare = squares
+    torch.bmm(y[:, :cut], y.mT, out=gram[:, :cut])
+    torch.bmm(y[:, cut:], y[:, cut:].mT, out=gram[:, cut:, cut:])
+    for step in range(count):
+        times = scale if step == count - 1 else 1.0
+        a, b, c = (times * number for number in COEFFICIENTS)
+        _multiply(gram, gram, cut, factor, added=gram, beta=b, alpha=c)
+        factor.diagonal(dim1=-2, dim2=-1).add_(a)
+        if step < count - 1:
+            _multiply(gram, factor, cut, spare)
+            _multiply(spare, factor, cut, gram)
+        if step > 0:
+            _multiply(factor, known, cut, spare)
+            factor, spare = spare, factor
+        factor, known = known, factor
+    return known
+
+
+def _multiply(
+    left: Tensor,
+    right: Tensor,
+    cut: int,
+    out: Tensor,
+    added: Tensor | None = None,
+    beta: float = 0.0,
+    alpha: float = 1.0,
+) -> None:
+    """out = beta added + alpha left right, of symmetric [batch, m, m] that commute, so that the product is symmetric
+    too: three blocks of four. The upper rows and the right columns are there; these are the lower rows transposed."""
+    top, rest = slice(0, cut), slice(cut, None)
+    upper, last = left[:, top], left[:, :, rest].mT
+    for rows, columns, one, two in (
+        (top, top, upper, right[:, top].mT),
+        (top, rest, upper, right[:, :, rest]),
+        (rest, rest, last, right[:, :, rest]),
+    ):
+        block = out[:, rows, columns]
+        torch.baddbmm(
+            block if added is None else added[:, rows, columns], one, two, beta=beta, alpha=alpha, out=block
+        )
+
+
+def _cut(size: int) -> int:
+    """Where symmetric matrices are cut in two. Small ones are one: they do not fill a GPU in pieces."""
+    return size // 2 if size >= LEAST_CUT else size
 
 
 def pieces(spec: ShardSpec, x: Tensor) -> Iterator[Tensor]:
@@ -61,9 +125,7 @@ def pieces(spec: ShardSpec, x: Tensor) -> Iterator[Tensor]:
 
 def direction(spec: ShardSpec, momentum: Tensor) -> Tensor:
     """What is taken off a weight per unit of the learning rate, for a whole local tensor."""
-    found = [
-        orthogonalise(piece) * (RMS * math.sqrt(max(piece.shape[-2:]))) for piece in pieces(spec, momentum)
-    ]
+    found = [orthogonalise(piece, RMS * math.sqrt(max(piece.shape[-2:]))) for piece in pieces(spec, momentum)]
     if len(found) == 1:
         return found[0]
     groups = spec.fused.groups

@@ -31,7 +31,7 @@ RECIPES = [
     Fp8Recipe("blockwise", wgrad="bf16"),
 ]
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
-CASES = [("rowwise", False), ("rowwise", True), ("blocks", False), ("tiles", False)]
+CASES = [("rowwise", False), ("rowwise", True), ("blocks", False), ("tiles", False), ("mixed", False)]
 
 
 def exact_bodies(op: str) -> list:
@@ -83,7 +83,7 @@ def test_each_number_is_the_nearest_under_its_scale(scaling: str, e5m2: bool) ->
         else:
             padded = torch.zeros_like(factor.dense())
             padded[: truth.shape[0], : truth.shape[1]] = truth
-            height = 1 if scaling == "blocks" else 128
+            height = 1 if factor.scaling == "blocks" else 128
             cut = padded.abs().unflatten(1, (-1, 128)).unflatten(0, (-1, height)).amax((1, 3))
             groups = cut.repeat_interleave(height, 0).repeat_interleave(128, 1)[
                 : truth.shape[0], : truth.shape[1]
@@ -249,7 +249,7 @@ def test_products_on_a_gpu_are_those_of_the_numbers(inner: int) -> None:
     a, b = torch.randn(256, inner, device="cuda"), torch.randn(384, inner, device="cuda")
     kinds = [("rowwise", "rowwise", False), ("rowwise", "rowwise", True)]
     kinds += (
-        [("blocks", "tiles", False), ("blocks", "blocks", False)] if "blockwise" in ops.fp8_products() else []
+        [("blocks", "tiles", False), ("tiles", "blocks", False)] if "blockwise" in ops.fp8_products() else []
     )
     for left, right, e5m2 in kinds:
         factors = quantise(a, left, e5m2=e5m2).plain, quantise(b, right).plain
@@ -277,6 +277,7 @@ def operator_calls(device: str):
     calls = torch.ops.megatune
     x, weight = torch.randn(21, 256, device=device), torch.randn(256, device=device)
     yield calls.fp8_quantise, (x, 2, False, 3)
+    yield calls.fp8_quantise, (x, 3, False, 3)
     yield calls.fp8_quantise, (x[:, 1:17], 0, True, 2)
     yield calls.fp8_rms_norm, (x, weight, 1e-5, 0.0, 1, 3)
     yield calls.fp8_glu, (x, 0, 0, 1)
@@ -323,6 +324,7 @@ def test_products_of_gradients_are_added_up_as_the_recipe_says(recipe, gradients
         ),
         (lambda x, w: quantise_glu(x, "relu", "rowwise"), "fp8_glu: activation is 'relu'"),
         (lambda x, w: quantise_glu(x.repeat(1, 8), "silu", "tiles"), "fp8_glu: scaling is 'tiles'"),
+        (lambda x, w: quantise(x.repeat(1, 4), "mixed", e5m2=True), "fp8_quantise: e5m2 goes with rowwise"),
         (lambda x, w: ops.fp8_linear(x, w[:, :16]), r"fp8_linear: weight \(16, 16\) must be \[out, 32\]"),
         (lambda x, w: ops.fp8_linear(x, w[:8]), r"fp8_linear: weight \(8, 32\) must have outputs"),
         (lambda x, w: ops.fp8_linear(x, w, w[0, :5]), r"fp8_linear: bias \(5,\) must be \[16\]"),

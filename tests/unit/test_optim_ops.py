@@ -10,9 +10,11 @@ import torch
 
 from megatune import ops
 from megatune.ops import optim as reference
+from megatune.optim import muon
 from megatune.optim.muon import orthogonalise, pieces
 from megatune.parallel import ShardSpec
 from megatune.parallel.shard import Fused
+from tests.helpers.ops import relative_error
 
 SIZES = (int(os.environ.get("MEGATUNE_OPTIM_ELEMENTS", "40000")) + 3, 7, 513)
 DECAYS = [0.1, 0.0, 0.1]
@@ -129,8 +131,18 @@ def test_lion_takes_the_sign_of_its_interpolation() -> None:
     assert m.tolist() == pytest.approx([0.125, -0.875, 0.0])
 
 
-@pytest.mark.parametrize("shape", [(24, 64), (64, 24), (3, 16, 16)])
-def test_newton_schulz_is_near_the_orthogonal_factor(shape: tuple[int, ...]) -> None:
+def _step(y: torch.Tensor) -> torch.Tensor:
+    a, b, c = muon.COEFFICIENTS
+    gram = y @ y.mT
+    return a * y + (b * gram + c * (gram @ gram)) @ y
+
+
+@pytest.mark.parametrize("least_cut", [1, 100])
+@pytest.mark.parametrize("shape", [(24, 64), (64, 24), (3, 16, 16), (2, 2, 9, 13)])
+def test_newton_schulz_is_near_the_orthogonal_factor(
+    shape: tuple[int, ...], least_cut: int, monkeypatch
+) -> None:
+    monkeypatch.setattr(muon, "LEAST_CUT", least_cut)
     x = torch.randn(shape, dtype=torch.float64)
     u, _, vh = torch.linalg.svd(x, full_matrices=False)
     found = orthogonalise(x)
@@ -138,7 +150,33 @@ def test_newton_schulz_is_near_the_orthogonal_factor(shape: tuple[int, ...]) -> 
     assert values.min() > 0.3 and values.max() < 1.3
     # The iteration is an odd polynomial: singular vectors stay.
     assert torch.allclose(found, u @ torch.diag_embed((u.mT @ found @ vh.mT).diagonal(dim1=-2, dim2=-1)) @ vh)
-    assert torch.allclose(orthogonalise(x.float()), found.float(), atol=1e-3)
+    assert torch.allclose(orthogonalise(x.float(), 3.0), 3 * found.float(), atol=1e-3)
+    # Step by step, and from memory that held NaN.
+    y = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
+    for _ in range(muon.STEPS):
+        y = _step(y)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert torch.allclose(orthogonalise(x), y, atol=1e-11)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(1024, 3584), (3100, 3100), (4, 2048, 768)])
+@pytest.mark.parametrize("power", [0.0, 1.0])
+def test_newton_schulz_on_a_gpu_is_more_exact_than_plain_bf16(shape: tuple[int, ...], power: float) -> None:
+    rank = min(shape[-2:])
+    falling = torch.arange(1.0, rank + 1, device="cuda") ** -power  # about as the singular values do
+    x = torch.randn(*shape[:-1], rank, device="cuda") * falling
+    x = x @ torch.randn(*shape[:-2], rank, shape[-1], device="cuda")
+    truth, plain = x.double(), x.bfloat16()
+    truth, plain = (y / torch.linalg.vector_norm(y, dim=(-2, -1), keepdim=True) for y in (truth, plain))
+    for _ in range(muon.STEPS):
+        truth, plain = _step(truth), _step(plain)
+    found = orthogonalise(x)
+    assert found.dtype == torch.float16
+    assert relative_error(found, truth) < min(0.05, relative_error(plain, truth))
 
 
 def test_a_fused_weight_is_its_matrices() -> None:

@@ -207,13 +207,16 @@ __global__ void __launch_bounds__(THREADS, tile_blocks<Source, SCALING>())
     }
   }
 
-  if constexpr (SCALING == Scaling::tiles) {
+  constexpr bool IN_TILES = SCALING == Scaling::tiles || SCALING == Scaling::mixed;  // the transposed copy
+  constexpr bool IN_BLOCKS = SCALING == Scaling::blocks || SCALING == Scaling::mixed;  // the other one
+  float tile_inverse = 1.0f;
+  if constexpr (IN_TILES) {
     Peaks<T> peaks;
 #pragma unroll
     for (int i = 0; i < N; ++i) peaks.add(values[i]);
-    scale = scale_of(block_max(peaks.largest(), inverses), false), inverse = __frcp_rn(scale);
+    scale = scale_of(block_max(peaks.largest(), inverses), false), tile_inverse = inverse = __frcp_rn(scale);
     if (threadIdx.x == 0) {
-      if (out.codes != nullptr) store_tile_scale(out.scales, band, strip, across, scale);
+      if (!IN_BLOCKS && out.codes != nullptr) store_tile_scale(out.scales, band, strip, across, scale);
       if (out.codes_t != nullptr) store_tile_scale(out.scales_t, strip, band, down, scale);
     }
   }
@@ -249,7 +252,7 @@ __global__ void __launch_bounds__(THREADS, tile_blocks<Source, SCALING>())
                                                    : out.codes != nullptr;
   if (of_rows) {
     uint8_t* codes = out.codes + row * out.width + column;
-    if constexpr (SCALING == Scaling::blocks) {
+    if constexpr (IN_BLOCKS) {
       float peaks[N];
       row_peaks(values, peaks);
       scale = scale_of(spread_max<LANES>(peaks, lane), false), inverse = __frcp_rn(scale);  // of row lane / 2
@@ -258,7 +261,7 @@ __global__ void __launch_bounds__(THREADS, tile_blocks<Source, SCALING>())
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       float of_row = inverse;
-      if constexpr (SCALING == Scaling::blocks) of_row = __shfl_sync(0xffffffffu, inverse, 2 * i, LANES);
+      if constexpr (IN_BLOCKS) of_row = __shfl_sync(0xffffffffu, inverse, 2 * i, LANES);
       if constexpr (SCALING == Scaling::rowwise) of_row = inverses[TILE + group * N + i];
       store_codes(codes + i * out.width, row_codes(values[i], of_row, E5M2));
     }
@@ -268,8 +271,9 @@ __global__ void __launch_bounds__(THREADS, tile_blocks<Source, SCALING>())
   const int half = (group / 2 ^ lane % 8) * 2 + (group % 2 ^ lane / 8);
 #pragma unroll
   for (int j = 0; j < N; ++j) {
-    if constexpr (SCALING != Scaling::tiles) inverse = inverses[lane * N + j];
-    reinterpret_cast<uint2*>(turned[lane * N + j])[half] = column_codes(values, j, inverse, E5M2);
+    if constexpr (!IN_TILES) inverse = inverses[lane * N + j];
+    reinterpret_cast<uint2*>(turned[lane * N + j])[half] =
+        column_codes(values, j, IN_TILES ? tile_inverse : inverse, E5M2);
   }
   __syncthreads();
 #pragma unroll

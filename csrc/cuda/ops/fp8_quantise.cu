@@ -34,6 +34,7 @@ int fp8_quantise(const Fp8Quantise& args, Stream stream) {
       const Source source{static_cast<const T*>(args.x), args.row_stride};
       const Fp8& out = args.out;
       if (out.scaling == Scaling::blocks) return fp8::launch_tiles<Source, Scaling::blocks>(source, out, stream);
+      if (out.scaling == Scaling::mixed) return fp8::launch_tiles<Source, Scaling::mixed>(source, out, stream);
       if (out.scaling == Scaling::tiles) return fp8::launch_tiles<Source, Scaling::tiles>(source, out, stream);
       return out.e5m2 ? fp8::launch_rowwise<Source, true>(source, out, stream)
                       : fp8::launch_rowwise(source, out, stream);

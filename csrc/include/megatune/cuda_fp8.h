@@ -8,16 +8,17 @@
 // | rowwise | each row of each copy | [padded] | [width] |
 // | blocks | each 128 numbers along a row of each copy | [width / 128, padded] | [padded / 128, width] |
 // | tiles | each 128 x 128 | [padded / 128, width / 128] | [width / 128, padded / 128] |
+// | mixed | as blocks; of the transposed copy as tiles | [width / 128, padded] | [width / 128, padded / 128] |
 //
-// The rows of the scales of tiles are padded to a multiple of four, with ones. blocks and tiles need a width and padded
-// rows that are multiples of 128, rowwise multiples of 16; a width is at most 2^30.
+// The rows of the scales of tiles are padded to a multiple of four, with ones. rowwise needs a width and padded rows that
+// are multiples of 16, the others of 128; a width is at most 2^30. mixed is for a matrix as it is.
 #pragma once
 
 #include "megatune/cuda.h"
 
 namespace megatune::cuda {
 
-enum class Scaling { rowwise = 0, blocks = 1, tiles = 2 };
+enum class Scaling { rowwise = 0, blocks = 1, tiles = 2, mixed = 3 };
 
 struct Fp8 {
   int64_t rows, padded, width;
