@@ -77,11 +77,13 @@ _KINDS: dict[str, tuple[Any, ...]] = {
     "_rows": ("rowwise", ROWS),
     "_blocks": ("blocks", BOTH),
     "_blocks_rows": ("blocks", ROWS),
-    "_mixed": ("mixed", BOTH),
 }
 
 
-@case(variants={f"fp8_quantise{kind}": how for kind, how in _KINDS.items()})
+@case(
+    variants={f"fp8_quantise{kind}": how for kind, how in _KINDS.items()}
+    | {"fp8_quantise_mixed": ("mixed", BOTH)}
+)
 def fp8_quantise(s: Sizes, new: New, op: str, scaling: Scaling, copies: int) -> Case:
     return _make(
         op, "fp8_quantise", s.T, s.H, scaling, copies, new,
