@@ -27,7 +27,7 @@ STEPS = 5
 # The factor of several steps is computed before it is applied, where that is less work: matrices wider than this many
 # times their height. All five at once would let A's rounding errors grow, by a^2 a step, to more than its eigenvalues.
 WIDE, WIDE_RATIO = (2, 3), 1.5
-LEAST_CUT = 3072
+LEAST_CUT = 4096  # rows of symmetric matrices that are computed in halves
 # Root mean square of an update, that of AdamW: so both go by one learning rate (arXiv:2502.16982).
 RMS = 0.2
 
@@ -50,34 +50,46 @@ def orthogonalise(x: Tensor, scale: float = 1.0) -> Tensor:
     y = torch.mul(y, (norm + 1e-7).reciprocal_(), out=torch.empty_like(y, dtype=low))
     other = torch.empty_like(y)
     squares = [y.new_empty(*y.shape[:-1], y.shape[-2]) for _ in range(4)]
-    cut = _cut(y.shape[-2])
+    parts = _parts(y.shape[-2])
     counts = WIDE if y.shape[-1] >= WIDE_RATIO * y.shape[-2] else (1,) * STEPS
     for number, count in enumerate(counts):
-        factor = _factor(y, count, scale if number == len(counts) - 1 else 1.0, cut, squares)
-        torch.bmm(factor[:, :cut], y, out=other[:, :cut])
-        torch.bmm(factor[:, :, cut:].mT, y, out=other[:, cut:])
+        factor = _factor(y, count, scale if number == len(counts) - 1 else 1.0, parts, squares)
+        for part in parts:
+            torch.bmm(_rows(factor, part), y, out=other[:, part])
         y, other = other, y
     y = y.view(*x.shape[:-2], *y.shape[-2:])
     return y.mT if is_tall else y
 
 
-def _factor(y: Tensor, count: int, scale: float, cut: int, squares: list[Tensor]) -> Tensor:
+def _parts(size: int) -> list[slice]:
+    """How symmetric matrices are cut: large ones in two, small ones in pieces would not fill a GPU."""
+    half = size // 2
+    return [slice(0, half), slice(half, size)] if size >= LEAST_CUT else [slice(0, size)]
+
+
+def _rows(x: Tensor, part: slice) -> Tensor:
+    """A part's rows of symmetric x [batch, m, m], of which nothing is there below the parts on the diagonal."""
+    return x[:, part] if part.start == 0 else x[:, :, part].mT
+
+
+def _factor(y: Tensor, count: int, scale: float, parts: list[slice], squares: list[Tensor]) -> Tensor:
     """scale times what `count` iterations multiply y [batch, m, n] with: the product of their P, each of which makes
     the next A, which is P A P. [batch, m, m], one of the four `squares`, all overwritten; symmetric, as all of these
-    are: what is below `cut` on the left is neither computed nor read."""
+    are: what is below the parts on the diagonal is neither computed nor read."""
     gram, factor, known, spare = squares
-    torch.bmm(y[:, :cut], y.mT, out=gram[:, :cut])
-    torch.bmm(y[:, cut:], y[:, cut:].mT, out=gram[:, cut:, cut:])
+    for part in parts:
+        rest = slice(part.start, None)
+        torch.bmm(y[:, part], y[:, rest].mT, out=gram[:, part, rest])
     for step in range(count):
         times = scale if step == count - 1 else 1.0
         a, b, c = (times * number for number in COEFFICIENTS)
-        _multiply(gram, gram, cut, factor, added=gram, beta=b, alpha=c)
+        _multiply(gram, gram, parts, factor, gram, b, c)
         factor.diagonal(dim1=-2, dim2=-1).add_(a)
         if step < count - 1:
-            _multiply(gram, factor, cut, spare)
-            _multiply(spare, factor, cut, gram)
+            _multiply(gram, factor, parts, spare)
+            _multiply(spare, factor, parts, gram)
         if step > 0:
-            _multiply(factor, known, cut, spare)
+            _multiply(factor, known, parts, spare)
             factor, spare = spare, factor
         factor, known = known, factor
     return known
@@ -86,30 +98,19 @@ def _factor(y: Tensor, count: int, scale: float, cut: int, squares: list[Tensor]
 def _multiply(
     left: Tensor,
     right: Tensor,
-    cut: int,
+    parts: list[slice],
     out: Tensor,
     added: Tensor | None = None,
     beta: float = 0.0,
     alpha: float = 1.0,
 ) -> None:
-    """out = beta added + alpha left right, of symmetric [batch, m, m] that commute, so that the product is symmetric
-    too: three blocks of four. The upper rows and the right columns are there; these are the lower rows transposed."""
-    top, rest = slice(0, cut), slice(cut, None)
-    upper, last = left[:, top], left[:, :, rest].mT
-    for rows, columns, one, two in (
-        (top, top, upper, right[:, top].mT),
-        (top, rest, upper, right[:, :, rest]),
-        (rest, rest, last, right[:, :, rest]),
-    ):
-        block = out[:, rows, columns]
-        torch.baddbmm(
-            block if added is None else added[:, rows, columns], one, two, beta=beta, alpha=alpha, out=block
-        )
-
-
-def _cut(size: int) -> int:
-    """Where symmetric matrices are cut in two. Small ones are one: they do not fill a GPU in pieces."""
-    return size // 2 if size >= LEAST_CUT else size
+    """out = beta added + alpha left right, of symmetric [batch, m, m] that commute, so that it is symmetric too."""
+    for number, rows in enumerate(parts):
+        for columns in parts[number:]:
+            block = out[:, rows, columns]
+            first = block if added is None else added[:, rows, columns]
+            two = _rows(right, columns).mT
+            torch.baddbmm(first, _rows(left, rows), two, beta=beta, alpha=alpha, out=block)
 
 
 def pieces(spec: ShardSpec, x: Tensor) -> Iterator[Tensor]:

@@ -163,9 +163,12 @@ def test_newton_schulz_is_near_the_orthogonal_factor(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", [(1024, 3584), (3100, 3100), (4, 2048, 768)])
+@pytest.mark.parametrize("shape", [(1024, 3584), (1500, 1500), (4, 2048, 768)])
 @pytest.mark.parametrize("power", [0.0, 1.0])
-def test_newton_schulz_on_a_gpu_is_more_exact_than_plain_bf16(shape: tuple[int, ...], power: float) -> None:
+def test_newton_schulz_on_a_gpu_is_more_exact_than_plain_bf16(
+    shape: tuple[int, ...], power: float, monkeypatch
+) -> None:
+    monkeypatch.setattr(muon, "LEAST_CUT", 1024)
     rank = min(shape[-2:])
     falling = torch.arange(1.0, rank + 1, device="cuda") ** -power  # about as the singular values do
     x = torch.randn(*shape[:-1], rank, device="cuda") * falling
