@@ -49,11 +49,10 @@ def orthogonalise(x: Tensor, scale: float = 1.0) -> Tensor:
     low = torch.float16 if x.is_cuda and x.dtype != torch.float64 else x.dtype
     y = torch.mul(y, (norm + 1e-7).reciprocal_(), out=torch.empty_like(y, dtype=low))
     other = torch.empty_like(y)
-    squares = [y.new_empty(*y.shape[:-1], y.shape[-2]) for _ in range(4)]
     parts = _parts(y.shape[-2])
     counts = WIDE if y.shape[-1] >= WIDE_RATIO * y.shape[-2] else (1,) * STEPS
     for number, count in enumerate(counts):
-        factor = _factor(y, count, scale if number == len(counts) - 1 else 1.0, parts, squares)
+        factor = _factor(y, count, scale if number == len(counts) - 1 else 1.0, parts)
         for part in parts:
             torch.bmm(_rows(factor, part), y, out=other[:, part])
         y, other = other, y
@@ -72,45 +71,43 @@ def _rows(x: Tensor, part: slice) -> Tensor:
     return x[:, part] if part.start == 0 else x[:, :, part].mT
 
 
-def _factor(y: Tensor, count: int, scale: float, parts: list[slice], squares: list[Tensor]) -> Tensor:
+def _factor(y: Tensor, count: int, scale: float, parts: list[slice]) -> Tensor:
     """scale times what `count` iterations multiply y [batch, m, n] with: the product of their P, each of which makes
-    the next A, which is P A P. [batch, m, m], one of the four `squares`, all overwritten; symmetric, as all of these
-    are: what is below the parts on the diagonal is neither computed nor read."""
-    gram, factor, known, spare = squares
+    the next A, which is P A P. [batch, m, m], symmetric, as all of these are: what is below the parts on the diagonal
+    is neither computed nor read."""
+    gram = y.new_empty(*y.shape[:-1], y.shape[-2])
     for part in parts:
         rest = slice(part.start, None)
         torch.bmm(y[:, part], y[:, rest].mT, out=gram[:, part, rest])
+    product = None
     for step in range(count):
         times = scale if step == count - 1 else 1.0
         a, b, c = (times * number for number in COEFFICIENTS)
-        _multiply(gram, gram, parts, factor, gram, b, c)
+        factor = _multiply(gram, gram, parts, gram, b, c)
         factor.diagonal(dim1=-2, dim2=-1).add_(a)
         if step < count - 1:
-            _multiply(gram, factor, parts, spare)
-            _multiply(spare, factor, parts, gram)
-        if step > 0:
-            _multiply(factor, known, parts, spare)
-            factor, spare = spare, factor
-        factor, known = known, factor
-    return known
+            gram = _multiply(_multiply(gram, factor, parts), factor, parts)
+        product = factor if product is None else _multiply(factor, product, parts)
+    return product
 
 
 def _multiply(
     left: Tensor,
     right: Tensor,
     parts: list[slice],
-    out: Tensor,
     added: Tensor | None = None,
     beta: float = 0.0,
     alpha: float = 1.0,
-) -> None:
-    """out = beta added + alpha left right, of symmetric [batch, m, m] that commute, so that it is symmetric too."""
+) -> Tensor:
+    """beta added + alpha left right, of symmetric [batch, m, m] that commute, so that it is symmetric too."""
+    out = torch.empty_like(left)
     for number, rows in enumerate(parts):
         for columns in parts[number:]:
             block = out[:, rows, columns]
             first = block if added is None else added[:, rows, columns]
             two = _rows(right, columns).mT
             torch.baddbmm(first, _rows(left, rows), two, beta=beta, alpha=alpha, out=block)
+    return out
 
 
 def pieces(spec: ShardSpec, x: Tensor) -> Iterator[Tensor]:
