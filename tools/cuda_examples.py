@@ -138,7 +138,7 @@ def rows_of_tokens(dtype: torch.dtype) -> Iterator[Example]:
 
 def eight_bits(dtype: torch.dtype) -> Iterator[Example]:
     """fp8 in rows, blocks and tiles; copies as it is, transposed, both."""
-    for rows, width in ((5, 128), (130, 256), (1, 1152)):
+    for rows, width in ((5, 128), (130, 256), (1, 1152), (19, 2304)):
         x, gate_up = torch.randn(rows, width).to(dtype), torch.randn(rows, 2 * width).to(dtype)
         for copies in (1, 2, 3):
             for scaling in range(4):

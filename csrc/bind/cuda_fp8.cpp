@@ -84,17 +84,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fp8_rms_norm(const Tensor& x,
   const OnDeviceOf device(x);
   Copies made = copies_of(x, x.size(0), x.size(1), scaling, false, copies, op);
   Tensor rstd = empty(x, {x.size(0)}, ScalarType::Float);
-  if (made.out.peaks != nullptr) {
-    // Both passes of two row-wise copies would compute the norm: it is faster to write it in between.
-    Tensor y = empty(x, sizes(x));
-    const cuda::Rows rows = rows_of(x, op);
-    const cuda::RmsNorm norm{type_of(x, op), type_of(weight, op), data(x), rows, x.size(1), nullptr, rows, nullptr,
-                             data(weight), static_cast<float>(offset), static_cast<float>(eps), offset == 0.0,
-                             mutable_data(y), static_cast<float*>(mutable_data(rstd))};
-    check_launch(cuda::rms_norm(norm, device.stream()), op);
-    check_launch(cuda::fp8_quantise({type_of(x, op), data(y), x.size(1), made.out}, device.stream()), op);
-    return {made.codes, made.scales, made.codes_t, made.scales_t, rstd};
-  }
   const cuda::Fp8RmsNorm args{type_of(x, op),
                               type_of(weight, op),
                               data(x),
@@ -105,7 +94,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fp8_rms_norm(const Tensor& x,
                               offset == 0.0,
                               static_cast<float*>(mutable_data(rstd)),
                               made.out};
-  check_launch(cuda::fp8_rms_norm(args, device.stream()), op);
+  const bool both = made.out.peaks != nullptr && made.out.codes != nullptr && cuda::fp8_rms_norm_fits(args);
+  if (made.out.peaks != nullptr && !both) {
+    // What no kernel takes along is written in between.
+    Tensor y = empty(x, sizes(x));
+    const cuda::Rows rows = rows_of(x, op);
+    const cuda::RmsNorm norm{type_of(x, op), type_of(weight, op), data(x), rows, x.size(1), nullptr, rows, nullptr,
+                             data(weight), static_cast<float>(offset), static_cast<float>(eps), offset == 0.0,
+                             mutable_data(y), static_cast<float*>(mutable_data(rstd))};
+    check_launch(cuda::rms_norm(norm, device.stream()), op);
+    check_launch(cuda::fp8_quantise({type_of(x, op), data(y), x.size(1), made.out}, device.stream()), op);
+    return {made.codes, made.scales, made.codes_t, made.scales_t, rstd};
+  }
+  const auto launch = both ? cuda::fp8_rms_norm_both : cuda::fp8_rms_norm;
+  check_launch(launch(args, device.stream()), op);
   return {made.codes, made.scales, made.codes_t, made.scales_t, rstd};
 }
 

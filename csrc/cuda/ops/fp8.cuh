@@ -14,7 +14,8 @@
 // blocks and tiles: one pass, a thread block for 128 x 128 values, both copies from registers. rowwise, one copy: a
 // thread block for a row. rowwise, transposed: the largest magnitudes of columns come first. A matrix as it is: a pass
 // that only reads gives them and those of rows, and tiles give both copies; what is computed: the first pass gives the
-// rows too, tiles the transposed copy. Tiles go backwards then, for the end of the matrix is still in the cache.
+// rows too, tiles the transposed copy. Tiles go backwards then, for the end of the matrix is still in the cache. All of
+// that for what fp8_rowwise.cuh cannot take: fp32, and odd addresses.
 #pragma once
 
 #include "../common/launch.cuh"

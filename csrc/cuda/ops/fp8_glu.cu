@@ -1,7 +1,7 @@
 // Gated linear unit on interleaved (gate, up) pairs, to fp8; it is never written in its own type.
 
 #include "../common/activate.cuh"
-#include "fp8_tiles.cuh"
+#include "fp8_rowwise.cuh"
 
 namespace megatune::cuda {
 
@@ -34,7 +34,7 @@ struct Gated {
   __device__ Vec<T, 8> finish(const Vec<T, 8>& values, float, const Columns&) const { return values; }
 };
 
-// The same for the tiles of fp8_tiles.cuh.
+// The same for fp8_tiles.cuh and fp8_rowwise.cuh.
 template <class T, bool SILU>
 struct GatedTiles : Gated<T, SILU> {
   static constexpr int PIECES = 2;
@@ -72,9 +72,12 @@ int fp8_glu(const Fp8Glu& args, Stream stream) {
       const GatedTiles<T, silu.value> source{{static_cast<const T*>(args.gate_up), args.row_stride,
                                               fp8::in_vectors<T>(args.gate_up, args.row_stride), args.activation}};
       const Gated<T, silu.value>& any = source;
-      if (args.out.scaling == Scaling::rowwise) return fp8::launch_rowwise(any, args.out, stream);
-      if constexpr (sizeof(T) == 2)
-        if (source.vectors) return fp8::launch_computed_tiles(source, args.out, stream);
+      const bool rowwise = args.out.scaling == Scaling::rowwise;
+      if constexpr (sizeof(T) == 2) {
+        if (source.vectors && !rowwise) return fp8::launch_computed_tiles(source, args.out, stream);
+        if (source.vectors && args.out.codes_t != nullptr) return fp8::launch_panels(source, args.out, stream);
+      }
+      if (rowwise) return fp8::launch_rowwise(any, args.out, stream);
       return fp8::launch_tiles<Gated<T, silu.value>, Scaling::blocks>(any, args.out, stream);
     };
     return args.activation == Activation::silu ? go(std::true_type{}) : go(std::false_type{});

@@ -53,6 +53,11 @@ struct Fp8RmsNorm {
 };
 int fp8_rms_norm(const Fp8RmsNorm& args, Stream stream);
 
+// Both row-wise copies, where `fp8_rms_norm_fits`: 16 bit types, the weight's the same, no offset, whole vectors, rows
+// not too long for the device. `row_peaks` is not needed.
+bool fp8_rms_norm_fits(const Fp8RmsNorm& args);
+int fp8_rms_norm_both(const Fp8RmsNorm& args, Stream stream);
+
 // What `glu` makes of gate_up [rows, 2 * width], rounded to its type, then quantised.
 struct Fp8Glu {
   Type type;
