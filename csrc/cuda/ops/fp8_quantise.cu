@@ -28,7 +28,7 @@ template <class T>
 struct PlainTiles {
   using Type = T;
   static constexpr bool NORMALISES = false;
-  static constexpr int PIECES = 1, BLOCKS = 3;
+  static constexpr int PIECES = 1, BLOCKS = 4;
   struct Rows {};
   struct Columns {};
 

@@ -17,7 +17,7 @@ template <class T>
 struct NormedTiles {
   using Type = T;
   static constexpr bool NORMALISES = true;
-  static constexpr int PIECES = 1, BLOCKS = 3;
+  static constexpr int PIECES = 1, BLOCKS = 4;
   struct Rows {
     float rstd;
   };
@@ -58,7 +58,7 @@ __device__ float squares(const uint4& eight) {
 }
 
 // Of a row: vectors of a lane. Of a block: warps, and rows of each warp in shared memory (the one at work too).
-constexpr int KEPT = 8, MOST_WARPS = 16, STAGES = 3;
+constexpr int KEPT = 8, MOST_WARPS = 16, STAGES = 2;
 constexpr int WARP_BYTES = STAGES * KEPT * 32 * 16;
 
 // Only the warps that share a row; they have a barrier of their own, 0 being that of the block.

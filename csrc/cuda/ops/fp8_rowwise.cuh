@@ -26,7 +26,7 @@ __device__ inline void wait_for_previous() {
 
 // Launches a kernel that calls `wait_for_previous`; it may begin early where the device can do that.
 template <class... Parameters, class... Arguments>
-int launch_early(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, Stream stream,
+int launch_early(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, size_t shared, Stream stream,
                  const Arguments&... arguments) {
   int device = 0, major = 0;
   if (const auto error = cudaGetDevice(&device); error != cudaSuccess) return static_cast<int>(error);
@@ -36,14 +36,15 @@ int launch_early(void (*kernel)(Parameters...), unsigned blocks, unsigned thread
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(blocks), config.blockDim = dim3(threads), config.stream = stream;
+  config.gridDim = dim3(blocks), config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared, config.stream = stream;
   config.attrs = &early, config.numAttrs = major >= 9 ? 1 : 0;
   return static_cast<int>(cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 
 // Blocks of the first pass on a multiprocessor: the registers for more are there where nothing is computed.
 template <class Source>
-constexpr int panel_blocks() { return Source::PIECES == 1 ? 3 : 2; }
+constexpr int panel_blocks() { return Source::PIECES == 1 ? 4 : 2; }
 
 // First pass of what does not normalise. A block has 256 columns, its warps are one below the other, with eight rows
 // each; all blocks are at work at the same time, `slices` of them for the same columns, and go down together.
@@ -99,16 +100,22 @@ __global__ void __launch_bounds__(THREADS, panel_blocks<Source>())
   raise(out.peaks + first + threadIdx.x, peak);
 }
 
+// Whether what a tile's threads have asked for waits in shared memory, so that registers suffice for one block more.
+template <class Source>
+constexpr bool WAITS = Source::PIECES == 1;
+
 // Second pass: the tiles of fp8_tiles.cuh, at the edges fewer values. Known are the columns' peaks, and if there are
 // codes of rows, the rows' scales (of what normalises) or peaks.
 template <class Source, bool E5M2>
 __global__ void __launch_bounds__(THREADS, Source::BLOCKS) scaled_tiles_kernel(const Source source, const Fp8 out) {
   using T = typename Source::Type;
   using P = Pair<T>;
-  constexpr int PIECES = Source::PIECES, AT_ONCE = N / PIECES;  // rows, in registers
+  constexpr bool WAITING = WAITS<Source>;
+  constexpr int PIECES = Source::PIECES, AT_ONCE = WAITING ? 1 : N / PIECES;  // rows, in registers
   __shared__ uint2 turned[TILE * LANES];  // transposed codes: word w (eight rows) of column c at w ^ (c / 8)
   __shared__ alignas(16) float inverses[2 * TILE];  // of the scales of columns, of rows
   __shared__ float rstds[Source::NORMALISES ? TILE : 1];
+  extern __shared__ uint4 waiting[];  // [row, piece, thread]; each thread has its own
   const int lane = threadIdx.x % LANES, group = threadIdx.x / LANES;
   const uint32_t across = (out.width + TILE - 1) / TILE, tile = gridDim.x - 1 - blockIdx.x;
   const uint32_t band = tile / across, strip = tile % across;
@@ -127,7 +134,19 @@ __global__ void __launch_bounds__(THREADS, Source::BLOCKS) scaled_tiles_kernel(c
           pieces[i][piece] = reinterpret_cast<const uint4*>(source.from(row + begin + i, column))[piece];
       }
   };
-  fetch(0);
+  uint4* const mine = waiting + threadIdx.x;
+  if constexpr (WAITING) {
+#pragma unroll
+    for (int i = 0; i < N * PIECES; ++i) {
+      const bool here = inside && row + i / PIECES < out.rows;  // else zeros
+      const T* from = source.from(here ? row + i / PIECES : 0, here ? column : 0) + i % PIECES * N;
+      const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(mine + i * THREADS));
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(here ? 16 : 0)
+                   : "memory");
+    }
+  } else {
+    fetch(0);
+  }
   wait_for_previous();
 
   // Half of the threads have a column's scale each, the others a row's.
@@ -149,6 +168,7 @@ __global__ void __launch_bounds__(THREADS, Source::BLOCKS) scaled_tiles_kernel(c
   inverses[threadIdx.x] = __frcp_rn(scale);
   if constexpr (Source::NORMALISES)
     if (!of_column) rstds[threadIdx.x - TILE] = rstd;
+  if constexpr (WAITING) asm volatile("cp.async.wait_all;" ::: "memory");
   __syncthreads();
   float of_columns[N];
   const auto low = load<4>(inverses + lane * N), high = load<4>(inverses + lane * N + 4);
@@ -160,12 +180,17 @@ __global__ void __launch_bounds__(THREADS, Source::BLOCKS) scaled_tiles_kernel(c
   uint32_t columns[N][2];
 #pragma unroll
   for (int i = 0; i < N; i += 2) {
-    if (i > 0 && i % AT_ONCE == 0) fetch(i);
+    if constexpr (!WAITING)
+      if (i > 0 && i % AT_ONCE == 0) fetch(i);
     uint32_t y[2][N / 2];
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
       typename Source::Rows of_row{};
       if constexpr (Source::NORMALISES) of_row.rstd = rstds[group * N + i + k];
+      if constexpr (WAITING) {
+#pragma unroll
+        for (int piece = 0; piece < PIECES; ++piece) pieces[0][piece] = mine[((i + k) * PIECES + piece) * THREADS];
+      }
       source.finish(pieces[(i + k) % AT_ONCE], of_row, i + k, at_columns, y[k]);
       // Padding is not finished: weights below 0 would make zeros of it that have a sign, infinite ones NaN.
       if (Source::NORMALISES && row + i + k >= out.rows) y[k][0] = y[k][1] = y[k][2] = y[k][3] = 0;
@@ -210,7 +235,11 @@ __global__ void __launch_bounds__(THREADS, Source::BLOCKS) scaled_tiles_kernel(c
 template <class Source, bool E5M2>
 int launch_scaled_tiles(const Source& source, const Fp8& out, Stream stream) {
   const int64_t tiles = (out.width + TILE - 1) / TILE * ((out.padded + TILE - 1) / TILE);
-  return launch_early(scaled_tiles_kernel<Source, E5M2>, static_cast<unsigned>(tiles), THREADS, stream, source, out);
+  constexpr int shared = WAITS<Source> ? N * Source::PIECES * THREADS * 16 : 0;
+  const auto kernel = scaled_tiles_kernel<Source, E5M2>;
+  const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  if (error != cudaSuccess) return static_cast<int>(error);
+  return launch_early(kernel, static_cast<unsigned>(tiles), THREADS, shared, stream, source, out);
 }
 
 template <class Source, bool E5M2 = false>
