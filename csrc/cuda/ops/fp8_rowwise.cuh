@@ -24,21 +24,19 @@ __device__ inline void wait_for_previous() {
 #endif
 }
 
-// Launches a kernel that calls `wait_for_previous`; it may begin early where the device can do that.
+// Launches a kernel that calls `wait_for_previous`; it may begin early where it was compiled for a device that can do so.
 template <class... Parameters, class... Arguments>
 int launch_early(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, size_t shared, Stream stream,
                  const Arguments&... arguments) {
-  int device = 0, major = 0;
-  if (const auto error = cudaGetDevice(&device); error != cudaSuccess) return static_cast<int>(error);
-  const auto error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (error != cudaSuccess) return static_cast<int>(error);
+  cudaFuncAttributes facts;
+  if (const auto error = cudaFuncGetAttributes(&facts, kernel); error != cudaSuccess) return static_cast<int>(error);
   cudaLaunchAttribute early{};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(blocks), config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared, config.stream = stream;
-  config.attrs = &early, config.numAttrs = major >= 9 ? 1 : 0;
+  config.attrs = &early, config.numAttrs = facts.ptxVersion >= 90 ? 1 : 0;
   return static_cast<int>(cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 
