@@ -26,7 +26,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -40,7 +40,7 @@ from benchmarks.common import RESULTS, device_name
 from benchmarks.ops_cases import CASES, MODELS, TINY, Case, Other, Work, makers
 from benchmarks.ops_report import line_of, page, said, verdicts
 from benchmarks.ops_rivals import absent, present, rivals
-from benchmarks.ops_timing import LARGE_COPY, SMALL_MS, Device, Timed, tensors_in
+from benchmarks.ops_timing import LARGE_COPY, SMALL_MS, Call, Device, Timed, tensors_in
 from benchmarks.ops_warm import configure_compiler, share, warm
 from megatune import ops
 from megatune.launch.show_environment import nvidia_versions
@@ -103,9 +103,8 @@ def measure(case: Case, other: Other, device: Device, dtype: torch.dtype) -> Row
     if case.joint:
         return _measure_joint(case, other, sets, device, dtype)
     forward = [lambda leaves=leaves: other.run(*leaves) for leaves in sets]
-    how = {"steady": bool(case.forward.products), "graph": other.graph}
-    timed = device.milliseconds(forward, **how)
-    row = {"timed": timed.how, **rates("forward", timed, case.forward, device, dtype)}
+    timed, limit = taken(forward, case.forward, first, other.graph, device, dtype)
+    row = {"timed": timed.how, **rates("forward", timed, limit, case.forward, device)}
     row["host_us"] = device.host_microseconds(forward[0], 10 if device.type == "cuda" else 1)
     if has_gradient and case.backward is not None:
         outputs = [tensors_in(call()) for call in forward]
@@ -114,9 +113,18 @@ def measure(case: Case, other: Other, device: Device, dtype: torch.dtype) -> Row
             lambda out=out, leaves=leaves, grad=grad: gradients(out, leaves, grad)
             for out, leaves, grad in zip(outputs, sets, grads, strict=True)
         ]
-        timed = device.milliseconds(backward, **how)
-        row |= rates("backward", timed, case.backward, device, dtype)
+        timed, limit = taken(backward, case.backward, first, other.graph, device, dtype)
+        row |= rates("backward", timed, limit, case.backward, device)
     return row
+
+
+def taken(
+    calls: list[Call], work: Work, inputs: Sequence[Tensor], graph: bool, device: Device, dtype: torch.dtype
+) -> tuple[Timed, float]:
+    """How long a call takes, and the milliseconds that are the limit. `inputs`: the first call's."""
+    if work.products:
+        return device.beside_products(calls[0], work, dtype, inputs)
+    return device.milliseconds(calls, graph), device.limit_ms(work, dtype)
 
 
 def _measure_joint(
@@ -133,14 +141,13 @@ def _measure_joint(
     calls = [lambda leaves=leaves: both(leaves) for leaves in sets]
     calls[0]()
     peak = device.peak_bytes(calls[0])
-    timed = device.milliseconds(calls, bool(case.forward.products), other.graph)
-    taken = rates("forward_backward", timed, case.forward, device, dtype)
-    return {"timed": timed.how, "peak_mib": peak / 2**20, **taken}
+    timed, limit = taken(calls, case.forward, sets[0], other.graph, device, dtype)
+    found = rates("forward_backward", timed, limit, case.forward, device)
+    return {"timed": timed.how, "peak_mib": peak / 2**20, **found}
 
 
-def rates(name: str, timed: Timed, work: Work, device: Device, dtype: torch.dtype) -> Row:
-    """Time, rate of the least work, and the share of the limit."""
-    limit = device.limit_ms(work, dtype)
+def rates(name: str, timed: Timed, limit: float, work: Work, device: Device) -> Row:
+    """Time, rate of the least work, and the share of the limit, which is in milliseconds."""
     row = {f"{name}_ms": timed.ms, f"{name}_share": limit / timed.ms}
     if work.flops:
         return row | {f"{name}_tflops": work.flops / timed.ms / 1e9}

@@ -6,7 +6,7 @@ A new op is one function, `@case(MODEL, ..)`, that makes a `Case`: here norms, r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -120,11 +120,13 @@ TINY = {
 class Work:
     """The least that must be done: `size` bytes moved (each input read once, each output written once), or `flops`.
     `products`: matrix products (kind, m, n, k) whose time, measured bare, is the limit; without them, and with flops,
-    the limit is the rate of a large product."""
+    the limit is the rate of a large product. `operands(*inputs)`: what these products multiply, where that is unlike
+    random numbers."""
 
     size: float = 0
     flops: float = 0
     products: tuple[tuple[str, int, int, int], ...] = ()
+    operands: Callable[..., Sequence[tuple[Tensor, Tensor]]] | None = None
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,18 @@ def _cross_entropy(name: str, registry: str, passes: int, s: Sizes, new: New) ->
     )
 
 
+def head_operands(
+    x: Tensor, head: Tensor, labels: Tensor, cut: VocabCut | None = None
+) -> list[tuple[Tensor, Tensor]]:
+    """What the products of a head [V, H] and its loss multiply, hidden states x [T, H] given: two of them the gradient
+    of the logits, whose numbers are small and of any size."""
+    x, head = x.detach(), head.detach()
+    grad = torch.mm(x, head.t()).requires_grad_()
+    ops.cross_entropy(grad.view_as(grad), labels, cut=cut)
+    grad = grad.detach()
+    return [(x, head.t()), (grad, head), (grad.t(), x)]
+
+
 @case()
 def linear_cross_entropy(s: Sizes, new: New) -> Case:
     labels, cut = new.whole(s.V, s.T), vocabulary_cut(s)
@@ -69,7 +81,11 @@ def linear_cross_entropy(s: Sizes, new: New) -> Case:
         lambda: (new.leaf(s.T, s.H), new.leaf(s.V, s.H, scale=0.02)),
         lambda x, head: ops.linear_cross_entropy(x, head, labels, cut=cut, chunk=chunk),
         Other(lambda x, head: F.cross_entropy((x @ head.t()).float(), labels, reduction="sum")),
-        Work(flops=6 * s.T * s.H * s.V, products=products),
+        Work(
+            flops=6 * s.T * s.H * s.V,
+            products=products,
+            operands=lambda x, head: head_operands(x, head, labels, cut),
+        ),
         joint=True,
         registry="split_cross_entropy" if cut else "linear_cross_entropy",
         targets=(1 / 1.10, None),

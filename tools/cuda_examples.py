@@ -92,6 +92,10 @@ def losses(dtype: torch.dtype) -> Iterator[Example]:
         for with_sum in (False, True):
             logits, elsewhere = torch.randn(rows, columns).to(dtype), labels + columns // 2
             yield "cross_entropy_sums", (logits, elsewhere, columns, 3 * columns, softcap, with_sum, 0), dtype
+        for parts, numbers, smoothing in ((1, 3, 0.0), (5, 4, 0.1)):
+            sums = torch.rand(parts, rows, numbers) + 1
+            more = (3 * columns, torch.rand(rows), 1e-3, smoothing, 0)
+            yield "cross_entropy_join", (sums, elsewhere, *more), dtype
         arguments = (logits, elsewhere, columns, 3 * columns, softcap, torch.full((rows,), 9.0))
         yield "cross_entropy_grad", (*arguments, torch.rand(rows), 1e-3, 0.1, 0), dtype
         single, factor = torch.randn(rows, columns), torch.tensor(0.3)

@@ -6,10 +6,31 @@
 namespace megatune::bind {
 namespace {
 
-void check_rows(const Tensor& tensor, ScalarType type, const Tensor& logits, const char* op, const char* what) {
-  check(tensor.dim() == 1 && tensor.is_contiguous() && tensor.size(0) == logits.size(0) && tensor.scalar_type() == type,
-        op, what);
-  check_devices(logits, {&tensor}, op);
+float* floats(const Tensor& tensor) { return static_cast<float*>(mutable_data(tensor)); }
+
+// A number for each of the rows of `first`, which is on the same device.
+void check_rows(const Tensor& tensor, ScalarType type, const Tensor& first, int64_t rows, const char* op,
+                const char* what) {
+  check(tensor.dim() == 1 && tensor.is_contiguous() && tensor.size(0) == rows && tensor.scalar_type() == type, op,
+        what);
+  check_devices(first, {&tensor}, op);
+}
+
+// What a loss needs beside the logits, or their sums, which are `first`.
+cuda::CrossEntropy options(const Tensor& first, int64_t rows, const Tensor& labels,
+                           const std::optional<Tensor>& weights, double z_loss, double smoothing, int64_t ignore,
+                           const char* op) {
+  check(rows < int64_t{1} << 31, op, "there are too many rows");
+  check_rows(labels, ScalarType::Long, first, rows, op, "labels must be contiguous int64 [rows]");
+  if (weights) check_rows(*weights, ScalarType::Float, first, rows, op, "weights must be contiguous float32 [rows]");
+  cuda::CrossEntropy args{};
+  args.rows = rows;
+  args.labels = static_cast<const int64_t*>(data(labels));
+  args.ignore = ignore;
+  args.weights = weights ? static_cast<const float*>(data(*weights)) : nullptr;
+  args.z_loss = static_cast<float>(z_loss);
+  args.smoothing = static_cast<float>(smoothing);
+  return args;
 }
 
 // size 0: the whole vocabulary is here.
@@ -19,21 +40,15 @@ cuda::CrossEntropy arguments(const Tensor& logits, const Tensor& labels, int64_t
   check(logits.dim() == 2 && logits.size(1) > 0 && logits.size(1) < int64_t{1} << 31 &&
             (logits.stride(1) == 1 || logits.size(1) == 1),
         op, "logits must be [rows, vocab], each row contiguous");
-  check_rows(labels, ScalarType::Long, logits, op, "labels must be contiguous int64 [rows]");
-  if (weights) check_rows(*weights, ScalarType::Float, logits, op, "weights must be contiguous float32 [rows]");
-  return {type_of(logits, op),
-          const_cast<void*>(data(logits)),
-          logits.size(0),
-          logits.stride(0),
-          logits.size(1),
-          first,
-          size == 0 ? logits.size(1) : size,
-          static_cast<const int64_t*>(data(labels)),
-          ignore,
-          weights ? static_cast<const float*>(data(*weights)) : nullptr,
-          static_cast<float>(softcap),
-          static_cast<float>(z_loss),
-          static_cast<float>(smoothing)};
+  cuda::CrossEntropy args = options(logits, logits.size(0), labels, weights, z_loss, smoothing, ignore, op);
+  args.type = type_of(logits, op);
+  args.logits = const_cast<void*>(data(logits));
+  args.row_stride = logits.stride(0);
+  args.vocab = logits.size(1);
+  args.first = first;
+  args.size = size == 0 ? logits.size(1) : size;
+  args.softcap = static_cast<float>(softcap);
+  return args;
 }
 
 Tensor cross_entropy_rows(Tensor logits, const Tensor& labels, double softcap, bool write_grad,
@@ -42,7 +57,8 @@ Tensor cross_entropy_rows(Tensor logits, const Tensor& labels, double softcap, b
   const cuda::CrossEntropy args = arguments(logits, labels, 0, 0, softcap, weights, z_loss, smoothing, ignore, op);
   const OnDeviceOf device(logits);
   Tensor loss = empty(logits, {logits.size(0)}, ScalarType::Float);
-  check_launch(cuda::cross_entropy(args, write_grad, static_cast<float*>(mutable_data(loss)), device.stream()), op);
+  Tensor log_sums = empty(loss, {logits.size(0)});
+  check_launch(cuda::cross_entropy(args, write_grad, floats(loss), floats(log_sums), device.stream()), op);
   return loss;
 }
 
@@ -52,8 +68,24 @@ Tensor cross_entropy_sums(const Tensor& logits, const Tensor& labels, int64_t fi
   const cuda::CrossEntropy args = arguments(logits, labels, first, size, softcap, std::nullopt, 0.0, 0.0, ignore, op);
   const OnDeviceOf device(logits);
   Tensor sums = empty(logits, {logits.size(0), with_sum ? 4 : 3}, ScalarType::Float);
-  check_launch(cuda::cross_entropy_sums(args, with_sum, static_cast<float*>(mutable_data(sums)), device.stream()), op);
+  check_launch(cuda::cross_entropy_sums(args, with_sum, floats(sums), device.stream()), op);
   return sums;
+}
+
+std::tuple<Tensor, Tensor> cross_entropy_join(const Tensor& sums, const Tensor& labels, int64_t size,
+                                              std::optional<Tensor> weights, double z_loss, double smoothing,
+                                              int64_t ignore) {
+  const char* op = "cross_entropy_join";
+  check(sums.dim() == 3 && sums.is_contiguous() && sums.scalar_type() == ScalarType::Float &&
+            sums.size(2) == (smoothing != 0.0 ? 4 : 3),
+        op, "sums must be contiguous float32 [parts, rows, 3], with label smoothing [parts, rows, 4]");
+  cuda::CrossEntropy args = options(sums, sums.size(1), labels, weights, z_loss, smoothing, ignore, op);
+  args.size = size;
+  const OnDeviceOf device(sums);
+  Tensor loss = empty(sums, {args.rows}), log_sums = empty(sums, {args.rows});
+  const float* from = static_cast<const float*>(data(sums));
+  check_launch(cuda::cross_entropy_join(args, from, sums.size(0), floats(loss), floats(log_sums), device.stream()), op);
+  return {loss, log_sums};
 }
 
 void cross_entropy_grad(Tensor logits, const Tensor& labels, int64_t first, int64_t size, double softcap,
@@ -62,7 +94,7 @@ void cross_entropy_grad(Tensor logits, const Tensor& labels, int64_t first, int6
   const char* op = "cross_entropy_grad";
   const cuda::CrossEntropy args =
       arguments(logits, labels, first, size, softcap, weights, z_loss, smoothing, ignore, op);
-  check_rows(log_sum, ScalarType::Float, logits, op, "log_sum must be contiguous float32 [rows]");
+  check_rows(log_sum, ScalarType::Float, logits, args.rows, op, "log_sum must be contiguous float32 [rows]");
   const OnDeviceOf device(logits);
   check_launch(cuda::cross_entropy_grad(args, static_cast<const float*>(data(log_sum)), device.stream()), op);
 }
@@ -96,6 +128,7 @@ void scale_gradient(Tensor out, const Tensor& x, const Tensor& factor) {
 STABLE_TORCH_LIBRARY_IMPL(megatune, CUDA, m) {
   m.impl("cross_entropy_rows", TORCH_BOX(&megatune::bind::cross_entropy_rows));
   m.impl("cross_entropy_sums", TORCH_BOX(&megatune::bind::cross_entropy_sums));
+  m.impl("cross_entropy_join", TORCH_BOX(&megatune::bind::cross_entropy_join));
   m.impl("cross_entropy_grad", TORCH_BOX(&megatune::bind::cross_entropy_grad));
   m.impl("scale_gradient", TORCH_BOX(&megatune::bind::scale_gradient));
 }

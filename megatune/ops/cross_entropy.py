@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from megatune.ops.checks import accumulate_dtype, floating, same_device
 from megatune.ops.comm import all_gather
-from megatune.ops.cross_entropy_rows import IGNORED, ROWS_OP, SPLIT_OP, row_losses
+from megatune.ops.cross_entropy_rows import IGNORED, ROWS_OP, SPLIT_OP
 
 # Logits in one chunk, unless the caller says how many rows: 128 MiB in bf16 on a CPU, 768 MiB elsewhere, where small
 # products do not fill the device and each chunk reads and writes the weight's whole fp32 gradient.
@@ -59,19 +59,16 @@ class _Loss:
         self, logits: Tensor, labels: Tensor, write_grad: bool, cut: VocabCut, options: tuple
     ) -> Tensor:
         """Three numbers a row are sent, four with label smoothing."""
-        sums, grad = SPLIT_OP.pick(logits.device.type, logits.dtype).run
+        sums, join, grad = SPLIT_OP.pick(logits.device.type, logits.dtype).run
         where = (cut.first, cut.size, self.softcap)
         mine = sums(logits, labels, *where, self.smoothing > 0, self.ignore)
         size = dist.get_world_size(cut.group)
         everyone = mine.new_empty(size * mine.shape[0], mine.shape[1])
         all_gather(everyone, mine, group=cut.group)
-        largest, total, target, *plain = everyone.view(size, *mine.shape).unbind(2)
-        top = largest.amax(0)
-        log_sum = top + torch.log((total * torch.exp(largest - top)).sum(0))
+        losses, log_sum = join(everyone.view(size, *mine.shape), labels, cut.size, *options)
         if write_grad:
             grad(logits, labels, *where, log_sum, *options)
-        mean = plain[0].sum(0) / cut.size if plain else None
-        return row_losses(log_sum, target.sum(0), mean, labels, *options)
+        return losses
 
 
 def _scaled(saved: Tensor | None, factor: Tensor, dtype: torch.dtype | None = None) -> Tensor | None:

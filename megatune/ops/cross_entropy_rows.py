@@ -21,7 +21,7 @@ IGNORED = -100  # the label that has no loss, as in PyTorch
 OPTIONS = f"Tensor? weights=None, float z_loss=0.0, float smoothing=0.0, int ignore={IGNORED}"
 
 
-def row_losses(
+def _row_losses(
     log_sum: Tensor,
     target: Tensor,
     mean: Tensor | None,
@@ -62,6 +62,14 @@ def _slope(capped: Tensor, softcap: float) -> Tensor:
     return 1 - (capped / softcap).square()
 
 
+def _row_sums(x: Tensor) -> Tensor:
+    """x.sum(1). A kernel that torch.compile makes for any size may add up all of a long row one number after the other,
+    where the first row that it was for was a short one: in fp64. Eager sums are pairwise."""
+    if torch.compiler.is_compiling():
+        return x.sum(1, dtype=torch.float64).to(x.dtype)
+    return x.sum(1)
+
+
 def _reference(
     logits: Tensor,
     labels: Tensor,
@@ -87,7 +95,7 @@ def _reference(
         if softcap:
             grad = grad * _slope(capped, softcap)
         logits.copy_(torch.where(labels[:, None] == ignore, 0.0, grad))
-    return row_losses(log_sum, target, mean, labels, weights, z_loss, smoothing, ignore)
+    return _row_losses(log_sum, target, mean, labels, weights, z_loss, smoothing, ignore)
 
 
 def _losses(
@@ -106,8 +114,9 @@ def _losses(
     index = torch.where(labels == ignore, 0, labels)[:, None]
     capped = _capped(logits.to(wide), softcap)
     target = _capped(logits.gather(1, index).to(wide), softcap)
-    log_sum = torch.logsumexp(capped, 1)
-    mean = capped.mean(1) if smoothing else None
+    largest = capped.amax(1)
+    log_sum = largest + torch.log(_row_sums(torch.exp(capped - largest[:, None])))
+    mean = _row_sums(capped) / logits.shape[1] if smoothing else None
     of_softmax, of_targets = _factors(log_sum, labels, weights, z_loss, ignore)
     even = smoothing / logits.shape[1]
     own = torch.exp(target - log_sum[:, None]) * of_softmax - (1 - smoothing + even) * of_targets
@@ -120,7 +129,7 @@ def _losses(
         if softcap:
             grad = grad * _slope(capped, softcap)
         logits.copy_(torch.where(labels[:, None] == ignore, 0.0, grad))
-    loss = row_losses(log_sum, target.squeeze(1), mean, labels, weights, z_loss, smoothing, ignore)
+    loss = _row_losses(log_sum, target.squeeze(1), mean, labels, weights, z_loss, smoothing, ignore)
     return loss, torch.where(labels[:, None] == ignore, 0.0, own), index
 
 
@@ -203,9 +212,26 @@ def _split_sums(
     elsewhere = ~mine & (labels >= 0) & (labels < size) | (labels == ignore)
     target = _capped(logits.gather(1, torch.where(elsewhere, 0, here)[:, None]).squeeze(1).to(wide), softcap)
     largest = capped.amax(1)
-    total = torch.exp(capped - largest[:, None]).sum(1)
+    total = _row_sums(torch.exp(capped - largest[:, None]))
     found = [largest, total, torch.where(mine, target, 0.0)]
-    return torch.stack([*found, capped.sum(1)] if with_sum else found, 1)
+    return torch.stack([*found, _row_sums(capped)] if with_sum else found, 1)
+
+
+def _split_join(
+    sums: Tensor,
+    labels: Tensor,
+    size: int,
+    weights: Tensor | None = None,
+    z_loss: float = 0.0,
+    smoothing: float = 0.0,
+    ignore: int = IGNORED,
+) -> tuple[Tensor, Tensor]:
+    """What all have sent [processes, rows, 3 or 4] -> losses [rows], logs of the sums over all columns [rows]."""
+    largest, total, target, *plain = sums.unbind(2)
+    top = largest.amax(0)
+    log_sum = top + torch.log((total * torch.exp(largest - top)).sum(0))
+    mean = plain[0].sum(0) / size if plain else None
+    return _row_losses(log_sum, target.sum(0), mean, labels, weights, z_loss, smoothing, ignore), log_sum
 
 
 def _split_grad(
@@ -251,17 +277,37 @@ _SUMS = define(
     _split_sums,
     _fake_sums,
 )
+
+
+def _fake_join(
+    sums: Tensor,
+    labels: Tensor,
+    size: int,
+    weights: Tensor | None = None,
+    z_loss: float = 0.0,
+    smoothing: float = 0.0,
+    ignore: int = IGNORED,
+) -> tuple[Tensor, Tensor]:
+    return sums.new_empty(labels.shape), sums.new_empty(labels.shape)
+
+
+_JOIN = define(
+    f"cross_entropy_join(Tensor sums, Tensor labels, int size, {OPTIONS}) -> (Tensor, Tensor)",
+    _split_join,
+    _fake_join,
+)
 _GRAD = define(
     "cross_entropy_grad(Tensor(a!) logits, Tensor labels, int first, int size, float softcap, Tensor log_sum, "
     f"{OPTIONS}) -> ()",
     _split_grad,
     nothing,
 )
+# Of each body: what a process sends, what comes of what all have sent, the gradient.
 SPLIT_OP = add_op(
     "split_cross_entropy",
     [
-        cuda_body(_SUMS, _GRAD),
-        compiled_body(fuse(_split_sums), fuse(_split_grad)),
-        Body("reference", (_split_sums, _split_grad)),
+        cuda_body(_SUMS, _JOIN, _GRAD),
+        compiled_body(fuse(_split_sums), fuse(_split_join), fuse(_split_grad)),
+        Body("reference", (_split_sums, _split_join, _split_grad)),
     ],
 )

@@ -406,6 +406,7 @@ def test_opcheck_on_a_gpu() -> None:
         (calls.cross_entropy_rows, (logits, labels, 3.0, True)),
         (calls.cross_entropy_rows, (logits[:, 1:39], labels.clamp(max=37), 0.0, True, weights, 0.1, 0.1)),
         (calls.cross_entropy_sums, (logits, labels, 8, 60, 0.0, True)),
+        (calls.cross_entropy_join, (torch.rand(2, 6, 3, device="cuda"), labels, 60, weights, 0.1)),
         (calls.cross_entropy_grad, (logits, labels, 8, 60, 0.0, weights)),
         (calls.scale_gradient, (torch.empty_like(logits), logits, weights[0])),
     ):

@@ -12,6 +12,7 @@ import torch
 from benchmarks import ops as benchmark
 from benchmarks import ops_cases, ops_report, ops_rivals, ops_warm
 from benchmarks.ops_cases import Case, Other, Work
+from benchmarks.ops_cases_loss import head_operands
 from benchmarks.ops_timing import Device, Timed
 from megatune import ops
 
@@ -141,21 +142,16 @@ def test_a_rival_that_is_wrong_or_fails_is_seen() -> None:
 
 
 def test_limits_are_what_the_device_does_itself() -> None:
-    known = {"NT 4 x 5 x 6": 0.25, "NN 4 x 6 x 5": 0.5, "NT 64 x 64 x 64": 2.0}
-    device = Device("cpu", copy=2e9, products=known, small_copies={40000: 0.03})
+    device = Device("cpu", copy=2e9, products={"NT 64 x 64 x 64": 2.0}, small_copies={40000: 0.03})
     assert device.limit_ms(Work(size=4e6), torch.float32) == pytest.approx(2.0)
-    products = (("NT", 4, 5, 6), ("NN", 4, 6, 5))
-    assert device.limit_ms(Work(flops=1, products=products), torch.float32) == pytest.approx(0.75)
     assert device.limit_ms(Work(flops=4 * 64**3), torch.float32) == pytest.approx(4.0)
-    device.products_ms([("TN", 2, 3, 4)], torch.float32)
-    assert set(device.products) == {*known, "TN 2 x 3 x 4"}
     timed = Timed(4.0, "clock")
-    assert benchmark.rates("forward", timed, Work(size=4e6), device, torch.float32) == {
+    assert benchmark.rates("forward", timed, 2.0, Work(size=4e6), device) == {
         "forward_ms": 4.0,
         "forward_share": pytest.approx(0.5),
         "forward_gbytes_per_s": pytest.approx(1.0),
     }
-    short = benchmark.rates("forward", Timed(0.04, "graph"), Work(size=40000), device, torch.float32)
+    short = benchmark.rates("forward", Timed(0.04, "graph"), 0.02, Work(size=40000), device)
     assert short["forward_share"] == pytest.approx(0.5) and short["forward_small_share"] == pytest.approx(
         0.75
     )
@@ -182,3 +178,23 @@ def test_without_time_nothing_is_begun_and_it_is_said(tmp_path: Path) -> None:
     assert content["rows"] == []
     left = [(one["model"], one["op"], one["why"]) for one in content["left_out"]]
     assert left == [(model, "rope", "no time left") for model in ops_cases.MODELS]
+
+
+def test_products_are_taken_beside_the_call_with_its_own_numbers() -> None:
+    device, x, head = Device("cpu"), torch.randn(4, 6), torch.randn(5, 6)
+    products = (("NT", 4, 5, 6), ("TN", 5, 6, 4))
+    labels = torch.tensor([0, 4, -100, 2])
+    own = Work(flops=1, products=products, operands=lambda *given: head_operands(*given, labels)[::2])
+    called: list[int] = []
+    for number, work in enumerate((own, Work(flops=1, products=products))):
+        timed, bare = device.beside_products(lambda: called.append(1), work, torch.float32, (x, head))
+        assert len(called) == number + 1 and timed.how == "clock" and timed.ms > 0
+        assert set(device.products) == {"NT 4 x 5 x 6", "TN 5 x 6 x 4"}
+        assert bare == pytest.approx(sum(device.products.values()))
+        first, second = device.bare_products(work, torch.float32, (x, head))
+        assert first().shape == (4, 5) and second().shape == (5, 6)
+    first, second = device.bare_products(own, torch.float32, (x, head))
+    assert torch.equal(first(), x @ head.t())
+    leaf = head.clone().requires_grad_()
+    torch.nn.functional.cross_entropy(x @ leaf.t(), labels, reduction="sum").backward()
+    torch.testing.assert_close(second(), leaf.grad)

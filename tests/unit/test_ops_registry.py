@@ -100,6 +100,7 @@ def operator_calls():
     few, log_sum = torch.tensor([3, 12, -100, 20]), torch.randn(4)
     yield calls.cross_entropy_rows, (torch.randn(4, 30), few, 0.0, True, torch.rand(4), 0.1, 0.2)
     yield calls.cross_entropy_sums, (torch.randn(4, 11), few, 8, 30, 3.0, True)
+    yield calls.cross_entropy_join, (torch.rand(3, 4, 4), few, 30, torch.rand(4), 0.1, 0.2)
     yield calls.cross_entropy_grad, (torch.randn(4, 11), few, 8, 30, 3.0, log_sum, torch.rand(4), 0.1, 0.2)
     # The compiled attention takes bf16 only; without it (or its tiles) the operator is the reference.
     dtype = torch.bfloat16 if _load.cpu_problem() is None else torch.float32

@@ -1,10 +1,9 @@
-// Cross-entropy of rows of logits: one pass for largest, sum and target, one for the gradient, in place.
+// Cross-entropy of rows of logits in two passes: one for largest, sum and target, one for the gradient, in place; between
+// them, where a vocabulary is split, the sums of all its parts are put together. Long rows of 16 bits with their whole
+// vocabulary have a kernel of their own on sm_90, in cross_entropy_cluster.cu, which reads them once.
 //
-// A block has a row. What fits stays on the multiprocessor between the passes: CACHED vectors of each thread in
-// registers, then as much as there is shared memory (together a vocabulary of 128,256 in bf16, 250 KB, on sm_90); the
-// rest of the row is read again, from its end, where the L2 cache still has it. Each thread keeps and reads its own
-// vectors only, so nobody waits for shared memory. Loss and gradient of rows of 16 bits without soft cap and smoothing
-// have a kernel of their own for sm_90, in cross_entropy_cluster.cu.
+// A block has a row, and a multiprocessor as many blocks as it takes: while some add up what their threads have found,
+// or have only begun, others read. The second pass begins with the last rows, which the L2 cache still has.
 
 #include "cross_entropy_cluster.cuh"
 
@@ -16,22 +15,12 @@ namespace megatune::cuda {
 
 namespace {
 
-constexpr int MAX_THREADS = 1024;
-constexpr int CACHED = 2;  // vectors that a thread keeps in registers
 constexpr int WARP = 32;
+constexpr int MAX_THREADS = 512;
 
-// Vectors that a thread has under way at a time; more do not fit into registers.
+// Vectors that a thread has under way at a time.
 template <bool CAP>
-constexpr int GROUP = CAP ? 2 : 3;
-
-struct Outputs {
-  float* loss;             // [rows]
-  float* sums;             // [rows, numbers]; null: the whole vocabulary is here, and the loss is wanted
-  const float* log_sums;   // [rows], given
-  int numbers;
-  bool write_grad;
-  int slots;  // vectors of a row that fit into shared memory
-};
+constexpr int GROUP = CAP ? 2 : 4;
 
 // The sums of some logits: largest, sum of exp(logit - largest), sum.
 struct Partial {
@@ -127,9 +116,9 @@ __device__ inline Partial warp_total(Partial mine) {
   return {most, total, plain};
 }
 
-// Over all threads of the block, given to all of them, always in the same order. shared: for each warp; all must have
-// read what was in it before.
-__device__ inline Partial block_total(Partial mine, Partial* shared) {
+// Over all threads of the block, given to its first warp, always in the same order.
+__device__ inline Partial block_total(Partial mine) {
+  __shared__ Partial shared[MAX_THREADS / WARP];
   const int lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
   mine = warp_total(mine);
   if (lane == 0) shared[threadIdx.x / WARP] = mine;
@@ -166,6 +155,15 @@ __device__ inline Vec<T, N> gradients(const Vec<T, N>& x, const Slopes& slopes, 
   return result;
 }
 
+// Of the label's own logit.
+template <class T, bool CAP>
+__device__ inline T label_gradient(T logit, const Slopes& slopes, float cap) {
+  const float x = capped<T, CAP>(to_float(logit), cap);
+  float grad = power<T>(x, slopes.shift) * slopes.of_softmax - slopes.of_all - slopes.of_label;
+  if (CAP) grad *= 1.0f - (x / cap) * (x / cap);
+  return from_float<T>(grad);
+}
+
 // A row in 16-byte vectors, with what is before the first and after the last: less than a vector each, an element for
 // some of the threads.
 template <class T, int N>
@@ -175,8 +173,8 @@ struct Row {
   int vectors;
   int edge;  // this thread's element beside the vectors; -1: none
 
-  __device__ Row(const CrossEntropy& args, int64_t row) {
-    logits = static_cast<T*>(args.logits) + row * args.row_stride;
+  __device__ Row(const CrossEntropy& args, int64_t number) {
+    logits = static_cast<T*>(args.logits) + number * args.row_stride;
     const int vocab = static_cast<int>(args.vocab), thread = static_cast<int>(threadIdx.x);
     const int past = static_cast<int>(reinterpret_cast<uintptr_t>(logits) % 16) / static_cast<int>(sizeof(T));
     const int head = min((N - past) % N, vocab);
@@ -189,228 +187,179 @@ struct Row {
   }
 };
 
-template <class T, int N>
-__device__ void write_zeros(const Row<T, N>& row) {
-  Vec<T, N> zeros;
-#pragma unroll
-  for (int i = 0; i < N; ++i) zeros.at[i] = from_float<T>(0.0f);
-  for (int at = threadIdx.x; at < row.vectors; at += blockDim.x) store(row.body + at * N, zeros);
-  if (row.edge >= 0) row.logits[row.edge] = from_float<T>(0.0f);
-}
+// Losses of rows, and the logs of their sums, from which gradients are made; both or none.
+struct Finished {
+  float *loss, *log_sums;  // [rows]
 
-// The first pass over a row; `cached` and `kept` hold what fits of it afterwards.
-template <class T, bool CAP, int N>
-__device__ Partial sums_of(const Row<T, N>& row, const CrossEntropy& args, bool with_sum, Vec<T, N> (&cached)[CACHED],
-                           Vec<T, N>* kept, int slots) {
-  Partial sums{LOWEST, 0.0f, 0.0f};
-  const int threads = blockDim.x, near = CACHED * threads + slots;
-#pragma unroll
-  for (int i = 0; i < CACHED; ++i) {
-    const int at = threadIdx.x + i * threads;
-    if (at < row.vectors) cached[i] = load<N>(row.body + at * N);
+  __device__ void operator()(const CrossEntropy& args, int64_t row, const Partial& sums, float target) const {
+    const float log_total = logf(sums.total), log_sum = sums.most + log_total;
+    const float weight = args.weights == nullptr ? 1.0f : args.weights[row];
+    float value = log_total + (sums.most - target) + args.z_loss * log_sum * log_sum;
+    if (args.smoothing != 0.0f) value += args.smoothing * (target - sums.plain / static_cast<float>(args.size));
+    loss[row] = args.labels[row] == args.ignore ? 0.0f : weight * value;
+    log_sums[row] = log_sum;
   }
+};
+
+// What is sent to those who have the other columns of the vocabulary.
+struct Sent {
+  float* sums;  // [rows, 3], or with the sum of the logits [rows, 4]
+  bool with_sum;
+
+  __device__ void operator()(const CrossEntropy&, int64_t row, const Partial& mine, float target) const {
+    float* to = sums + row * (with_sum ? 4 : 3);
+    to[0] = mine.most, to[1] = mine.total, to[2] = target;
+    if (with_sum) to[3] = mine.plain;
+  }
+};
+
+template <class T, bool CAP, class Result>
+__global__ void __launch_bounds__(MAX_THREADS) sums_kernel(const CrossEntropy args, const bool with_sum, const Result result) {
+  constexpr int N = 16 / sizeof(T);
+  const int64_t number = blockIdx.x, label = args.labels[number], column = label - args.first;
+  if (label == args.ignore) {
+    if (threadIdx.x == 0) result(args, number, {0.0f, 1.0f, 0.0f}, 0.0f);
+    return;
+  }
+  const Row<T, N> row(args, number);
+  float target = 0.0f;  // a label that is nowhere makes the loss NaN
+  if (threadIdx.x == 0) {
+    const bool here = column >= 0 && column < args.vocab, exists = label >= 0 && label < args.size;
+    target = here ? capped<T, CAP>(to_float(row.logits[column]), args.softcap) : exists ? 0.0f : nanf("");
+  }
+  Partial mine{LOWEST, 0.0f, 0.0f};
   if (row.edge >= 0) {
     const Vec<T, 1> one{{row.logits[row.edge]}};
-    add<T, CAP>(sums, one, args, with_sum);
+    add<T, CAP>(mine, one, args, with_sum);
   }
-#pragma unroll
-  for (int i = 0; i < CACHED; ++i)
-    if (static_cast<int>(threadIdx.x) + i * threads < row.vectors) add<T, CAP>(sums, cached[i], args, with_sum);
-  int at = threadIdx.x + CACHED * threads;
-  for (; at + (GROUP<CAP> - 1) * threads < row.vectors; at += GROUP<CAP> * threads) {
-    Vec<T, N> x[GROUP<CAP>];
-#pragma unroll
-    for (int i = 0; i < GROUP<CAP>; ++i) x[i] = load<N>(row.body + (at + i * threads) * N);
-#pragma unroll
-    for (int i = 0; i < GROUP<CAP>; ++i)
-      if (at + i * threads < near) kept[at + (i - CACHED) * threads] = x[i];
-#pragma unroll
-    for (int i = 0; i < GROUP<CAP>; ++i) add<T, CAP>(sums, x[i], args, with_sum);
-  }
-  for (; at < row.vectors; at += threads) {
-    const Vec<T, N> x = load<N>(row.body + at * N);
-    if (at < near) kept[at - CACHED * threads] = x;
-    add<T, CAP>(sums, x, args, with_sum);
-  }
-  if (sums.total > 0.0f) sums.total *= correction<T>(sums.most);  // else nothing was added, or NaN
-  return sums;
-}
-
-// The second pass where the first has left `cached` and `kept`: the end of the row first.
-template <class T, bool CAP, int N>
-__device__ void write_grad(const Row<T, N>& row, const Slopes& slopes, float cap, const Vec<T, N> (&cached)[CACHED],
-                           const Vec<T, N>* kept, int slots) {
-  const int threads = blockDim.x, thread = threadIdx.x, near = CACHED * threads + slots;
-  int at = thread < row.vectors ? thread + (row.vectors - 1 - thread) / threads * threads : -1;
-  for (; at >= CACHED * threads; at -= threads) {
-    const Vec<T, N> x = at < near ? kept[at - CACHED * threads] : load<N>(row.body + at * N);
-    store(row.body + at * N, gradients<T, CAP>(x, slopes, cap));
-  }
-#pragma unroll
-  for (int i = 0; i < CACHED; ++i)
-    if (thread + i * threads < row.vectors)
-      store(row.body + (thread + i * threads) * N, gradients<T, CAP>(cached[i], slopes, cap));
-}
-
-// The gradient where the sums are known: the only pass.
-template <class T, bool CAP, int N>
-__device__ void write_grad(const Row<T, N>& row, const Slopes& slopes, float cap) {
   const int threads = blockDim.x;
-  int at = threadIdx.x;
-  for (; at + (GROUP<CAP> - 1) * threads < row.vectors; at += GROUP<CAP> * threads) {
+  for (int at = threadIdx.x; at < row.vectors; at += GROUP<CAP> * threads) {
     Vec<T, N> x[GROUP<CAP>];
 #pragma unroll
-    for (int i = 0; i < GROUP<CAP>; ++i) x[i] = load<N>(row.body + (at + i * threads) * N);
+    for (int i = 0; i < GROUP<CAP>; ++i)
+      if (at + i * threads < row.vectors) x[i] = load<N>(row.body + (at + i * threads) * N);
 #pragma unroll
     for (int i = 0; i < GROUP<CAP>; ++i)
-      store(row.body + (at + i * threads) * N, gradients<T, CAP>(x[i], slopes, cap));
+      if (at + i * threads < row.vectors) add<T, CAP>(mine, x[i], args, with_sum);
   }
-  for (; at < row.vectors; at += threads)
-    store(row.body + at * N, gradients<T, CAP>(load<N>(row.body + at * N), slopes, cap));
+  if (mine.total > 0.0f) mine.total *= correction<T>(mine.most);  // else nothing was added, or NaN
+  mine = block_total(mine);
+  if (threadIdx.x == 0) result(args, number, mine, target);
 }
 
-// The beginning of a row on its way to the L2 cache while the block still computes: a line for each thread, at 1024 of
-// them half of a row of 128,256 numbers of 16 bits, and for all multiprocessors together less than the cache holds.
-template <class T>
-__device__ inline void prefetch(const CrossEntropy& args, int64_t number) {
-  const T* at = static_cast<const T*>(args.logits) + number * args.row_stride + threadIdx.x * (128 / sizeof(T));
-  if (threadIdx.x * (128 / sizeof(T)) < args.vocab) asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
+// Puts the sums of the parts of a vocabulary together. sums: [parts, rows, 3 or 4].
+constexpr int JOIN_THREADS = 128;
+__global__ void __launch_bounds__(JOIN_THREADS)
+    join_kernel(const CrossEntropy args, const float* sums, const int64_t parts, const Finished result) {
+  const int64_t row = int64_t{blockIdx.x} * JOIN_THREADS + threadIdx.x, numbers = args.smoothing != 0.0f ? 4 : 3;
+  if (row >= args.rows) return;
+  Partial all{LOWEST, 0.0f, 0.0f};
+  float target = 0.0f;
+  for (int64_t part = 0; part < parts; ++part) all.most = fmaxf(all.most, sums[(part * args.rows + row) * numbers]);
+  for (int64_t part = 0; part < parts; ++part) {
+    const float* from = sums + (part * args.rows + row) * numbers;
+    all.total += from[1] * expf(from[0] - all.most);
+    target += from[2];
+    if (numbers == 4) all.plain += from[3];
+  }
+  result(args, row, all, target);
 }
 
-// KNOWN: the sums are, and the gradient alone is wanted.
-template <class T, bool CAP, bool KNOWN>
-__global__ void __launch_bounds__(MAX_THREADS) cross_entropy_kernel(const CrossEntropy args, const Outputs out) {
+template <class T, bool CAP>
+__global__ void __launch_bounds__(MAX_THREADS) grad_kernel(const CrossEntropy args, const float* log_sums) {
   constexpr int N = 16 / sizeof(T);
-  extern __shared__ uint4 slots[];
-  __shared__ Partial shared[WARP];
-  Vec<T, N>* kept = reinterpret_cast<Vec<T, N>*>(slots);
-  const bool split = out.sums != nullptr, with_sum = split ? out.numbers == 4 : args.smoothing != 0.0f;
-  int64_t next = blockIdx.x < args.rows ? args.labels[blockIdx.x] : 0;
-  // What is asked of a row is the same for all threads of the block: they meet at every barrier.
-  for (int64_t number = blockIdx.x; number < args.rows; number += gridDim.x) {
-    const Row<T, N> row(args, number);
-    const int64_t label = next, column = label - args.first, after = number + gridDim.x;
-    const bool here = column >= 0 && column < args.vocab;
-    if (after < args.rows) next = args.labels[after];  // it is there when it is needed
-    if (label == args.ignore) {
-      if (KNOWN || out.write_grad) write_zeros(row);
-      if (threadIdx.x == 0 && !KNOWN) {
-        if (split) {
-          float* to = out.sums + number * out.numbers;
-          to[0] = 0.0f, to[1] = 1.0f, to[2] = 0.0f;
-          if (with_sum) to[3] = 0.0f;
-        } else {
-          out.loss[number] = 0.0f;
-        }
-      }
-      continue;
-    }
-    // Read before the gradient takes its place; used late, so that nobody waits for it.
-    const T own = here ? row.logits[column] : from_float<T>(0.0f);
-    const float weight = args.weights == nullptr ? 1.0f : args.weights[number];
-    const float even = args.smoothing / static_cast<float>(args.size);
-    Slopes slopes;
-    Vec<T, N> cached[CACHED];
-    Partial sums;
-    float target;
-    if constexpr (KNOWN) {
-      const float log_sum = out.log_sums[number];
-      slopes.shift = shift_of<T>(log_sum);
-      slopes.of_softmax = weight * (1.0f + 2.0f * args.z_loss * log_sum) * correction<T>(log_sum);
-      target = capped<T, CAP>(to_float(own), args.softcap);
-      __syncthreads();  // every thread has read the target
-    } else {
-      sums = block_total(sums_of<T, CAP>(row, args, with_sum, cached, kept, out.slots), shared);
-      if (out.write_grad && after < args.rows) prefetch<T>(args, after);
-      // A label that is nowhere makes the loss NaN.
-      target = here ? capped<T, CAP>(to_float(own), args.softcap)
-                    : label >= 0 && label < args.size ? 0.0f : nanf("");
-      const float log_total = logf(sums.total), log_sum = sums.most + log_total;
-      if (threadIdx.x == 0 && split) {
-        float* to = out.sums + number * out.numbers;
-        to[0] = sums.most, to[1] = sums.total, to[2] = target;
-        if (with_sum) to[3] = sums.plain;
-      } else if (threadIdx.x == 0) {
-        float loss = log_total + (sums.most - target);
-        if (with_sum) loss += even * (static_cast<float>(args.size) * target - sums.plain);
-        out.loss[number] = weight * (loss + args.z_loss * log_sum * log_sum);
-      }
-      slopes.shift = shift_of<T>(sums.most);
-      slopes.of_softmax =
-          weight * (1.0f + 2.0f * args.z_loss * log_sum) / sums.total * correction<T>(sums.most);
-    }
-    slopes.of_all = weight * even, slopes.of_label = weight * (1.0f - args.smoothing);
-    if (KNOWN || out.write_grad) {
-      float edge = 0.0f;
-      if (row.edge >= 0) edge = to_float(row.logits[row.edge]);
-      if constexpr (KNOWN) {
-        write_grad<T, CAP>(row, slopes, args.softcap);
-      } else {
-        write_grad<T, CAP>(row, slopes, args.softcap, cached, kept, out.slots);
-      }
-      if (row.edge >= 0) row.logits[row.edge] = from_float<T>(gradient<T, CAP>(edge, slopes, args.softcap));
-    }
-    __syncthreads();  // the gradient of every logit is written, `shared` is read
-    if ((KNOWN || out.write_grad) && here && threadIdx.x == 0) {
-      // The label's own entry again, rounded once: probability - 1.
-      float grad = power<T>(target, slopes.shift) * slopes.of_softmax - slopes.of_all - slopes.of_label;
-      if (CAP) grad *= 1.0f - (target / args.softcap) * (target / args.softcap);
-      row.logits[column] = from_float<T>(grad);
+  const int64_t number = args.rows - 1 - blockIdx.x, label = args.labels[number], column = label - args.first;
+  const Row<T, N> row(args, number);
+  const int threads = blockDim.x;
+  if (label == args.ignore) {
+    Vec<T, N> zeros;
+#pragma unroll
+    for (int i = 0; i < N; ++i) zeros.at[i] = from_float<T>(0.0f);
+    for (int at = threadIdx.x; at < row.vectors; at += threads) store_whole(row.body + at * N, zeros);
+    if (row.edge >= 0) row.logits[row.edge] = from_float<T>(0.0f);
+    return;
+  }
+  const float log_sum = log_sums[number], weight = args.weights == nullptr ? 1.0f : args.weights[number];
+  const Slopes slopes{shift_of<T>(log_sum), weight * (1.0f + 2.0f * args.z_loss * log_sum) * correction<T>(log_sum),
+                      weight * (args.smoothing / static_cast<float>(args.size)), weight * (1.0f - args.smoothing)};
+  // The label's own entry is written by the thread that writes its vector, once more, rounded once.
+  const int own = column >= 0 && column < args.vocab ? static_cast<int>(column) : -1;
+  const int head = static_cast<int>(row.body - row.logits), vector = own < head ? -1 : (own - head) / N;
+  for (int at = threadIdx.x; at < row.vectors; at += GROUP<CAP> * threads) {
+    Vec<T, N> x[GROUP<CAP>];
+#pragma unroll
+    for (int i = 0; i < GROUP<CAP>; ++i)
+      if (at + i * threads < row.vectors) x[i] = load<N>(row.body + (at + i * threads) * N);
+#pragma unroll
+    for (int i = 0; i < GROUP<CAP>; ++i) {
+      if (at + i * threads >= row.vectors) continue;
+      T target = from_float<T>(0.0f);
+      if (at + i * threads == vector) target = row.logits[own];
+      store_whole(row.body + (at + i * threads) * N, gradients<T, CAP>(x[i], slopes, args.softcap));
+      if (at + i * threads == vector) row.logits[own] = label_gradient<T, CAP>(target, slopes, args.softcap);
     }
   }
+  if (row.edge < 0) return;
+  const T x = row.logits[row.edge];
+  row.logits[row.edge] = row.edge == own ? label_gradient<T, CAP>(x, slopes, args.softcap)
+                                         : from_float<T>(gradient<T, CAP>(to_float(x), slopes, args.softcap));
 }
 
-// Bytes of shared memory that a block may have beside what the kernel declares itself.
-int shared_memory() {
-  int device = 0, bytes = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 0;
-  if (cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) return 0;
-  return std::max(0, bytes - 1024);
+// As many threads as have a group of vectors each, but so many that a few rows occupy the device, too.
+int threads_of(const CrossEntropy& args, int64_t each) {
+  const int64_t vectors = args.vocab / (args.type == Type::f32 ? 4 : 8);
+  const int64_t most = args.rows < 16 * multiprocessors() ? MAX_THREADS : 128;
+  int threads = 128;
+  while (threads < most && threads * each < vectors) threads *= 2;
+  return threads;
 }
 
-template <class T, bool CAP, bool KNOWN>
-int launch(const CrossEntropy& args, Outputs out, Stream stream) {
-  const auto kernel = cross_entropy_kernel<T, CAP, KNOWN>;
-  const int64_t vectors = args.vocab / (16 / sizeof(T));
-  // Registers are for 1024 threads of a multiprocessor. Two blocks, one of which reads while the other waits, where
-  // both have their rows in shared memory.
-  const bool keeps = !KNOWN && out.write_grad;
-  const int threads = keeps && vectors > 8192 ? 1024 : vectors > 1024 ? 512 : 128;
-  int bytes = 0;
-  if (keeps && vectors > CACHED * threads) {
-    out.slots = static_cast<int>(std::min<int64_t>(vectors - CACHED * threads, shared_memory() / 16));
-    bytes = out.slots * 16;
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (error != cudaSuccess) return static_cast<int>(error);
-  }
-  const int64_t together = static_cast<int64_t>(multiprocessors()) * (1024 / threads);
-  kernel<<<static_cast<unsigned>(std::min(args.rows, together)), threads, bytes, stream>>>(args, out);
-  return launched();
-}
-
-template <bool KNOWN>
-int launch(const CrossEntropy& args, const Outputs& out, Stream stream) {
+// Calls body(null pointer of the logits' type, whether there is a soft cap).
+template <class Body>
+int with_kind(const CrossEntropy& args, Body&& body) {
   if (args.rows == 0) return 0;
   return with_type(args.type, [&](auto* type) {
+    if (args.softcap == 0.0f) return body(type, std::false_type());
+    return body(type, std::true_type());
+  });
+}
+
+template <class Result>
+int sum(const CrossEntropy& args, bool with_sum, const Result& result, Stream stream) {
+  return with_kind(args, [&](auto* type, auto cap) {
     using T = std::remove_pointer_t<decltype(type)>;
-    if (args.softcap == 0.0f) return launch<T, false, KNOWN>(args, out, stream);
-    return launch<T, true, KNOWN>(args, out, stream);
+    const int threads = threads_of(args, GROUP<cap>);
+    sums_kernel<T, cap><<<static_cast<unsigned>(args.rows), threads, 0, stream>>>(args, with_sum, result);
+    return launched();
   });
 }
 
 }  // namespace
 
-int cross_entropy(const CrossEntropy& args, bool write_grad, float* loss, Stream stream) {
+int cross_entropy(const CrossEntropy& args, bool write_grad, float* loss, float* log_sums, Stream stream) {
   if (write_grad && args.rows > 0 && cluster_takes(args)) return cross_entropy_cluster(args, loss, stream);
-  return launch<false>(args, {loss, nullptr, nullptr, 0, write_grad, 0}, stream);
+  const int error = sum(args, args.smoothing != 0.0f, Finished{loss, log_sums}, stream);
+  return error != 0 || !write_grad ? error : cross_entropy_grad(args, log_sums, stream);
 }
 
 int cross_entropy_sums(const CrossEntropy& args, bool with_sum, float* sums, Stream stream) {
-  return launch<false>(args, {nullptr, sums, nullptr, with_sum ? 4 : 3, false, 0}, stream);
+  return sum(args, with_sum, Sent{sums, with_sum}, stream);
+}
+
+int cross_entropy_join(const CrossEntropy& args, const float* sums, int64_t parts, float* loss, float* log_sums,
+                       Stream stream) {
+  if (args.rows == 0) return 0;
+  join_kernel<<<grid(args.rows, JOIN_THREADS), JOIN_THREADS, 0, stream>>>(args, sums, parts, {loss, log_sums});
+  return launched();
 }
 
 int cross_entropy_grad(const CrossEntropy& args, const float* log_sums, Stream stream) {
-  return launch<true>(args, {nullptr, nullptr, log_sums, 0, true, 0}, stream);
+  return with_kind(args, [&](auto* type, auto cap) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    grad_kernel<T, cap>
+        <<<static_cast<unsigned>(args.rows), threads_of(args, GROUP<cap>), 0, stream>>>(args, log_sums);
+    return launched();
+  });
 }
 
 }  // namespace megatune::cuda
