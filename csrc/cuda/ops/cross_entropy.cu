@@ -1,9 +1,10 @@
-// Cross-entropy of rows of logits in two passes: one for largest, sum and target, one for the gradient, in place; between
-// them, where a vocabulary is split, the sums of all its parts are put together. Long rows of 16 bits with their whole
-// vocabulary have a kernel of their own on sm_90, in cross_entropy_cluster.cu, which reads them once.
+// Cross-entropy of rows of logits in two passes: one for largest, sum and target, one for the gradient, in place;
+// between them, where a vocabulary is split, the sums of its parts are put together. Long rows of 16 bits with their
+// whole vocabulary have a kernel of their own on sm_90, in cross_entropy_cluster.cu, which reads them once.
 //
-// A block has a row, and a multiprocessor as many blocks as it takes: while some add up what their threads have found,
-// or have only begun, others read. The second pass begins with the last rows, which the L2 cache still has.
+// Blocks are small, so that a multiprocessor has many and some of them always read: in the first pass one for a row, in
+// the second one for so much of a row as its threads hold at a time. The second pass begins with the last rows, which
+// the L2 cache still has.
 
 #include "cross_entropy_cluster.cuh"
 
@@ -16,7 +17,8 @@ namespace megatune::cuda {
 namespace {
 
 constexpr int WARP = 32;
-constexpr int MAX_THREADS = 512;
+constexpr int THREADS = 128;      // of a block
+constexpr int MAX_THREADS = 512;  // of one that has a long row, where there are few
 
 // Vectors that a thread has under way at a time.
 template <bool CAP>
@@ -75,7 +77,7 @@ __device__ inline float tanh_of(float x) {
 
 template <class T, bool CAP>
 __device__ inline float capped(float x, float cap) {
-  if constexpr (CAP) return cap * tanh_of<T>(x / cap);
+  if constexpr (CAP) return cap * tanh_of<T>(x * (1.0f / cap));
   return x;
 }
 
@@ -139,7 +141,7 @@ struct Slopes {
 template <class T, bool CAP>
 __device__ inline float gradient(float x, const Slopes& slopes, float cap) {
   if constexpr (CAP) {
-    const float part = tanh_of<T>(x / cap);
+    const float part = tanh_of<T>(x * (1.0f / cap));
     return (power<T>(cap * part, slopes.shift) * slopes.of_softmax - slopes.of_all) * (1.0f - part * part);
   }
   return power<T>(x, slopes.shift) * slopes.of_softmax - slopes.of_all;
@@ -165,7 +167,7 @@ __device__ inline T label_gradient(T logit, const Slopes& slopes, float cap) {
 }
 
 // A row in 16-byte vectors, with what is before the first and after the last: less than a vector each, an element for
-// some of the threads.
+// some of the first threads.
 template <class T, int N>
 struct Row {
   T* logits;
@@ -183,7 +185,7 @@ struct Row {
     const int tail = vocab - head - vectors * N;
     edge = -1;
     if (thread < head) edge = thread;
-    if (thread >= WARP && thread < WARP + tail) edge = vocab - tail + thread - WARP;
+    if (thread >= N && thread < N + tail) edge = vocab - tail + thread - N;
   }
 };
 
@@ -214,7 +216,8 @@ struct Sent {
 };
 
 template <class T, bool CAP, class Result>
-__global__ void __launch_bounds__(MAX_THREADS) sums_kernel(const CrossEntropy args, const bool with_sum, const Result result) {
+__global__ void __launch_bounds__(MAX_THREADS)
+    sums_kernel(const CrossEntropy args, const bool with_sum, const Result result) {
   constexpr int N = 16 / sizeof(T);
   const int64_t number = blockIdx.x, label = args.labels[number], column = label - args.first;
   if (label == args.ignore) {
@@ -248,10 +251,9 @@ __global__ void __launch_bounds__(MAX_THREADS) sums_kernel(const CrossEntropy ar
 }
 
 // Puts the sums of the parts of a vocabulary together. sums: [parts, rows, 3 or 4].
-constexpr int JOIN_THREADS = 128;
-__global__ void __launch_bounds__(JOIN_THREADS)
+__global__ void __launch_bounds__(THREADS)
     join_kernel(const CrossEntropy args, const float* sums, const int64_t parts, const Finished result) {
-  const int64_t row = int64_t{blockIdx.x} * JOIN_THREADS + threadIdx.x, numbers = args.smoothing != 0.0f ? 4 : 3;
+  const int64_t row = int64_t{blockIdx.x} * THREADS + threadIdx.x, numbers = args.smoothing != 0.0f ? 4 : 3;
   if (row >= args.rows) return;
   Partial all{LOWEST, 0.0f, 0.0f};
   float target = 0.0f;
@@ -265,18 +267,26 @@ __global__ void __launch_bounds__(JOIN_THREADS)
   result(args, row, all, target);
 }
 
+// `parts` blocks for each row.
 template <class T, bool CAP>
-__global__ void __launch_bounds__(MAX_THREADS) grad_kernel(const CrossEntropy args, const float* log_sums) {
+__global__ void __launch_bounds__(THREADS)
+    grad_kernel(const CrossEntropy args, const float* log_sums, const unsigned parts) {
   constexpr int N = 16 / sizeof(T);
-  const int64_t number = args.rows - 1 - blockIdx.x, label = args.labels[number], column = label - args.first;
+  const int64_t number = args.rows - 1 - blockIdx.x / parts, label = args.labels[number], column = label - args.first;
   const Row<T, N> row(args, number);
-  const int threads = blockDim.x;
+  const int part = static_cast<int>(parts - 1 - blockIdx.x % parts), each = (row.vectors + parts - 1) / parts;
+  const int begin = part * each + threadIdx.x, end = min(row.vectors, (part + 1) * each);
+  const bool has_edge = part == 0 && row.edge >= 0;
+  Vec<T, N> x[GROUP<CAP>];
+#pragma unroll
+  for (int i = 0; i < GROUP<CAP>; ++i)
+    if (begin + i * THREADS < end) x[i] = load<N>(row.body + (begin + i * THREADS) * N);
   if (label == args.ignore) {
     Vec<T, N> zeros;
 #pragma unroll
     for (int i = 0; i < N; ++i) zeros.at[i] = from_float<T>(0.0f);
-    for (int at = threadIdx.x; at < row.vectors; at += threads) store_whole(row.body + at * N, zeros);
-    if (row.edge >= 0) row.logits[row.edge] = from_float<T>(0.0f);
+    for (int at = begin; at < end; at += THREADS) store_whole(row.body + at * N, zeros);
+    if (has_edge) row.logits[row.edge] = from_float<T>(0.0f);
     return;
   }
   const float log_sum = log_sums[number], weight = args.weights == nullptr ? 1.0f : args.weights[number];
@@ -285,34 +295,22 @@ __global__ void __launch_bounds__(MAX_THREADS) grad_kernel(const CrossEntropy ar
   // The label's own entry is written by the thread that writes its vector, once more, rounded once.
   const int own = column >= 0 && column < args.vocab ? static_cast<int>(column) : -1;
   const int head = static_cast<int>(row.body - row.logits), vector = own < head ? -1 : (own - head) / N;
-  for (int at = threadIdx.x; at < row.vectors; at += GROUP<CAP> * threads) {
-    Vec<T, N> x[GROUP<CAP>];
 #pragma unroll
-    for (int i = 0; i < GROUP<CAP>; ++i)
-      if (at + i * threads < row.vectors) x[i] = load<N>(row.body + (at + i * threads) * N);
-#pragma unroll
-    for (int i = 0; i < GROUP<CAP>; ++i) {
-      if (at + i * threads >= row.vectors) continue;
-      T target = from_float<T>(0.0f);
-      if (at + i * threads == vector) target = row.logits[own];
-      store_whole(row.body + (at + i * threads) * N, gradients<T, CAP>(x[i], slopes, args.softcap));
-      if (at + i * threads == vector) row.logits[own] = label_gradient<T, CAP>(target, slopes, args.softcap);
-    }
+  for (int i = 0; i < GROUP<CAP>; ++i) {
+    const int at = begin + i * THREADS;
+    if (at >= end) continue;
+    T target = from_float<T>(0.0f);
+    if (at == vector) target = row.logits[own];
+    store_whole(row.body + at * N, gradients<T, CAP>(x[i], slopes, args.softcap));
+    if (at == vector) row.logits[own] = label_gradient<T, CAP>(target, slopes, args.softcap);
   }
-  if (row.edge < 0) return;
-  const T x = row.logits[row.edge];
-  row.logits[row.edge] = row.edge == own ? label_gradient<T, CAP>(x, slopes, args.softcap)
-                                         : from_float<T>(gradient<T, CAP>(to_float(x), slopes, args.softcap));
+  if (!has_edge) return;
+  const T logit = row.logits[row.edge];
+  row.logits[row.edge] = row.edge == own ? label_gradient<T, CAP>(logit, slopes, args.softcap)
+                                         : from_float<T>(gradient<T, CAP>(to_float(logit), slopes, args.softcap));
 }
 
-// As many threads as have a group of vectors each, but so many that a few rows occupy the device, too.
-int threads_of(const CrossEntropy& args, int64_t each) {
-  const int64_t vectors = args.vocab / (args.type == Type::f32 ? 4 : 8);
-  const int64_t most = args.rows < 16 * multiprocessors() ? MAX_THREADS : 128;
-  int threads = 128;
-  while (threads < most && threads * each < vectors) threads *= 2;
-  return threads;
-}
+int64_t vectors_of(const CrossEntropy& args) { return args.vocab / (args.type == Type::f32 ? 4 : 8); }
 
 // Calls body(null pointer of the logits' type, whether there is a soft cap).
 template <class Body>
@@ -328,7 +326,10 @@ template <class Result>
 int sum(const CrossEntropy& args, bool with_sum, const Result& result, Stream stream) {
   return with_kind(args, [&](auto* type, auto cap) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const int threads = threads_of(args, GROUP<cap>);
+    // As many as hold the row, up to THREADS, or, where rows are few, so many that these occupy the device.
+    const int most = args.rows < 16 * multiprocessors() ? MAX_THREADS : THREADS;
+    int threads = WARP;
+    while (threads < most && threads * GROUP<cap> < vectors_of(args)) threads *= 2;
     sums_kernel<T, cap><<<static_cast<unsigned>(args.rows), threads, 0, stream>>>(args, with_sum, result);
     return launched();
   });
@@ -349,15 +350,15 @@ int cross_entropy_sums(const CrossEntropy& args, bool with_sum, float* sums, Str
 int cross_entropy_join(const CrossEntropy& args, const float* sums, int64_t parts, float* loss, float* log_sums,
                        Stream stream) {
   if (args.rows == 0) return 0;
-  join_kernel<<<grid(args.rows, JOIN_THREADS), JOIN_THREADS, 0, stream>>>(args, sums, parts, {loss, log_sums});
+  join_kernel<<<grid(args.rows, THREADS), THREADS, 0, stream>>>(args, sums, parts, {loss, log_sums});
   return launched();
 }
 
 int cross_entropy_grad(const CrossEntropy& args, const float* log_sums, Stream stream) {
   return with_kind(args, [&](auto* type, auto cap) {
     using T = std::remove_pointer_t<decltype(type)>;
-    grad_kernel<T, cap>
-        <<<static_cast<unsigned>(args.rows), threads_of(args, GROUP<cap>), 0, stream>>>(args, log_sums);
+    const unsigned parts = std::max(1u, grid(vectors_of(args), THREADS * GROUP<cap>));
+    grad_kernel<T, cap><<<static_cast<unsigned>(args.rows) * parts, THREADS, 0, stream>>>(args, log_sums, parts);
     return launched();
   });
 }
