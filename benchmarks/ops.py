@@ -26,7 +26,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -40,7 +40,7 @@ from benchmarks.common import RESULTS, device_name
 from benchmarks.ops_cases import CASES, MODELS, TINY, Case, Other, Work, makers
 from benchmarks.ops_report import line_of, page, said, verdicts
 from benchmarks.ops_rivals import absent, present, rivals
-from benchmarks.ops_timing import LARGE_COPY, SMALL_MS, Call, Device, Timed, tensors_in
+from benchmarks.ops_timing import LARGE_COPY, SMALL_MS, Device, Timed, tensors_in
 from benchmarks.ops_warm import configure_compiler, share, warm
 from megatune import ops
 from megatune.launch.show_environment import nvidia_versions
@@ -103,7 +103,7 @@ def measure(case: Case, other: Other, device: Device, dtype: torch.dtype) -> Row
     if case.joint:
         return _measure_joint(case, other, sets, device, dtype)
     forward = [lambda leaves=leaves: other.run(*leaves) for leaves in sets]
-    timed, limit = taken(forward, case.forward, first, other.graph, device, dtype)
+    timed, limit = device.with_limit(forward, case.forward, dtype, first, other.graph)
     row = {"timed": timed.how, **rates("forward", timed, limit, case.forward, device)}
     row["host_us"] = device.host_microseconds(forward[0], 10 if device.type == "cuda" else 1)
     if has_gradient and case.backward is not None:
@@ -113,18 +113,9 @@ def measure(case: Case, other: Other, device: Device, dtype: torch.dtype) -> Row
             lambda out=out, leaves=leaves, grad=grad: gradients(out, leaves, grad)
             for out, leaves, grad in zip(outputs, sets, grads, strict=True)
         ]
-        timed, limit = taken(backward, case.backward, first, other.graph, device, dtype)
+        timed, limit = device.with_limit(backward, case.backward, dtype, first, other.graph)
         row |= rates("backward", timed, limit, case.backward, device)
     return row
-
-
-def taken(
-    calls: list[Call], work: Work, inputs: Sequence[Tensor], graph: bool, device: Device, dtype: torch.dtype
-) -> tuple[Timed, float]:
-    """How long a call takes, and the milliseconds that are the limit. `inputs`: the first call's."""
-    if work.products:
-        return device.beside_products(calls[0], work, dtype, inputs)
-    return device.milliseconds(calls, graph), device.limit_ms(work, dtype)
 
 
 def _measure_joint(
@@ -141,7 +132,7 @@ def _measure_joint(
     calls = [lambda leaves=leaves: both(leaves) for leaves in sets]
     calls[0]()
     peak = device.peak_bytes(calls[0])
-    timed, limit = taken(calls, case.forward, sets[0], other.graph, device, dtype)
+    timed, limit = device.with_limit(calls, case.forward, dtype, sets[0], other.graph)
     found = rates("forward_backward", timed, limit, case.forward, device)
     return {"timed": timed.how, "peak_mib": peak / 2**20, **found}
 

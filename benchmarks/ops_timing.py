@@ -262,6 +262,14 @@ class Device:
             (self.products[name],) = self.steady(self.bare_products(Work(products=(large,)), dtype))
         return work.flops * self.products[name] / (2 * math.prod(large[1:]))
 
+    def with_limit(
+        self, calls: Sequence[Call], work: Work, dtype: torch.dtype, inputs: Sequence[Tensor], graph: bool
+    ) -> tuple[Timed, float]:
+        """How long one of the calls takes, and the milliseconds that are the limit. `inputs`: the first call's."""
+        if work.products:
+            return self.beside_products(calls[0], work, dtype, inputs)
+        return self.milliseconds(calls, graph), self.limit_ms(work, dtype)
+
 
 def name_of(product: Product) -> str:
     kind, m, n, k = product
