@@ -22,7 +22,7 @@ OP = "linear_cross_entropy"
 module = sys.modules["megatune.ops.cross_entropy"]  # the name is the function's too
 # Rows shorter than a vector, of a block's first vectors, of odd lengths and so of any alignment.
 WIDTHS = [3, 8, 117, 1000]
-# Rows in registers, in shared memory, of one block or two a multiprocessor, and longer than all that.
+# Rows of one part or several, of clusters of two blocks and of four, and longer than that; aligned and not.
 LONG = [4096, 16384, 32000, 50257, 65536, 128256, 151936, 262145]
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -346,12 +346,15 @@ def test_many_rows_one_after_the_other(dtype: torch.dtype) -> None:
         labels[[133, 210, 220, rows - 1]] = torch.tensor([-100, 3, vocab - 1, -100], device="cuda")
         options = (0.0, True, torch.rand(rows, device="cuda"), 0.01)
         mine, theirs = wide.clone(), wide
+        alone = torch.ops.megatune.cross_entropy_rows(mine[:, :vocab], labels, 0.0, False, *options[2:])
+        assert torch.equal(mine, wide)
         loss = torch.ops.megatune.cross_entropy_rows(mine[:, :vocab], labels, *options)
         truth = reference(theirs[:, :vocab], labels, *options)
         good = torch.isfinite(truth)
         assert good.sum() == rows - 1
         assert not torch.isfinite(loss[200])
         assert relative_error(loss[good], truth[good]) <= 5e-6
+        assert relative_error(alone[good], truth[good]) <= 5e-6
         assert torch.equal(mine[:, vocab:], theirs[:, vocab:])
         for part in good.nonzero().squeeze(1).split(100):
             torch.testing.assert_close(
