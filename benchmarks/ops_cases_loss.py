@@ -96,10 +96,12 @@ def linear_cross_entropy(s: Sizes, new: New) -> Case:
 
 @case()
 def embedding(s: Sizes, new: New) -> Case:
-    """With a part of the table, tokens of the other parts are rows of zeros."""
+    """With a part of the table, tokens of the other parts are rows of zeros. A row of it counts as read once, however
+    many tokens have it."""
     tokens, whole = new.whole(s.V * s.tp, s.T), s.V * s.tp
     here = tokens < s.V
-    rows, found = s.T * s.H * new.width, int(here.sum()) * s.H * new.width
+    row = s.H * new.width
+    named, found = tokens[here].unique().numel() * row, int(here.sum()) * row
 
     def plain(weight: Tensor) -> Tensor:
         if whole == s.V:
@@ -112,8 +114,8 @@ def embedding(s: Sizes, new: New) -> Case:
         lambda: (new.leaf(s.V, s.H),),
         lambda weight: ops.embedding(tokens, weight, 0, whole),
         Other(plain),
-        Work(found + rows),
-        Work(found + s.V * s.H * new.width),
+        Work(named + s.T * row),
+        Work(found + s.V * row),
     )
 
 

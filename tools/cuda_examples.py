@@ -134,10 +134,13 @@ def rows_of_tokens(dtype: torch.dtype) -> Iterator[Example]:
             yield "expert_sum", (rows, place, some), dtype
         for some, rows_grad in ((None, True), (rows, False), (rows, True)):
             yield "expert_sum_backward", (x, some, weights, place, len(source), rows_grad), dtype
-        ids, order = torch.randint(-1, 6, (tokens,), dtype=torch.int32).sort(stable=True)
-        yield "embedding_backward", (x, ids, order, 6), dtype
-        yield "embedding_order", (torch.randint(-1, 50, (300 * tokens,)),), dtype
-        yield "embedding_rows", (torch.randint(-1, tokens, (2 * tokens,)), x, True), dtype
+        ids = torch.randint(9, (tokens,))
+        order = (ids - 2).where((ids >= 2) & (ids < 8), 6).sort(stable=True)[1]
+        for some in (order, None):
+            yield "embedding_backward", (x, ids, some, 2, 6), dtype
+        many = torch.randn(300 * tokens, 5).to(dtype)
+        yield "embedding_backward", (many, torch.randint(50, (300 * tokens,)), None, 0, 50), dtype
+        yield "embedding_rows", (torch.randint(tokens + 9, (2 * tokens,)), x, 4, tokens + 9), dtype
 
 
 def eight_bits(dtype: torch.dtype) -> Iterator[Example]:

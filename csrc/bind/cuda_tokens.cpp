@@ -155,59 +155,60 @@ std::tuple<Tensor, Tensor> rope_qk_backward(const Tensor& grad_q, const Tensor& 
 
 // ---- embedding
 
-Tensor embedding_rows(const Tensor& ids, const Tensor& weight, bool cut) {
+// int64 [tokens]
+const int64_t* indices(const Tensor& tensor) { return static_cast<const int64_t*>(data(tensor)); }
+
+Tensor embedding_rows(const Tensor& ids, const Tensor& weight, int64_t first, int64_t total) {
   const char* op = "embedding_rows";
   const int64_t stride = row_step(weight, op, "weight must be [rows, width] with contiguous rows");
   check_indices(ids, op, "ids must be contiguous int64 [tokens]");
   check(ids.dim() == 1, op, "ids must be contiguous int64 [tokens]");
   check_devices(weight, {&ids}, op);
-  const int64_t count = ids.size(0), width = weight.size(1);
+  const int64_t count = ids.size(0), rows = weight.size(0), width = weight.size(1);
+  check(first >= 0 && first <= total - rows, op, "the weight must be rows of the table");
   Tensor y = empty(weight, {count, width});
   const OnDeviceOf device(weight);
-  const cuda::EmbeddingRows args{type_of(weight, op), data(weight), stride, weight.size(0),
-                                 static_cast<const int64_t*>(data(ids)), count, width, cut, mutable_data(y)};
+  const cuda::EmbeddingRows args{type_of(weight, op), data(weight), stride, rows,           indices(ids),
+                                 first,               total,        count,  width, mutable_data(y)};
   check_launch(cuda::embedding_rows(args, device.stream()), op);
   return y;
 }
 
-std::tuple<Tensor, Tensor> embedding_order(const Tensor& ids) {
-  const char* op = "embedding_order";
-  check_indices(ids, op, "ids must be contiguous int64 [tokens]");
-  const int64_t count = ids.numel();
-  check(ids.dim() == 1 && count <= cuda::EMBEDDING_ORDER, op, "the CUDA body takes 65536 ids at most");
-  Tensor sorted = empty(ids, {count}, ScalarType::Int);
-  Tensor order = empty(ids, {count});
-  Tensor keys = empty(ids, {cuda::embedding_order_keys(count)});
-  const OnDeviceOf device(ids);
-  const cuda::EmbeddingOrder args{static_cast<const int64_t*>(data(ids)), count,
-                                  static_cast<uint64_t*>(mutable_data(keys)),
-                                  static_cast<int32_t*>(mutable_data(sorted)),
-                                  static_cast<int64_t*>(mutable_data(order))};
-  check_launch(cuda::embedding_order(args, device.stream()), op);
-  return {sorted, order};
-}
-
-Tensor embedding_backward(const Tensor& grad, const Tensor& ids, const Tensor& order, int64_t rows) {
+Tensor embedding_backward(const Tensor& grad, const Tensor& ids, std::optional<Tensor> order, int64_t first,
+                          int64_t rows) {
   const char* op = "embedding_backward";
   const int64_t stride = row_step(grad, op, "grad must be [tokens, width] with contiguous rows");
   const int64_t count = grad.size(0), width = grad.size(1);
-  check(ids.scalar_type() == ScalarType::Int && ids.is_contiguous() && ids.dim() == 1 && ids.size(0) == count, op,
-        "ids must be contiguous int32 [tokens]");
-  check_indices(order, op, "order must be contiguous int64 [tokens]");
-  check(order.numel() == count && rows >= 0 && rows <= INT32_MAX, op, "order must be as long as ids");
-  check_devices(grad, {&ids, &order}, op);
+  check_indices(ids, op, "ids must be contiguous int64 [tokens]");
+  check(ids.dim() == 1 && ids.size(0) == count && count <= INT32_MAX, op, "ids must be one for each row of grad");
+  check(first >= 0 && rows >= 0 && rows <= INT32_MAX, op, "the table must have fewer than 2^31 rows");
+  check_devices(grad, {&ids}, op);
+  if (order) {
+    check_indices(*order, op, "order must be contiguous int64 [tokens]");
+    check(order->numel() == count, op, "order must be as long as ids");
+    check_devices(grad, {&*order}, op);
+  } else {
+    check(count <= cuda::EMBEDDING_ORDER, op, "the CUDA body finds the order of 65536 ids at most");
+  }
   Tensor grad_weight = empty(grad, {rows, width});
   Tensor partials = empty(grad, {cuda::embedding_chunks(count), 2, width}, ScalarType::Float);
+  Tensor keys = empty(ids, {order ? 0 : cuda::embedding_order_keys(count)});
+  Tensor sorted = empty(ids, {2, count}, ScalarType::Int);
   Tensor named = empty(grad, {rows}, ScalarType::Byte);
   const OnDeviceOf device(grad);
+  int32_t* const local = static_cast<int32_t*>(mutable_data(sorted));
   const cuda::EmbeddingBackward args{type_of(grad, op),
                                      data(grad),
                                      stride,
-                                     static_cast<const int32_t*>(data(ids)),
-                                     static_cast<const int64_t*>(data(order)),
+                                     indices(ids),
+                                     order ? indices(*order) : nullptr,
+                                     first,
                                      count,
                                      width,
                                      rows,
+                                     static_cast<uint64_t*>(mutable_data(keys)),
+                                     local,
+                                     local + count,
                                      mutable_floats(partials),
                                      static_cast<uint8_t*>(mutable_data(named)),
                                      mutable_data(grad_weight)};
@@ -394,7 +395,6 @@ STABLE_TORCH_LIBRARY_IMPL(megatune, CUDA, m) {
   m.impl("rope_qk", TORCH_BOX(&megatune::bind::rope_qk));
   m.impl("rope_qk_backward", TORCH_BOX(&megatune::bind::rope_qk_backward));
   m.impl("embedding_rows", TORCH_BOX(&megatune::bind::embedding_rows));
-  m.impl("embedding_order", TORCH_BOX(&megatune::bind::embedding_order));
   m.impl("embedding_backward", TORCH_BOX(&megatune::bind::embedding_backward));
   m.impl("router", TORCH_BOX(&megatune::bind::router));
   m.impl("router_backward", TORCH_BOX(&megatune::bind::router_backward));

@@ -13,81 +13,80 @@ from megatune.ops.checks import accumulate_dtype, floating, same_device
 from megatune.ops.registry import Body, add_op, cuda_body, define
 
 
-def _lookup(ids: Tensor, weight: Tensor, cut: bool) -> Tensor:
-    if not cut:
+def _local(ids: Tensor, first: int, rows: int) -> tuple[Tensor, Tensor]:
+    """(rows of the part [first, first + rows) of a table, which of them there are)."""
+    here = ids - first
+    return here, (here >= 0) & (here < rows)
+
+
+def _lookup(ids: Tensor, weight: Tensor, first: int, total: int) -> Tensor:
+    if total == weight.shape[0]:
         return F.embedding(ids, weight)
-    known = ids >= 0
-    return F.embedding(ids.where(known, 0), weight).masked_fill_(~known[:, None], 0.0)
+    here, known = _local(ids, first, weight.shape[0])
+    # What is in no part is of no row, and refused.
+    here = here.where(known, 0).masked_fill((ids < 0) | (ids >= total), weight.shape[0])
+    return F.embedding(here, weight).masked_fill_(~known[:, None], 0.0)
 
 
-def _fake_lookup(ids: Tensor, weight: Tensor, cut: bool) -> Tensor:
+def _fake_lookup(ids: Tensor, weight: Tensor, first: int, total: int) -> Tensor:
     return weight.new_empty(ids.shape[0], weight.shape[1])
 
 
-# An id that is of no row stops the device, but for -1 if `cut`: a row of zeros.
-_ROWS = define("embedding_rows(Tensor ids, Tensor weight, bool cut) -> Tensor", _lookup, _fake_lookup)
-
-
-def _cuda_lookup(ids: Tensor, weight: Tensor, cut: bool) -> Tensor:
-    return _ROWS(ids.contiguous(), weight if weight.stride(-1) == 1 else weight.contiguous(), cut)
-
-
-def _dense(grad: Tensor, ids: Tensor, rows: int) -> Tensor:
-    """PyTorch's: on CUDA it sums in one order, without atomics, but up to 3072 tokens adds up groups of them in grad's
-    dtype."""
-    return torch.ops.aten.embedding_dense_backward(grad, ids, rows, -1, False)
-
-
-def _in_table(grad: Tensor, ids: Tensor, rows: int) -> Tensor:
-    """The same for ids of which some are not in the table (-1)."""
-    # They go to one more row, which is skipped.
-    ids = ids.where(ids >= 0, rows)
-    return torch.ops.aten.embedding_dense_backward(grad, ids, rows + 1, rows, False)[:rows]
-
-
-def _torch(grad: Tensor, ids: Tensor, rows: int, cut: bool) -> Tensor:
-    return _in_table(grad, ids, rows) if cut else _dense(grad, ids, rows)
-
-
-def _reference(grad: Tensor, ids: Tensor, rows: int, cut: bool) -> Tensor:
-    """Sums in fp32, rounded once."""
-    return _torch(grad.to(accumulate_dtype(grad.dtype)), ids, rows, cut).to(grad.dtype)
-
-
-def _sums(grad: Tensor, ids: Tensor, order: Tensor, rows: int) -> Tensor:
-    """`_reference` for sorted ids, int32 [T], of which ids[i] belongs to row order[i] of grad."""
-    known = torch.where((ids >= 0) & (ids < rows), ids, -1).long()
-    return _reference(grad, torch.empty_like(order).scatter_(0, order, known), rows, True).contiguous()
-
-
-def _fake_sums(grad: Tensor, ids: Tensor, order: Tensor, rows: int) -> Tensor:
-    return grad.new_empty(rows, grad.shape[1])
-
-
-_SUMS = define(
-    "embedding_backward(Tensor grad, Tensor ids, Tensor order, int rows) -> Tensor", _sums, _fake_sums
+# The weight is the part of a table of `total` rows that begins at `first`; ids of other parts: rows of zeros. An id
+# that is in no part stops the device.
+_ROWS = define(
+    "embedding_rows(Tensor ids, Tensor weight, int first, int total) -> Tensor", _lookup, _fake_lookup
 )
 
 
-def _order(ids: Tensor) -> tuple[Tensor, Tensor]:
-    """int64 [T] -> what `_SUMS` takes: int32 [T], ascending, and int64 [T], which of them each was."""
-    # Half as many bits are sorted in half the time; no table has 2^31 rows.
-    ordered, order = torch.sort(ids.to(torch.int32), stable=True)
-    return ordered, order
+def _cuda_lookup(ids: Tensor, weight: Tensor, first: int, total: int) -> Tensor:
+    return _ROWS(ids.contiguous(), weight if weight.stride(-1) == 1 else weight.contiguous(), first, total)
 
 
-def _fake_order(ids: Tensor) -> tuple[Tensor, Tensor]:
-    return ids.new_empty(ids.shape, dtype=torch.int32), ids.new_empty(ids.shape)
+def _torch(grad: Tensor, ids: Tensor, first: int, rows: int, cut: bool) -> Tensor:
+    """PyTorch's: on CUDA it sums in one order, without atomics, but up to 3072 tokens adds up groups of them in grad's
+    dtype."""
+    if not cut:
+        return torch.ops.aten.embedding_dense_backward(grad, ids, rows, -1, False)
+    # Ids of other parts go to one more row, which is skipped.
+    here, known = _local(ids, first, rows)
+    here = here.where(known, rows)
+    return torch.ops.aten.embedding_dense_backward(grad, here, rows + 1, rows, False)[:rows]
 
 
-_ORDER = define("embedding_order(Tensor ids) -> (Tensor, Tensor)", _order, _fake_order)
-# Ids that the CUDA kernel sorts in half the time; its work grows with their square.
+def _reference(grad: Tensor, ids: Tensor, first: int, rows: int, cut: bool) -> Tensor:
+    """Sums in fp32, rounded once."""
+    return _torch(grad.to(accumulate_dtype(grad.dtype)), ids, first, rows, cut).to(grad.dtype)
+
+
+def _sums(grad: Tensor, ids: Tensor, order: Tensor | None, first: int, rows: int) -> Tensor:
+    return _reference(grad, ids, first, rows, True).contiguous()
+
+
+def _fake_sums(grad: Tensor, ids: Tensor, order: Tensor | None, first: int, rows: int) -> Tensor:
+    return grad.new_empty(rows, grad.shape[1])
+
+
+# `order`, int64 [T], sorts the ids by row, equal ones as they come, those in no row last; None: the op finds it.
+_SUMS = define(
+    "embedding_backward(Tensor grad, Tensor ids, Tensor? order, int first, int rows) -> Tensor",
+    _sums,
+    _fake_sums,
+)
+# Ids that the CUDA kernel sorts by itself, beside other work; what it does for that grows with their square.
 MOST_ORDERED = 65536
 
 
-def _sorted(grad: Tensor, ids: Tensor, rows: int, cut: bool) -> Tensor:
-    ordered, order = (_ORDER if ids.shape[0] <= MOST_ORDERED else _order)(ids.contiguous())
-    return _SUMS(grad if grad.stride(-1) == 1 else grad.contiguous(), ordered, order, rows)
+def _order(ids: Tensor, first: int, rows: int) -> Tensor:
+    here, known = _local(ids, first, rows)
+    # Half as many bits are sorted in half the time; no table has 2^31 rows.
+    return torch.sort(here.where(known, rows).to(torch.int32), stable=True)[1]
+
+
+def _sorted(grad: Tensor, ids: Tensor, first: int, rows: int, cut: bool) -> Tensor:
+    order = _order(ids, first, rows) if ids.shape[0] > MOST_ORDERED else None
+    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    return _SUMS(grad, ids.contiguous(), order, first, rows)
 
 
 _OP = add_op(
@@ -101,19 +100,19 @@ _OP = add_op(
 
 
 class _Embedding(torch.autograd.Function):
-    """ids int64 [T], weight [V, H] -> [T, H], zeros for ids of -1 (if `cut`). Saved: ids."""
+    """ids int64 [T], weight [V, H], rows [first, first + V) of `total` -> [T, H]. Saved: ids."""
 
     @staticmethod
-    def forward(ctx: Any, ids: Tensor, weight: Tensor, cut: bool) -> Tensor:
+    def forward(ctx: Any, ids: Tensor, weight: Tensor, first: int, total: int) -> Tensor:
         ctx.save_for_backward(ids)
-        ctx.rows, ctx.cut = weight.shape[0], cut
-        return _OP.pick(weight.device.type, weight.dtype).run[0](ids, weight, cut)
+        ctx.part = first, weight.shape[0], total > weight.shape[0]
+        return _OP.pick(weight.device.type, weight.dtype).run[0](ids, weight, first, total)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None]:
         (ids,) = ctx.saved_tensors
-        return None, _OP.pick(grad.device.type, grad.dtype).run[1](grad, ids, ctx.rows, ctx.cut), None
+        return None, _OP.pick(grad.device.type, grad.dtype).run[1](grad, ids, *ctx.part), None, None
 
 
 def embedding(index: Tensor, weight: Tensor, first: int = 0, total: int | None = None) -> Tensor:
@@ -130,16 +129,11 @@ def embedding(index: Tensor, weight: Tensor, first: int = 0, total: int | None =
         raise ValueError(f"{op}: index {index.dtype} {tuple(index.shape)} must be int64 [T]")
     if weight.dim() != 2:
         raise ValueError(f"{op}: weight {tuple(weight.shape)} must be [rows, H]")
-    if first < 0 or first + weight.shape[0] > (weight.shape[0] if total is None else total):
+    whole = weight.shape[0] if total is None else total
+    if first < 0 or first + weight.shape[0] > whole:
         raise ValueError(
             f"{op}: rows [{first}, {first + weight.shape[0]}) must be among the table's {total}; give total"
         )
     floating(op, weight=weight)
     same_device(op, index, weight=weight)
-    if total is None or total == weight.shape[0]:
-        return _Embedding.apply(index, weight, False)
-    here = index - first
-    elsewhere = ((here < 0) | (here >= weight.shape[0])) & (index >= 0) & (index < total)
-    # What is nowhere stays out of range: -1 is for what is elsewhere.
-    here = here.where((here >= 0) | elsewhere, weight.shape[0])
-    return _Embedding.apply(here.masked_fill(elsewhere, -1), weight, True)
+    return _Embedding.apply(index, weight, first, whole)

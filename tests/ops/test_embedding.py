@@ -101,26 +101,34 @@ def test_what_does_not_fit_is_refused() -> None:
 def test_opcheck(device: str) -> None:
     if device == "cuda":
         need_body("embedding", "cuda", torch.float32, "cuda")
-    ids, order = torch.tensor([-1, 0, 0, 2, 2, 2, 9], dtype=torch.int32, device=device).sort(stable=True)
-    call = torch.ops.megatune.embedding_backward
+    ids = torch.tensor([2, 7, 0, 2, -5, 0, 2], device=device)
     grad = torch.randn(7, 12, device=device)[:, 2:]
-    for rows in (4, 10):
-        assert set(opcheck(call.default, (grad, ids, order, rows), test_utils=QUICK).values()) == {"SUCCESS"}
-    expected = torch.zeros(10, 10, device=device).index_add_(0, ids[1:].long(), grad[1:])
-    torch.testing.assert_close(call(grad, ids, order, 10), expected)
-    assert torch.equal(call(grad[:0], ids[:0], order[:0], 4), torch.zeros(4, 10, device=device))
-    ids = torch.randint(-1, 300, (2500,), device=device)
-    assert set(opcheck(torch.ops.megatune.embedding_order.default, (ids,), test_utils=QUICK).values()) == {
-        "SUCCESS"
-    }
-    for count in (2500, 1024, 1, 0):
-        found, expected = torch.ops.megatune.embedding_order(ids[:count]), ids[:count].sort(stable=True)
-        assert torch.equal(found[0].long(), expected[0]) and torch.equal(found[1], expected[1])
-    look, where = torch.ops.megatune.embedding_rows, torch.tensor([3, -1, 0, 6, 3], device=device)
-    for arguments in ((where.clamp(min=0), grad, False), (where, grad, True), (where[:0], grad, True)):
+    call = torch.ops.megatune.embedding_backward
+    order = torch.tensor([2, 5, 0, 3, 6, 1, 4], device=device)  # what is in none of rows 0 to 3 comes last
+    for given, first, rows in ((order, 0, 4), (None, 0, 4), (None, 1, 7)):
+        arguments = (grad, ids, given, first, rows)
+        assert set(opcheck(call.default, arguments, test_utils=QUICK).values()) == {"SUCCESS"}
+        here = ids - first
+        known = (here >= 0) & (here < rows)
+        expected = torch.zeros(rows, 10, device=device).index_add_(0, here[known], grad[known])
+        torch.testing.assert_close(call(*arguments), expected)
+    assert torch.equal(call(grad[:0], ids[:0], None, 0, 4), torch.zeros(4, 10, device=device))
+    look, where = torch.ops.megatune.embedding_rows, torch.tensor([3, 9, 0, 6, 3], device=device)
+    for arguments in ((where.clamp(max=6), grad, 0, 7), (where + 2, grad, 2, 12), (where[:0], grad, 2, 12)):
         assert set(opcheck(look.default, arguments, test_utils=QUICK).values()) == {"SUCCESS"}
-    expected = grad[where].masked_fill(where[:, None] < 0, 0.0)
-    assert torch.equal(look(where, grad, True), expected)
+    expected = grad[where % 7].masked_fill(where[:, None] > 6, 0.0)
+    assert torch.equal(look(where + 2, grad, 2, 12), expected)
+
+
+@pytest.mark.gpu
+def test_the_order_found_is_that_of_a_stable_sort() -> None:
+    need_body("embedding", "cuda", torch.float32, "cuda")
+    for count in (2500, 1024, 1):
+        ids, grad = torch.randint(400, (count,), device="cuda"), torch.randn(count, 8, device="cuda")
+        here = (ids - 50).where((ids >= 50) & (ids < 350), 300)
+        call = torch.ops.megatune.embedding_backward
+        given = call(grad, ids, here.sort(stable=True)[1], 50, 300)
+        assert torch.equal(call(grad, ids, None, 50, 300), given)
 
 
 @pytest.mark.gpu

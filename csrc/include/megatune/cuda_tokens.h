@@ -65,42 +65,38 @@ int rope_qk_backward(const RopeQkBackward& args, Stream stream);
 
 struct EmbeddingRows {
   Type type;
-  const void* table;  // [rows, width], stride elements from row to row
+  const void* table;  // rows of `width`, stride elements from row to row: those from `first` on of `total`
   int64_t stride, rows;
-  const int64_t* ids;  // [count]; one that is of no row stops the device, but for -1 if `cut`: a row of zeros
+  const int64_t* ids;  // [count]; rows that are elsewhere: zeros; an id that is not in [0, total) stops the device
+  int64_t first, total;
   int64_t count, width;
-  bool cut;
   void* y;  // [count, width]
 };
 int embedding_rows(const EmbeddingRows& args, Stream stream);
+
+// Ids whose order EmbeddingBackward finds by itself.
+constexpr int64_t EMBEDDING_ORDER = 65536;
 
 struct EmbeddingBackward {
   Type type;
   const void* grad;  // rows of `width`, grad_stride elements from row to row
   int64_t grad_stride;
-  const int32_t* ids;    // [count], ascending: rows of the table; those outside of it add nothing
-  const int64_t* order;  // [count]: the row of grad that belongs to each; equal ids in ascending order
+  const int64_t* ids;    // [count]: rows of a table; those outside of [first, first + rows) add nothing
+  const int64_t* order;  // [count]: sorts the ids by row, equal ones ascending, those outside last; null: it is found
+  int64_t first;
   int64_t count, width;
-  int64_t rows;        // of the table
-  float* partials;     // [embedding_chunks(count), 2, width]
-  uint8_t* named;      // [rows], workspace
-  void* grad_weight;   // [rows, width], written whole
+  int64_t rows;       // below 2^31
+  uint64_t* keys;     // [embedding_order_keys(count)], workspace; null with `order`
+  int32_t* sorted;    // [count], workspace
+  int32_t* tokens;    // [count], workspace
+  float* partials;    // [embedding_chunks(count), 2, width], workspace
+  uint8_t* named;     // [rows], workspace
+  void* grad_weight;  // [rows, width], written whole
 };
+int64_t embedding_order_keys(int64_t count);
 // Pieces in which the rows are summed first: their number depends on the count alone.
 int64_t embedding_chunks(int64_t count);
 int embedding_backward(const EmbeddingBackward& args, Stream stream);
-
-// What EmbeddingBackward asks for, of at most EMBEDDING_ORDER ids; such as are no int32 become -1.
-constexpr int64_t EMBEDDING_ORDER = 65536;
-struct EmbeddingOrder {
-  const int64_t* ids;
-  int64_t count;
-  uint64_t* keys;   // [embedding_order_keys(count)], workspace
-  int32_t* sorted;  // [count]
-  int64_t* order;   // [count]
-};
-int64_t embedding_order_keys(int64_t count);
-int embedding_order(const EmbeddingOrder& args, Stream stream);
 
 // ---- mixture of experts
 
