@@ -34,7 +34,7 @@ __device__ inline Vec<T, N> zeros() {
   return result;
 }
 
-// Of memory that nobody writes meanwhile; each is read by one thread only: not kept in the first level cache.
+// Of memory that nobody writes meanwhile; each is read by one thread only.
 template <int N, class T>
 __device__ inline Vec<T, N> load_once(const T* from) {
   Vec<T, N> result;
@@ -48,6 +48,21 @@ __device__ inline Vec<T, N> load_once(const T* from) {
     result = load<N>(from);
   }
   return result;
+}
+
+// With `load_once`: nothing of a copy is kept in the first level cache. Where loads alone keep nothing there, it is a
+// twentieth slower.
+template <class T, int N>
+__device__ inline void store_past(T* to, const Vec<T, N>& values) {
+  if constexpr (sizeof(values) == 16) {
+    int4 words;
+    memcpy(&words, &values, sizeof words);
+    asm volatile("st.global.L1::no_allocate.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
+                 "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w)
+                 : "memory");
+  } else {
+    store(to, values);
+  }
 }
 
 // Blocks for parts of rows, those of a row after each other.
@@ -69,7 +84,7 @@ __global__ void __launch_bounds__(THREADS) rows_kernel(const EmbeddingRows args,
 #pragma unroll
   for (int i = 0; i < LOOKUPS; ++i) {
     const int64_t column = first + i * THREADS * N;
-    if (column < args.width) store_whole(to + column, values[i]);
+    if (column < args.width) store_past(to + column, values[i]);
   }
 }
 
@@ -118,7 +133,7 @@ __device__ void clear(const EmbeddingBackward& args, const Cleared& rows, uint32
 // ---- the order of ids: sorted pieces of SORTED keys, of each of which the other pieces tell its rank
 
 constexpr int SORTED = 1024;
-constexpr int SEARCHES = 4;  // in pieces at a time
+constexpr int SEARCHES = 16;  // in pieces at a time: beside so many writes it takes long to be answered
 constexpr uint64_t NO_KEY = ~uint64_t{0};
 
 template <class T, int N>
@@ -324,24 +339,24 @@ int sums_of(const EmbeddingBackward& args, Stream stream) {
 
   // At least one block: those of the next launch rely on its having waited for the names.
   const auto sorts = args.order ? 0u : static_cast<unsigned>(embedding_order_keys(args.count) / SORTED);
-  const Cleared first = share(0, 35);
+  const Cleared first = share(0, 20);
   const unsigned blocks = std::max(1u, sorts + first.blocks(SORTED / 2));
   if (const int error = launch_early(sort_kernel<T, N>, blocks, SORTED / 2, stream, args, sorts, first)) return error;
 
   const auto ranks = static_cast<unsigned>((args.order ? args.count + THREADS - 1 : sorts * SORTED) / THREADS);
-  const Cleared second = share(35, 70);
+  const Cleared second = share(20, 40);
   if (const int error = launch_early(order_kernel<T, N>, ranks + second.blocks(THREADS), THREADS, stream, args, ranks,
                                      static_cast<int>(sorts), second))
     return error;
 
   const uint32_t parts = cut(THREADS * N);
   const auto sums = static_cast<unsigned>(embedding_chunks(args.count) * parts);
-  const Cleared third = share(70, 90);
+  const Cleared third = share(40, 80);
   const unsigned clears = third.blocks(THREADS);
   if (const int error = launch_early(pieces_kernel<T, N>, clears + sums, THREADS, stream, args, clears, parts, third))
     return error;
 
-  const Cleared fourth = share(90, 100);
+  const Cleared fourth = share(80, 100);
   return launch_early(crossing_kernel<T, N>, sums + fourth.blocks(THREADS), THREADS, stream, args, sums, parts, fourth);
 }
 
