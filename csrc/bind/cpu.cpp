@@ -148,7 +148,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& x
       for (int64_t share = 0; share < shares; ++share) total[i] += sums[share * width + i];
     }
   }
-  return {grad_x, grad_weight};
+  return {grad_x, torch::stable::to(grad_weight, weight.scalar_type())};
 }
 
 Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin, bool inverse) {

@@ -73,7 +73,7 @@ std::tuple<Tensor, Tensor> norm_gradients(const Tensor& grad, const Tensor* grad
         "rstd must be contiguous float32 [rows]");
   check_devices(x, {&grad, &weight, &rstd}, op);
   Tensor grad_x = empty(x, sizes(x));
-  Tensor grad_weight = empty(weight, {weight_grad ? width : 0}, ScalarType::Float);
+  Tensor grad_weight = empty(weight, {weight_grad ? width : 0});
   const OnDeviceOf device(x);
   cuda::RmsNormBackward args{type_of(x, op),
                              type_of(weight, op),
@@ -87,7 +87,7 @@ std::tuple<Tensor, Tensor> norm_gradients(const Tensor& grad, const Tensor* grad
                              static_cast<const float*>(data(rstd)),
                              mutable_data(grad_x),
                              nullptr,
-                             static_cast<float*>(mutable_data(grad_weight))};
+                             mutable_data(grad_weight)};
   // Freed when this function returns: torch gives the memory only to what comes later on this stream.
   std::optional<Tensor> partials;
   if (weight_grad) {

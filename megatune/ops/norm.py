@@ -28,9 +28,9 @@ def _reference(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Te
 def _reference_backward(
     grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: float, weight_grad: bool
 ) -> tuple[Tensor, Tensor]:
-    """(gradient of x; gradient of the weight in fp32, [0] if not wanted)."""
+    """(gradient of x; gradient of the weight in its dtype, summed in fp32, [0] if not wanted)."""
     grad_x, grad_weight = _wide_gradients(grad, x, weight, rstd, offset, weight_grad)
-    return grad_x.to(x.dtype).contiguous(), grad_weight
+    return grad_x.to(x.dtype).contiguous(), grad_weight.to(weight.dtype)
 
 
 def _wide_gradients(
@@ -58,7 +58,7 @@ def _fake(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor,
 def _fake_backward(
     grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: float, weight_grad: bool
 ) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), rstd.new_empty(weight.shape[0] if weight_grad else 0)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape[0] if weight_grad else 0)
 
 
 _FORWARD = define(
@@ -100,7 +100,7 @@ def _add_reference_backward(
 ) -> tuple[Tensor, Tensor]:
     """(gradient of x, which is that of the residual too; gradient of the weight). `grad_sum`: of x + residual."""
     grad_x, grad_weight = _wide_gradients(grad, total, weight, rstd, offset, weight_grad)
-    return (grad_x + grad_sum).to(total.dtype).contiguous(), grad_weight
+    return (grad_x + grad_sum).to(total.dtype).contiguous(), grad_weight.to(weight.dtype)
 
 
 def _add_fake(
@@ -182,7 +182,7 @@ class _RmsNorm(torch.autograd.Function):
         wanted = ctx.needs_input_grad[1]
         body = _OP.pick(x.device.type, x.dtype)
         grad_x, grad_weight = body.run[1](grad.contiguous(), x, weight, rstd, ctx.offset, wanted)
-        return grad_x, grad_weight.to(weight.dtype) if wanted else None, None, None
+        return grad_x, grad_weight if wanted else None, None, None
 
 
 class _AddRmsNorm(torch.autograd.Function):
@@ -206,7 +206,7 @@ class _AddRmsNorm(torch.autograd.Function):
         grad_x, grad_weight = body.run[1](
             grad.contiguous(), grad_sum.contiguous(), total, weight, rstd, ctx.offset, wanted
         )
-        return grad_x, grad_x, grad_weight.to(weight.dtype) if wanted else None, None, None
+        return grad_x, grad_x, grad_weight if wanted else None, None, None
 
 
 def add_rms_norm(

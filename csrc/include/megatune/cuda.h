@@ -55,8 +55,8 @@ struct RmsNormBackward {
   float offset;
   const float* rstd;   // [rows]
   void* grad_x;        // [rows, width]
-  float* partials;     // [rms_norm_partials(..), width]; null: no gradient of the weight
-  float* grad_weight;  // [width]
+  float* partials;    // [rms_norm_partials(..), width]; null: no gradient of the weight
+  void* grad_weight;  // [width], of the weight's type
 };
 // Rows of workspace for the gradient of the weight; the order of its sum depends on this number (and so on the device).
 int64_t rms_norm_partials(const RmsNormBackward& args);

@@ -1,0 +1,549 @@
+// Root-mean-square norm, backward: the gradient of what was normalised, and sums of rows for that of the weight, which
+// a second kernel adds up.
+//
+// Short rows are held by some lanes of a warp each, in registers. Longer ones come as bulk copies into rings of shared
+// memory (Hopper), several groups of threads at a row each. What neither takes (rows that threads cannot hold, addresses
+// that are not aligned, a weight of another type) and older devices' long rows have a kernel that reads each row as it
+// comes to it.
+
+#include "../common/launch.cuh"
+#include "../common/reduce.cuh"
+#include "rms_norm.cuh"
+
+namespace megatune::cuda {
+
+namespace {
+
+constexpr int BACKWARD_THREADS = 512;  // up to 128 registers
+constexpr int BACKWARD_KEPT = 4;
+// Short rows: vectors of a thread, blocks of a multiprocessor (80 registers a thread).
+constexpr int SHORT_KEPT = 2, SHORT_BLOCKS = 3;
+// Rings: threads of a block, vectors of a thread, rows of a group in shared memory (the one at work too), groups.
+constexpr int RING_THREADS = 1024, RING_KEPT = 1, RING_STAGES = 4, RING_SUM_STAGES = 3, RING_GROUPS = 15;
+
+// offset + weight, of N columns.
+template <int N>
+__device__ Vec<float, N> factors(const RmsNormBackward& args, int column) {
+  Vec<float, N> result = load_any<N>(args.weight, args.weight_type, column);
+#pragma unroll
+  for (int i = 0; i < N; ++i) result.at[i] += args.offset;
+  return result;
+}
+
+// grad_x = rstd * (g - h * mean(g * h)) + more, with h = x * rstd and g = grad * factor.
+template <class T, int N, bool MORE>
+__device__ Vec<T, N> input_grad(const Vec<T, N>& grad, const Vec<T, N>& x, const Vec<T, N>& more,
+                                const Vec<float, N>& factor, float rstd, float mean) {
+  const auto wide_grad = widen(grad), wide_x = widen(x);
+  Vec<float, N> result;
+#pragma unroll
+  for (int i = 0; i < N; ++i) result.at[i] = (wide_grad.at[i] * factor.at[i] - wide_x.at[i] * rstd * mean) * rstd;
+  if constexpr (MORE) {
+    const auto wide_more = widen(more);
+#pragma unroll
+    for (int i = 0; i < N; ++i) result.at[i] += wide_more.at[i];
+  }
+  return narrow<T>(result);
+}
+
+// The columns beyond those that threads keep: their part of sum(g * h).
+template <class T, int N>
+__device__ float far_total(const RmsNormBackward& args, int64_t row, int first, int mine, float rstd) {
+  if (first >= mine) return 0.0f;
+  const T* x = static_cast<const T*>(args.x) + offset_of(args.rows, row);
+  const T* grad = static_cast<const T*>(args.grad) + row * args.width;
+  float total = 0.0f;
+  for (int at = first; at < mine; at += blockDim.x) {
+    const auto far_x = widen(load<N>(x + at * N)), far_grad = widen(load<N>(grad + at * N));
+    const auto factor = factors<N>(args, at * N);
+#pragma unroll
+    for (int j = 0; j < N; ++j) total += far_grad.at[j] * factor.at[j] * (far_x.at[j] * rstd);
+  }
+  return total;
+}
+
+// Their gradients. The sums for the weight do not fit into registers; the thread has them to itself in the row of the block.
+template <class T, int N, bool MORE>
+__device__ void far_grads(const RmsNormBackward& args, int64_t row, int first, int mine, float rstd, float mean,
+                          float* partial, bool begun) {
+  if (first >= mine) return;
+  const T* x = static_cast<const T*>(args.x) + offset_of(args.rows, row);
+  const int64_t begin = row * args.width;
+  for (int at = first; at < mine; at += blockDim.x) {
+    const auto far_x = load<N>(x + at * N), far_grad = load<N>(static_cast<const T*>(args.grad) + begin + at * N);
+    Vec<T, N> more;
+    if constexpr (MORE) more = load<N>(static_cast<const T*>(args.grad_sum) + begin + at * N);
+    store_whole(static_cast<T*>(args.grad_x) + begin + at * N,
+          input_grad<T, N, MORE>(far_grad, far_x, more, factors<N>(args, at * N), rstd, mean));
+    if (partial == nullptr) continue;
+    const auto wide_x = widen(far_x), wide_grad = widen(far_grad);
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      const float product = wide_grad.at[j] * (wide_x.at[j] * rstd);
+      partial[at * N + j] = begun ? partial[at * N + j] + product : product;
+    }
+  }
+}
+
+// What the groups of a block have added up, [blockDim.y, width], to one row.
+__device__ void sum_of_groups(const float* of_groups, int64_t width, float* partial) {
+  __syncthreads();
+  const int all = blockDim.x * blockDim.y;
+  for (int64_t column = threadIdx.y * blockDim.x + threadIdx.x; column < width; column += all) {
+    float sum = 0.0f;
+    for (int group = 0; group < blockDim.y; ++group) sum += of_groups[group * width + column];
+    partial[column] = sum;
+  }
+}
+
+// Each block takes every gridDim.x-th group of rows and leaves its sum of grad * h in one row of `partials`.
+// HELD: the weight has the type of the rows and stays in registers; for rows that threads keep.
+template <class T, int N, int KEPT, bool MORE, bool HELD>
+__global__ void __launch_bounds__(BACKWARD_THREADS) backward_kernel(const RmsNormBackward args, int64_t rows) {
+  __shared__ float shared[2][32];
+  extern __shared__ float of_groups[];  // [blockDim.y, width] where a block has several rows
+  const int vectors = static_cast<int>(args.width / N);
+  const int threads = blockDim.x, lane = threadIdx.x;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.y;
+  float* partial = args.partials == nullptr ? nullptr : args.partials + blockIdx.x * args.width;
+  Vec<float, N> sums[KEPT];
+  Vec<T, N> held[HELD ? KEPT : 1];
+#pragma unroll
+  for (int i = 0; i < KEPT; ++i) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) sums[i].at[j] = 0.0f;
+    if constexpr (HELD) {
+      const int at = lane + i * threads;
+      if (at < vectors) held[i] = load<N>(static_cast<const T*>(args.weight) + at * N);
+    }
+  }
+  const auto factor_of = [&](int i) {
+    if constexpr (!HELD) return factors<N>(args, (lane + i * threads) * N);
+    Vec<float, N> result = widen(held[HELD ? i : 0]);
+#pragma unroll
+    for (int j = 0; j < N; ++j) result.at[j] += args.offset;
+    return result;
+  };
+
+  int turn = 0;
+  int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  for (int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y; first < rows; first += step, row += step) {
+    const int mine = row < rows ? vectors : 0;
+    const T* x = static_cast<const T*>(args.x) + offset_of(args.rows, mine > 0 ? row : 0);
+    const T* grad = static_cast<const T*>(args.grad) + row * args.width;
+    Vec<T, N> near_x[KEPT], near_grad[KEPT], more[MORE ? KEPT : 1];
+#pragma unroll
+    for (int i = 0; i < KEPT; ++i) {
+      const int at = lane + i * threads;
+      if (at < mine) near_x[i] = load<N>(x + at * N), near_grad[i] = load<N>(grad + at * N);
+    }
+    if constexpr (MORE) {
+#pragma unroll
+      for (int i = 0; i < KEPT; ++i) {
+        const int at = lane + i * threads;
+        if (at < mine) more[i] = load<N>(static_cast<const T*>(args.grad_sum) + row * args.width + at * N);
+      }
+    }
+    const float rstd = mine > 0 ? args.rstd[row] : 0.0f;
+    float total = 0.0f;
+#pragma unroll
+    for (int i = 0; i < KEPT; ++i) {
+      if (lane + i * threads < mine) {
+        const auto factor = factor_of(i), wide_x = widen(near_x[i]), wide_grad = widen(near_grad[i]);
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+          const float product = wide_grad.at[j] * (wide_x.at[j] * rstd);
+          sums[i].at[j] += product;
+          total += product * factor.at[j];
+        }
+      }
+    }
+    if constexpr (!HELD) total += far_total<T, N>(args, row, lane + KEPT * threads, mine, rstd);
+    const float mean = row_sum<true>(total, threads, shared[turn % 2]) / static_cast<float>(args.width);
+#pragma unroll
+    for (int i = 0; i < KEPT; ++i) {
+      const int at = lane + i * threads;
+      if (at >= mine) continue;
+      store_whole(static_cast<T*>(args.grad_x) + row * args.width + at * N,
+            input_grad<T, N, MORE>(near_grad[i], near_x[i], more[MORE ? i : 0], factor_of(i), rstd, mean));
+    }
+    if constexpr (!HELD)
+      far_grads<T, N, MORE>(args, row, lane + KEPT * threads, mine, rstd, mean, partial, turn > 0);
+    ++turn;
+  }
+  if (partial == nullptr) return;
+  float* to = blockDim.y == 1 ? partial : of_groups + threadIdx.y * args.width;
+#pragma unroll
+  for (int i = 0; i < KEPT; ++i) {
+    const int at = lane + i * threads;
+    if (at < vectors) {
+#pragma unroll
+      for (int j = 0; j < N; ++j) to[at * N + j] = sums[i].at[j];
+    }
+  }
+  if (blockDim.y == 1) return;
+  sum_of_groups(of_groups, args.width, partial);
+}
+
+// The words of a vector, computed from anew: the compiler would else keep what it made of them before in registers.
+template <class T, int N>
+__device__ void forget(Vec<T, N>& values) {
+  static_assert(sizeof(values) == 16);
+  int4 words;
+  memcpy(&words, &values, sizeof words);
+  asm volatile("" : "+r"(words.x), "+r"(words.y), "+r"(words.z), "+r"(words.w));
+  memcpy(&values, &words, sizeof words);
+}
+
+template <class T, int N>
+__device__ Vec<float, N> factor_of(const Vec<T, N>& weight, float offset) {
+  Vec<float, N> result = widen(weight);
+#pragma unroll
+  for (int j = 0; j < N; ++j) result.at[j] += offset;
+  return result;
+}
+
+// A row's part of the sum of grad * h for each column, h = x * rstd; of grad * factor * h over the columns.
+template <class T, int N>
+__device__ float add_row(const Vec<T, N>& x, const Vec<T, N>& grad, const Vec<T, N>& weight, float offset, float rstd,
+                         Vec<float, N>& sums) {
+  const auto wide_x = widen(x), wide_grad = widen(grad), wide_weight = widen(weight);
+  float total = 0.0f;
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    const float product = wide_grad.at[j] * (wide_x.at[j] * rstd);
+    sums.at[j] += product;
+    total += product * (offset + wide_weight.at[j]);
+  }
+  return total;
+}
+
+// What the threads of a group have added up goes to the block's row of `partials`. of_groups: [groups, width], free.
+template <int N, int KEPT>
+__device__ void leave_sums(const RmsNormBackward& args, const Vec<float, N> (&sums)[KEPT], float* of_groups) {
+  if (args.partials == nullptr) return;
+  const int vectors = static_cast<int>(args.width / N);
+  float* partial = args.partials + blockIdx.x * args.width;
+  if (blockDim.y > 1) __syncthreads();  // everyone has read the rows that were there
+  float* to = blockDim.y == 1 ? partial : of_groups + threadIdx.y * args.width;
+#pragma unroll
+  for (int i = 0; i < KEPT; ++i) {
+    const int at = threadIdx.x + i * blockDim.x;
+    if (at >= vectors) continue;
+#pragma unroll
+    for (int j = 0; j < N; j += 4) {
+      const auto& sum = sums[i].at;
+      *reinterpret_cast<float4*>(to + at * N + j) = make_float4(sum[j], sum[j + 1], sum[j + 2], sum[j + 3]);
+    }
+  }
+  if (blockDim.y > 1) sum_of_groups(of_groups, args.width, partial);
+}
+
+// For rows of at most 32 * SHORT_KEPT vectors and a weight of their type. The rows after the one at work are on their
+// way into registers meanwhile.
+template <class T, bool MORE>
+__global__ void __launch_bounds__(SHORT_THREADS, MORE ? 2 : SHORT_BLOCKS)
+    backward_short_kernel(const RmsNormBackward args, const Starts start, uint32_t rows) {
+  constexpr int N = 16 / sizeof(T), KEPT = SHORT_KEPT;
+  extern __shared__ float of_groups[];  // [blockDim.y, width]
+  const int vectors = static_cast<int>(args.width / N), threads = blockDim.x, lane = threadIdx.x;
+  const uint32_t width = static_cast<uint32_t>(args.width), step = gridDim.x * blockDim.y;
+  Vec<T, N> next_x[KEPT], next_grad[KEPT], next_more[MORE ? KEPT : 1];
+  float next_rstd = 0.0f;
+  const auto ask = [&](uint32_t row) {
+    const int mine = row < rows ? vectors : 0;
+    next_rstd = mine > 0 ? args.rstd[row] : 0.0f;
+    const T* x = static_cast<const T*>(args.x) + start(row);
+    const int64_t begin = int64_t{row} * width;
+#pragma unroll
+    for (int i = 0; i < KEPT; ++i) {
+      const int at = lane + i * threads;
+      if (at >= mine) continue;
+      next_x[i] = load<N>(x + at * N);
+      next_grad[i] = load<N>(static_cast<const T*>(args.grad) + begin + at * N);
+      if constexpr (MORE) next_more[i] = load<N>(static_cast<const T*>(args.grad_sum) + begin + at * N);
+    }
+  };
+  uint32_t row = blockIdx.x * blockDim.y + threadIdx.y;
+  ask(row);
+  Vec<T, N> weight[KEPT];
+  Vec<float, N> sums[KEPT];
+#pragma unroll
+  for (int i = 0; i < KEPT; ++i) {
+    sums[i] = {};
+    if (lane + i * threads < vectors) weight[i] = load<N>(static_cast<const T*>(args.weight) + (lane + i * threads) * N);
+  }
+  const float inverse = 1.0f / static_cast<float>(args.width);
+  for (uint32_t first = blockIdx.x * blockDim.y; first < rows; first += step, row += step) {
+    const int mine = row < rows ? vectors : 0;
+    const float rstd = next_rstd;
+    Vec<T, N> x[KEPT], grad[KEPT], more[MORE ? KEPT : 1];
+    float total = 0.0f;
+#pragma unroll
+    for (int i = 0; i < KEPT; ++i) {
+      if (lane + i * threads >= mine) continue;
+      x[i] = next_x[i], grad[i] = next_grad[i];
+      if constexpr (MORE) more[i] = next_more[i];
+      forget(weight[i]);
+      total += add_row(x[i], grad[i], weight[i], args.offset, rstd, sums[i]);
+    }
+    ask(row + step);
+    const float mean = row_sum(total, min(threads, 32), nullptr) * inverse;
+#pragma unroll
+    for (int i = 0; i < KEPT; ++i) {
+      if (lane + i * threads >= mine) continue;
+      forget(x[i]), forget(grad[i]), forget(weight[i]);
+      store_whole(static_cast<T*>(args.grad_x) + int64_t{row} * width + (lane + i * threads) * N,
+                  input_grad<T, N, MORE>(grad[i], x[i], more[MORE ? i : 0], factor_of(weight[i], args.offset), rstd, mean));
+    }
+  }
+  leave_sums(args, sums, of_groups);
+}
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+
+__device__ inline uint32_t address(const void* at) { return static_cast<uint32_t>(__cvta_generic_to_shared(at)); }
+
+__device__ inline void prepare(uint64_t* barrier) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address(barrier)) : "memory");
+}
+
+__device__ inline void expect(uint64_t* barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(barrier)), "r"(bytes) : "memory");
+}
+
+__device__ inline void copy_in(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   address(to)),
+               "l"(from), "r"(bytes), "r"(address(barrier))
+               : "memory");
+}
+
+__device__ inline void wait(uint64_t* barrier, uint32_t parity) {
+  uint32_t done;
+  do {
+    asm volatile(
+        "{\n.reg .pred p;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done)
+        : "r"(address(barrier)), "r"(parity)
+        : "memory");
+  } while (!done);
+}
+
+// Sum over the threads of a group, whole warps, with a barrier of the group's own. shared: 32 floats, in which nobody
+// can still be reading.
+__device__ inline float group_sum(float value, float* shared) {
+  for (int lane = 16; lane > 0; lane /= 2) value += __shfl_xor_sync(0xffffffffu, value, lane);
+  const int lane = threadIdx.x % 32, threads = blockDim.x;
+  if (lane == 0) shared[threadIdx.x / 32] = value;
+  asm volatile("bar.sync %0, %1;" ::"r"(1 + threadIdx.y), "r"(threads) : "memory");
+  value = lane < threads / 32 ? shared[lane] : 0.0f;
+#pragma unroll
+  for (int other = 16; other > 0; other /= 2) value += __shfl_xor_sync(0xffffffffu, value, other);
+  return value;
+}
+
+#endif
+
+// For rows of at most RING_THREADS * RING_KEPT vectors and a weight of their type. Nothing of a row stays in registers
+// over the sum: it is read from shared memory again, and its place is filled when the next row has been summed.
+template <class T, bool MORE>
+__global__ void __launch_bounds__(RING_THREADS, 1)
+    backward_ring_kernel(const RmsNormBackward args, const Starts start, uint32_t rows) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  constexpr int N = 16 / sizeof(T), KEPT = RING_KEPT;
+  constexpr int STAGES = MORE ? RING_SUM_STAGES : RING_STAGES, ARRAYS = MORE ? 3 : 2;
+  extern __shared__ __align__(128) int4 rings[];  // [group, stage, array, width]; in the end float [group, width]
+  __shared__ float shared[2][RING_GROUPS][32];
+  __shared__ uint64_t barriers[RING_GROUPS][STAGES];
+  const int vectors = static_cast<int>(args.width / N), threads = blockDim.x, lane = threadIdx.x, group = threadIdx.y;
+  const uint32_t width = static_cast<uint32_t>(args.width), step = gridDim.x * blockDim.y;
+  const auto slot = [&](int stage, int array) {
+    return reinterpret_cast<T*>(rings) + ((group * STAGES + stage) * ARRAYS + array) * width;
+  };
+  const auto fill = [&](uint32_t row, int stage) {
+    if (lane != 0 || row >= rows) return;
+    uint64_t* barrier = &barriers[group][stage];
+    const uint32_t bytes = static_cast<uint32_t>(width * sizeof(T));
+    const int64_t begin = int64_t{row} * width;
+    expect(barrier, ARRAYS * bytes);
+    copy_in(slot(stage, 0), static_cast<const T*>(args.x) + start(row), bytes, barrier);
+    copy_in(slot(stage, 1), static_cast<const T*>(args.grad) + begin, bytes, barrier);
+    if constexpr (MORE) copy_in(slot(stage, 2), static_cast<const T*>(args.grad_sum) + begin, bytes, barrier);
+  };
+  uint32_t row = blockIdx.x * blockDim.y + group;
+  if (lane == 0) {
+    for (int stage = 0; stage < STAGES; ++stage) prepare(&barriers[group][stage]);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  for (int stage = 0; stage < STAGES - 1; ++stage) fill(row + stage * step, stage);
+  Vec<T, N> weight[KEPT];
+  Vec<float, N> sums[KEPT];
+#pragma unroll
+  for (int i = 0; i < KEPT; ++i) {
+    sums[i] = {};
+    if (lane + i * threads < vectors) weight[i] = load<N>(static_cast<const T*>(args.weight) + (lane + i * threads) * N);
+  }
+  __syncthreads();  // the barriers are ready
+
+  const float inverse = 1.0f / static_cast<float>(args.width);
+  float next_rstd = row < rows ? args.rstd[row] : 0.0f;
+  int stage = 0, turn = 0;
+  uint32_t parity = 0;
+  for (; row < rows; row += step) {
+    const float rstd = next_rstd;
+    next_rstd = row + step < rows ? args.rstd[row + step] : 0.0f;
+    wait(&barriers[group][stage], parity);
+    float total = 0.0f;
+#pragma unroll
+    for (int i = 0; i < KEPT; ++i) {
+      const int at = lane + i * threads;
+      if (at >= vectors) continue;
+      forget(weight[i]);
+      total += add_row(load<N>(slot(stage, 0) + at * N), load<N>(slot(stage, 1) + at * N), weight[i], args.offset, rstd,
+                       sums[i]);
+    }
+    const float mean = group_sum(total, shared[turn][group]) * inverse;
+    // All of the group are done with the row before this one.
+    fill(row + (STAGES - 1) * step, stage == 0 ? STAGES - 1 : stage - 1);
+#pragma unroll
+    for (int i = 0; i < KEPT; ++i) {
+      const int at = lane + i * threads;
+      if (at >= vectors) continue;
+      Vec<T, N> more;
+      if constexpr (MORE) more = load<N>(slot(stage, 2) + at * N);
+      forget(weight[i]);
+      store_whole(static_cast<T*>(args.grad_x) + int64_t{row} * width + at * N,
+                  input_grad<T, N, MORE>(load<N>(slot(stage, 1) + at * N), load<N>(slot(stage, 0) + at * N), more,
+                                         factor_of(weight[i], args.offset), rstd, mean));
+    }
+    turn ^= 1;
+    if (++stage == STAGES) stage = 0, parity ^= 1;
+  }
+  leave_sums(args, sums, reinterpret_cast<float*>(rings));
+#endif
+}
+
+constexpr int COLUMNS = 32, SLICES = 32;
+
+// Second stage: the sum over the rows of `partials`, for 32 columns in a block; 32 threads share a column.
+template <class W>
+__global__ void __launch_bounds__(COLUMNS * SLICES) columns_kernel(const float* partials, int64_t count, int64_t width,
+                                                                   W* sums) {
+  __shared__ float shared[SLICES][COLUMNS + 1];
+  for (int64_t first = static_cast<int64_t>(blockIdx.x) * COLUMNS; first < width;
+       first += static_cast<int64_t>(gridDim.x) * COLUMNS) {
+    const int64_t column = first + threadIdx.x;
+    float sum = 0.0f;
+    if (column < width) {
+#pragma unroll 8
+      for (int64_t row = threadIdx.y; row < count; row += SLICES) sum += partials[row * width + column];
+    }
+    __syncthreads();
+    shared[threadIdx.y][threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.y == 0 && column < width) {
+      for (int slice = 1; slice < SLICES; ++slice) sum += shared[slice][threadIdx.x];
+      sums[column] = from_float<W>(sum);
+    }
+  }
+}
+
+enum class Way { plain, short_rows, ring };
+
+struct Shape {
+  Way way;
+  int elements;       // of a vector
+  dim3 block;         // threads of a row, rows of a block
+  bool whole;         // threads keep all of a row
+  int64_t per_multiprocessor;  // blocks that are at work at the same time
+};
+
+// Whether the device runs code that was made for Hopper: what was made from PTX for sm_80 has no bulk copies.
+bool has_rings() {
+  cudaFuncAttributes found;
+  return cudaFuncGetAttributes(&found, backward_ring_kernel<float, false>) == cudaSuccess && found.ptxVersion >= 90;
+}
+
+Shape backward_shape(const RmsNormBackward& args) {
+  const int step = args.type == Type::f32 ? 4 : 8;
+  const bool vectors = args.width % step == 0 && in_steps(args.rows, step) &&
+                       aligned({args.grad, args.x, args.grad_sum, args.weight, args.grad_x});
+  const int elements = vectors ? step : 1;
+  const int64_t count = args.width / elements;
+  const bool same = vectors && args.weight_type == args.type && starts_of(collapsed(args.rows)).inner > 0;
+  if (same && count <= 32 * SHORT_KEPT)
+    return {Way::short_rows, elements, block_of(count, SHORT_KEPT, 0, true), true, args.grad_sum != nullptr ? 2 : SHORT_BLOCKS};
+  if (same && count <= RING_THREADS * RING_KEPT && has_rings()) {
+    const unsigned threads = static_cast<unsigned>((count + RING_KEPT * 32 - 1) / (RING_KEPT * 32) * 32);
+    return {Way::ring, elements, dim3(threads, std::min<unsigned>(RING_GROUPS, RING_THREADS / threads)), true, 1};
+  }
+  const dim3 block = block_of(count, BACKWARD_KEPT, BACKWARD_THREADS);
+  return {Way::plain, elements, block, count <= BACKWARD_THREADS * BACKWARD_KEPT,
+          std::max<int64_t>(1, BACKWARD_THREADS / (block.x * block.y))};
+}
+
+template <class T, bool MORE>
+void launch_backward(const Shape& shape, const RmsNormBackward& args, int64_t rows, unsigned blocks, Stream stream) {
+  constexpr int N = 16 / sizeof(T);
+  const size_t sums = shape.block.y == 1 ? 0 : shape.block.y * args.width * sizeof(float);
+  if (shape.way == Way::ring) {
+    const auto kernel = backward_ring_kernel<T, MORE>;
+    const size_t row = args.width * sizeof(T) * (MORE ? 3 : 2);
+    const size_t bytes = std::max(shape.block.y * row * (MORE ? RING_SUM_STAGES : RING_STAGES), sums);
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+    kernel<<<blocks, shape.block, bytes, stream>>>(args, starts_of(args.rows), static_cast<uint32_t>(rows));
+    return;
+  }
+  if (shape.way == Way::short_rows) {
+    backward_short_kernel<T, MORE><<<blocks, shape.block, sums, stream>>>(args, starts_of(args.rows), static_cast<uint32_t>(rows));
+    return;
+  }
+  const auto run = [&](auto kernel) { kernel<<<blocks, shape.block, sums, stream>>>(args, rows); };
+  if (shape.elements == 1) {
+    run(backward_kernel<T, 1, BACKWARD_KEPT, MORE, false>);
+  } else if (!MORE && shape.whole && args.weight_type == args.type) {
+    run(backward_kernel<T, N, BACKWARD_KEPT, false, true>);  // with more to hold, there are no registers for it
+  } else {
+    run(backward_kernel<T, N, BACKWARD_KEPT, MORE, false>);
+  }
+}
+
+}  // namespace
+
+int64_t rms_norm_partials(const RmsNormBackward& args) {
+  const Shape shape = backward_shape(args);
+  const int64_t groups = (count(args.rows) + shape.block.y - 1) / shape.block.y;
+  return std::min<int64_t>(groups, multiprocessors() * shape.per_multiprocessor);
+}
+
+int rms_norm_backward(const RmsNormBackward& given, Stream stream) {
+  RmsNormBackward args = given;
+  const int64_t rows = count(args.rows);
+  if (args.width == 0) return 0;
+  const int64_t blocks = rms_norm_partials(args);
+  args.rows = collapsed(args.rows);
+  if (rows > 0) {
+    const Shape shape = backward_shape(args);
+    with_type(args.type, [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      const unsigned grid_size = static_cast<unsigned>(blocks);
+      if (args.grad_sum != nullptr) {
+        launch_backward<T, true>(shape, args, rows, grid_size, stream);
+      } else {
+        launch_backward<T, false>(shape, args, rows, grid_size, stream);
+      }
+    });
+    if (const int error = launched()) return error;
+  }
+  if (args.partials == nullptr) return 0;
+  with_type(args.weight_type, [&](auto* type) {
+    columns_kernel<<<grid(args.width, COLUMNS), dim3(COLUMNS, SLICES), 0, stream>>>(
+        args.partials, blocks, args.width, static_cast<decltype(type)>(args.grad_weight));
+  });
+  return launched();
+}
+
+}  // namespace megatune::cuda
