@@ -96,14 +96,41 @@ def test_a_weight_of_another_dtype(body: str, device: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("width", [128, 4096])
-def test_repeats_are_equal_bit_by_bit(width: int) -> None:
+@pytest.mark.parametrize("width", [128, 2048, 8192])
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
+def test_repeats_are_equal_bit_by_bit(width: int, weight_dtype: torch.dtype) -> None:
     need_body("rms_norm", "cuda", torch.bfloat16, "cuda")
-    x, grad = (torch.randn(4000, width, device="cuda").bfloat16() for _ in range(2))
-    weight = torch.randn(width, device="cuda")
+    x, grad = (torch.randn(4001, width, device="cuda").bfloat16() for _ in range(2))
+    weight = torch.randn(width, device="cuda", dtype=weight_dtype)
     calls = torch.ops.megatune
     y, rstd = calls.rms_norm(x, weight, 1e-5, 0.0)
     repeats_bitwise(lambda: (*calls.rms_norm_backward(grad, x, weight, rstd, 0.0, True), y))
+    total = torch.randn_like(x)
+    repeats_bitwise(lambda: calls.add_rms_norm_backward(grad, total, x, weight, rstd, 0.0, True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [8, 104, 512, 3072, 8192, 12288])
+def test_gradients_of_many_rows(width: int) -> None:
+    """Every way that the kernels have to go through rows, with more rows than are at work at the same time."""
+    need_body("rms_norm", "cuda", torch.bfloat16, "cuda")
+    calls = torch.ops.megatune
+    tokens = 40001 if width < 512 else 997
+    x = torch.randn(tokens, 4, width, device="cuda").bfloat16()[:, 1:]
+    grad, grad_sum = (torch.randn(tokens, 3, width, device="cuda").bfloat16() for _ in range(2))
+    weight = torch.randn(width, device="cuda").bfloat16()
+    _, rstd = calls.rms_norm(x, weight, 1e-5, 1.0)
+    h = x.double() * rstd.double().unsqueeze(-1)
+    g = grad.double() * (1.0 + weight.double())
+    truth = (g - h * (g * h).mean(-1, keepdim=True)) * rstd.double().unsqueeze(-1)
+    of_weight = (grad.double() * h).sum((0, 1))
+    for more, found in (
+        (0.0, calls.rms_norm_backward(grad, x, weight, rstd, 1.0, True)),
+        (grad_sum, calls.add_rms_norm_backward(grad, grad_sum, x, weight, rstd, 1.0, True)),
+    ):
+        assert [part.dtype for part in found] == [torch.bfloat16] * 2
+        for part, right in zip(found, (truth + more, of_weight), strict=True):
+            torch.testing.assert_close(part.double(), right, rtol=1e-2, atol=2e-3)
 
 
 @pytest.mark.gpu

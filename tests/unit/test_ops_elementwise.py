@@ -74,6 +74,8 @@ def test_rms_norm_of_a_frozen_weight_computes_no_gradient_for_it() -> None:
     x, weight = torch.randn(4, 8, requires_grad=True), torch.randn(8)
     y, rstd = torch.ops.megatune.rms_norm(x.detach(), weight, 1e-5, 0.0)
     assert torch.ops.megatune.rms_norm_backward(y, x.detach(), weight, rstd, 0.0, False)[1].numel() == 0
+    low = [part.detach().bfloat16() for part in (y, x, weight)]
+    assert torch.ops.megatune.rms_norm_backward(*low, rstd, 0.0, True)[1].dtype == torch.bfloat16
     ops.rms_norm(x, weight, 1e-5).sum().backward()
     assert weight.grad is None
 
