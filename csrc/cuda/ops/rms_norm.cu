@@ -5,7 +5,6 @@
 // thread reads is asked for before anything is written: the compiler moves no load before a store.
 
 #include "../common/launch.cuh"
-#include "../common/reduce.cuh"
 #include "rms_norm.cuh"
 
 namespace megatune::cuda {
@@ -48,11 +47,12 @@ __device__ Vec<T, N> normalised(const RmsNorm& args, const Vec<T, N>& x, float r
 // SUM: there is a residual. FAR: rows may be longer than what the threads keep.
 // HELD: the weight has the type of the rows and is asked for before the sum: one wait less between x and y.
 template <class T, int N, int KEPT, bool SUM, bool FAR, bool HELD>
-__global__ void __launch_bounds__(FORWARD_THREADS) forward_kernel(const RmsNorm args, const Starts start, int64_t rows) {
-  __shared__ float shared[32];
+__global__ void __launch_bounds__(FORWARD_THREADS)
+    forward_kernel(const RmsNorm args, const Starts start, int64_t rows) {
+  __shared__ float shared[2][32];
+  int turn = 0;
   const int vectors = static_cast<int>(args.width / N);
   const int threads = blockDim.x, lane = threadIdx.x;
-  const float inverse = 1.0f / static_cast<float>(args.width);
   // All threads of a block go through the loop equally often: they add up together.
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y; first < rows;
        first += static_cast<int64_t>(gridDim.x) * blockDim.y) {
@@ -60,7 +60,8 @@ __global__ void __launch_bounds__(FORWARD_THREADS) forward_kernel(const RmsNorm 
     const bool here = row < rows;
     const int mine = here ? vectors : 0;
     const int64_t any = here ? row : 0;
-    const T* x = static_cast<const T*>(args.x) + (start.inner > 0 ? start(static_cast<uint32_t>(any)) : offset_of(args.rows, any));
+    const int64_t begin = start.inner > 0 ? start(static_cast<uint32_t>(any)) : offset_of(args.rows, any);
+    const T* x = static_cast<const T*>(args.x) + begin;
     T* y = static_cast<T*>(args.y) + row * args.width;
     const T* residual = nullptr;
     if constexpr (SUM) residual = static_cast<const T*>(args.residual) + offset_of(args.residual_rows, any);
@@ -74,7 +75,8 @@ __global__ void __launch_bounds__(FORWARD_THREADS) forward_kernel(const RmsNorm 
     if constexpr (HELD) {
 #pragma unroll
       for (int i = 0; i < KEPT; ++i)
-        if (lane + i * threads < mine) held[i] = load<N>(static_cast<const T*>(args.weight) + (lane + i * threads) * N);
+        if (lane + i * threads < mine)
+          held[i] = load<N>(static_cast<const T*>(args.weight) + (lane + i * threads) * N);
     }
     if constexpr (SUM) {
       Vec<T, N> more[KEPT];
@@ -100,9 +102,10 @@ __global__ void __launch_bounds__(FORWARD_THREADS) forward_kernel(const RmsNorm 
       }
       total += squares(values);
     }
-    total = row_sum(total, threads, shared);
+    total = sum_of_row<false>(total, threads, shared[turn]);
+    turn ^= 1;
     if (!here) continue;
-    const float rstd = rsqrtf(total * inverse + args.eps);
+    const float rstd = rsqrtf(total / static_cast<float>(args.width) + args.eps);
     if (lane == 0) args.rstd[row] = rstd;
 #pragma unroll
     for (int i = 0; i < KEPT; ++i) {

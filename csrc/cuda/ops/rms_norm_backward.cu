@@ -1,10 +1,10 @@
 // Root-mean-square norm, backward: the gradient of what was normalised, and sums of rows for that of the weight, which
 // a second kernel adds up.
 //
-// Short rows are held by some lanes of a warp each, in registers. Longer ones come as bulk copies into rings of shared
-// memory (Hopper), several groups of threads at a row each. What neither takes (rows that threads cannot hold, addresses
-// that are not aligned, a weight of another type) and older devices' long rows have a kernel that reads each row as it
-// comes to it.
+// Short rows are shared by some lanes of a warp each, which ask for the next rows before they need them. Longer ones
+// come as bulk copies into rings of shared memory (Hopper), several groups of threads with a row each. What neither
+// takes (very long rows, addresses that are not aligned, a weight of another type) and older devices' long rows have a
+// kernel that reads each row as it comes to it.
 
 #include "../common/launch.cuh"
 #include "../common/reduce.cuh"
@@ -16,10 +16,11 @@ namespace {
 
 constexpr int BACKWARD_THREADS = 512;  // up to 128 registers
 constexpr int BACKWARD_KEPT = 4;
-// Short rows: vectors of a thread, blocks of a multiprocessor (80 registers a thread).
-constexpr int SHORT_KEPT = 2, SHORT_BLOCKS = 3;
-// Rings: threads of a block, vectors of a thread, rows of a group in shared memory (the one at work too), groups.
-constexpr int RING_THREADS = 1024, RING_KEPT = 1, RING_STAGES = 4, RING_SUM_STAGES = 3, RING_GROUPS = 15;
+// Of a block of short rows, without and with a gradient of the sum to hold; one block fills a multiprocessor.
+constexpr int AHEAD_THREADS = 1024, AHEAD_SUM_THREADS = 512;
+// Rings: threads of a block, vectors of a thread, rows of a group in shared memory (the one at work too; without and
+// with a gradient of the sum), groups.
+constexpr int RING_THREADS = 512, RING_KEPT = 2, RING_STAGES = 4, RING_SUM_STAGES = 3, RING_GROUPS = 15;
 
 // offset + weight, of N columns.
 template <int N>
@@ -62,7 +63,7 @@ __device__ float far_total(const RmsNormBackward& args, int64_t row, int first, 
   return total;
 }
 
-// Their gradients. The sums for the weight do not fit into registers; the thread has them to itself in the row of the block.
+// Their gradients. The sums for the weight do not fit into registers; the thread has them to itself in the block's row.
 template <class T, int N, bool MORE>
 __device__ void far_grads(const RmsNormBackward& args, int64_t row, int first, int mine, float rstd, float mean,
                           float* partial, bool begun) {
@@ -185,7 +186,7 @@ __global__ void __launch_bounds__(BACKWARD_THREADS) backward_kernel(const RmsNor
   sum_of_groups(of_groups, args.width, partial);
 }
 
-// The words of a vector, computed from anew: the compiler would else keep what it made of them before in registers.
+// Makes the compiler take a vector for another one: it would else keep what was made of the first in registers.
 template <class T, int N>
 __device__ void forget(Vec<T, N>& values) {
   static_assert(sizeof(values) == 16);
@@ -239,63 +240,58 @@ __device__ void leave_sums(const RmsNormBackward& args, const Vec<float, N> (&su
   if (blockDim.y > 1) sum_of_groups(of_groups, args.width, partial);
 }
 
-// For rows of at most 32 * SHORT_KEPT vectors and a weight of their type. The rows after the one at work are on their
-// way into registers meanwhile.
+// For rows of at most 32 vectors, of which each thread has one, and a weight of their type. The rows after those at
+// work are on their way into registers meanwhile.
 template <class T, bool MORE>
-__global__ void __launch_bounds__(SHORT_THREADS, MORE ? 2 : SHORT_BLOCKS)
-    backward_short_kernel(const RmsNormBackward args, const Starts start, uint32_t rows) {
-  constexpr int N = 16 / sizeof(T), KEPT = SHORT_KEPT;
+__global__ void __launch_bounds__(MORE ? AHEAD_SUM_THREADS : AHEAD_THREADS, 1)
+    backward_ahead_kernel(const RmsNormBackward args, const Starts start, uint32_t rows) {
+  constexpr int N = 16 / sizeof(T);
   extern __shared__ float of_groups[];  // [blockDim.y, width]
-  const int vectors = static_cast<int>(args.width / N), threads = blockDim.x, lane = threadIdx.x;
   const uint32_t width = static_cast<uint32_t>(args.width), step = gridDim.x * blockDim.y;
-  Vec<T, N> next_x[KEPT], next_grad[KEPT], next_more[MORE ? KEPT : 1];
+  const int threads = blockDim.x, column = threadIdx.x * N;
+  const bool within = column < args.width;
+  Vec<T, N> next_x, next_grad, next_more;
   float next_rstd = 0.0f;
   const auto ask = [&](uint32_t row) {
-    const int mine = row < rows ? vectors : 0;
-    next_rstd = mine > 0 ? args.rstd[row] : 0.0f;
-    const T* x = static_cast<const T*>(args.x) + start(row);
-    const int64_t begin = int64_t{row} * width;
-#pragma unroll
-    for (int i = 0; i < KEPT; ++i) {
-      const int at = lane + i * threads;
-      if (at >= mine) continue;
-      next_x[i] = load<N>(x + at * N);
-      next_grad[i] = load<N>(static_cast<const T*>(args.grad) + begin + at * N);
-      if constexpr (MORE) next_more[i] = load<N>(static_cast<const T*>(args.grad_sum) + begin + at * N);
-    }
+    if (row >= rows || !within) return;
+    const int64_t at = int64_t{row} * width + column;
+    next_rstd = args.rstd[row];
+    next_x = load<N>(static_cast<const T*>(args.x) + start(row) + column);
+    next_grad = load<N>(static_cast<const T*>(args.grad) + at);
+    if constexpr (MORE) next_more = load<N>(static_cast<const T*>(args.grad_sum) + at);
   };
   uint32_t row = blockIdx.x * blockDim.y + threadIdx.y;
   ask(row);
-  Vec<T, N> weight[KEPT];
-  Vec<float, N> sums[KEPT];
-#pragma unroll
-  for (int i = 0; i < KEPT; ++i) {
-    sums[i] = {};
-    if (lane + i * threads < vectors) weight[i] = load<N>(static_cast<const T*>(args.weight) + (lane + i * threads) * N);
-  }
+  Vec<float, N> sums[1] = {}, factor = {};
+  if (within) factor = factor_of(load<N>(static_cast<const T*>(args.weight) + column), args.offset);
   const float inverse = 1.0f / static_cast<float>(args.width);
   for (uint32_t first = blockIdx.x * blockDim.y; first < rows; first += step, row += step) {
-    const int mine = row < rows ? vectors : 0;
+    const bool here = row < rows && within;
     const float rstd = next_rstd;
-    Vec<T, N> x[KEPT], grad[KEPT], more[MORE ? KEPT : 1];
+    Vec<float, N> h = {}, g = {};  // x * rstd and grad * factor
+    [[maybe_unused]] const Vec<T, N> more = next_more;
     float total = 0.0f;
+    if (here) {
+      h = widen(next_x), g = widen(next_grad);
 #pragma unroll
-    for (int i = 0; i < KEPT; ++i) {
-      if (lane + i * threads >= mine) continue;
-      x[i] = next_x[i], grad[i] = next_grad[i];
-      if constexpr (MORE) more[i] = next_more[i];
-      forget(weight[i]);
-      total += add_row(x[i], grad[i], weight[i], args.offset, rstd, sums[i]);
+      for (int j = 0; j < N; ++j) {
+        h.at[j] *= rstd;
+        sums[0].at[j] += g.at[j] * h.at[j];
+        g.at[j] *= factor.at[j];
+        total += g.at[j] * h.at[j];
+      }
     }
     ask(row + step);
-    const float mean = row_sum(total, min(threads, 32), nullptr) * inverse;
+    const float mean = sum_of_row<false>(total, min(threads, 32), nullptr) * inverse;
+    if (!here) continue;
 #pragma unroll
-    for (int i = 0; i < KEPT; ++i) {
-      if (lane + i * threads >= mine) continue;
-      forget(x[i]), forget(grad[i]), forget(weight[i]);
-      store_whole(static_cast<T*>(args.grad_x) + int64_t{row} * width + (lane + i * threads) * N,
-                  input_grad<T, N, MORE>(grad[i], x[i], more[MORE ? i : 0], factor_of(weight[i], args.offset), rstd, mean));
+    for (int j = 0; j < N; ++j) g.at[j] = (g.at[j] - h.at[j] * mean) * rstd;
+    if constexpr (MORE) {
+      const auto wide = widen(more);
+#pragma unroll
+      for (int j = 0; j < N; ++j) g.at[j] += wide.at[j];
     }
+    store_whole(static_cast<T*>(args.grad_x) + int64_t{row} * width + column, narrow<T>(g));
   }
   leave_sums(args, sums, of_groups);
 }
@@ -330,19 +326,6 @@ __device__ inline void wait(uint64_t* barrier, uint32_t parity) {
         : "r"(address(barrier)), "r"(parity)
         : "memory");
   } while (!done);
-}
-
-// Sum over the threads of a group, whole warps, with a barrier of the group's own. shared: 32 floats, in which nobody
-// can still be reading.
-__device__ inline float group_sum(float value, float* shared) {
-  for (int lane = 16; lane > 0; lane /= 2) value += __shfl_xor_sync(0xffffffffu, value, lane);
-  const int lane = threadIdx.x % 32, threads = blockDim.x;
-  if (lane == 0) shared[threadIdx.x / 32] = value;
-  asm volatile("bar.sync %0, %1;" ::"r"(1 + threadIdx.y), "r"(threads) : "memory");
-  value = lane < threads / 32 ? shared[lane] : 0.0f;
-#pragma unroll
-  for (int other = 16; other > 0; other /= 2) value += __shfl_xor_sync(0xffffffffu, value, other);
-  return value;
 }
 
 #endif
@@ -384,7 +367,8 @@ __global__ void __launch_bounds__(RING_THREADS, 1)
 #pragma unroll
   for (int i = 0; i < KEPT; ++i) {
     sums[i] = {};
-    if (lane + i * threads < vectors) weight[i] = load<N>(static_cast<const T*>(args.weight) + (lane + i * threads) * N);
+    const int at = lane + i * threads;
+    if (at < vectors) weight[i] = load<N>(static_cast<const T*>(args.weight) + at * N);
   }
   __syncthreads();  // the barriers are ready
 
@@ -405,8 +389,9 @@ __global__ void __launch_bounds__(RING_THREADS, 1)
       total += add_row(load<N>(slot(stage, 0) + at * N), load<N>(slot(stage, 1) + at * N), weight[i], args.offset, rstd,
                        sums[i]);
     }
-    const float mean = group_sum(total, shared[turn][group]) * inverse;
+    const float mean = sum_of_row<true>(total, threads, shared[turn][group]) * inverse;
     // All of the group are done with the row before this one.
+    __syncwarp();
     fill(row + (STAGES - 1) * step, stage == 0 ? STAGES - 1 : stage - 1);
 #pragma unroll
     for (int i = 0; i < KEPT; ++i) {
@@ -451,20 +436,31 @@ __global__ void __launch_bounds__(COLUMNS * SLICES) columns_kernel(const float* 
   }
 }
 
-enum class Way { plain, short_rows, ring };
+enum class Way { plain, ahead, ring };
 
 struct Shape {
   Way way;
-  int elements;       // of a vector
-  dim3 block;         // threads of a row, rows of a block
-  bool whole;         // threads keep all of a row
+  int elements;                // of a vector
+  dim3 block;                  // threads of a row, rows of a block
+  bool whole;                  // threads keep all of a row
   int64_t per_multiprocessor;  // blocks that are at work at the same time
 };
 
-// Whether the device runs code that was made for Hopper: what was made from PTX for sm_80 has no bulk copies.
+// Whether the device runs code that was made for Hopper (what was made from PTX for sm_80 has no bulk copies) and has
+// room for the rings; asked once for each device.
 bool has_rings() {
+  constexpr int known = 64, most_bytes = 160 * 1024;
+  static std::atomic<int> answers[known];  // 1: no, 2: yes
+  int device = 0, bytes = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return false;
+  const int before = device < known ? answers[device].load(std::memory_order_relaxed) : 0;
+  if (before != 0) return before == 2;
   cudaFuncAttributes found;
-  return cudaFuncGetAttributes(&found, backward_ring_kernel<float, false>) == cudaSuccess && found.ptxVersion >= 90;
+  if (cudaFuncGetAttributes(&found, backward_ring_kernel<float, false>) != cudaSuccess) return false;
+  if (cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) return false;
+  const bool answer = found.ptxVersion >= 90 && bytes >= most_bytes;
+  if (device < known) answers[device].store(answer ? 2 : 1, std::memory_order_relaxed);
+  return answer;
 }
 
 Shape backward_shape(const RmsNormBackward& args) {
@@ -474,8 +470,10 @@ Shape backward_shape(const RmsNormBackward& args) {
   const int elements = vectors ? step : 1;
   const int64_t count = args.width / elements;
   const bool same = vectors && args.weight_type == args.type && starts_of(collapsed(args.rows)).inner > 0;
-  if (same && count <= 32 * SHORT_KEPT)
-    return {Way::short_rows, elements, block_of(count, SHORT_KEPT, 0, true), true, args.grad_sum != nullptr ? 2 : SHORT_BLOCKS};
+  if (same && count <= 32) {
+    const int threads = args.grad_sum != nullptr ? AHEAD_SUM_THREADS : AHEAD_THREADS;
+    return {Way::ahead, elements, block_of(count, 1, 0, true, threads), true, 1};
+  }
   if (same && count <= RING_THREADS * RING_KEPT && has_rings()) {
     const unsigned threads = static_cast<unsigned>((count + RING_KEPT * 32 - 1) / (RING_KEPT * 32) * 32);
     return {Way::ring, elements, dim3(threads, std::min<unsigned>(RING_GROUPS, RING_THREADS / threads)), true, 1};
@@ -497,8 +495,9 @@ void launch_backward(const Shape& shape, const RmsNormBackward& args, int64_t ro
     kernel<<<blocks, shape.block, bytes, stream>>>(args, starts_of(args.rows), static_cast<uint32_t>(rows));
     return;
   }
-  if (shape.way == Way::short_rows) {
-    backward_short_kernel<T, MORE><<<blocks, shape.block, sums, stream>>>(args, starts_of(args.rows), static_cast<uint32_t>(rows));
+  if (shape.way == Way::ahead) {
+    backward_ahead_kernel<T, MORE>
+        <<<blocks, shape.block, sums, stream>>>(args, starts_of(args.rows), static_cast<uint32_t>(rows));
     return;
   }
   const auto run = [&](auto kernel) { kernel<<<blocks, shape.block, sums, stream>>>(args, rows); };
