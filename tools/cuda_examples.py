@@ -29,6 +29,7 @@ def examples() -> Iterator[Example]:
         yield from rows_of_tokens(dtype)
         yield from eight_bits(dtype)
         yield from frozen_weights(dtype)
+        yield from dropouts(dtype)
     yield from routers()
     yield from optimizers()
 
@@ -169,6 +170,15 @@ def frozen_weights(dtype: torch.dtype) -> Iterator[Example]:
             yield "nf4_dense", (*parts, rows, columns, number), dtype
         numbers = torch.randint(-127, 128, (rows, columns), dtype=torch.int8)
         yield "int8_dense", (numbers, torch.rand(rows), 1 / 127, number), dtype
+
+
+def dropouts(dtype: torch.dtype) -> Iterator[Example]:
+    """Whole vectors and single elements, several blocks of both; a view; thresholds that keep all and nothing."""
+    for rows, width, threshold in ((21, 64, 2**28), (70, 2056, 2**30), (5, 7, 0), (9, 300, 2**31), (0, 8, 5)):
+        names = torch.randint(2**40, (rows,)) if rows % 2 else None
+        yield "keyed_dropout", (torch.randn(rows, width).to(dtype), names, 77, 5, 3, threshold, 1.25), dtype
+    view = torch.randn(9, 72).to(dtype)[:, 8:40]
+    yield "keyed_dropout", (view, None, 1, 2, 0, 2**29, 1.25), dtype
 
 
 def routers() -> Iterator[Example]:

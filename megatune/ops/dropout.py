@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatune.ops.checks import floating, same_device
-from megatune.ops.registry import Body, add_op, compiled_body, fuse
+from megatune.ops.registry import Body, add_op, compiled_body, cuda_body, define, fuse
 
 _Number = TypeVar("_Number", Tensor, int)
 
@@ -34,32 +34,71 @@ def _apply(x: Tensor, rows: Tensor, columns: Tensor, threshold: int, scale: floa
     return torch.where(keep, x * scale, 0.0).to(x.dtype)
 
 
-def _in_blocks(x: Tensor, rows: Tensor, columns: Tensor, threshold: int, scale: float) -> Tensor:
+def _hashes(x: Tensor, rows: Tensor | None, low: int, high: int, first_column: int) -> tuple[Tensor, Tensor]:
+    """Of the rows [T] and the columns [C] of x; `low`, `high`: the scrambled key."""
+    if rows is None:
+        rows = torch.arange(x.shape[0], device=x.device)
+    columns = torch.arange(first_column, first_column + x.shape[1], device=x.device)
+    return _mix(_mix((rows & _MASK) ^ low) ^ high), _mix(columns ^ _COLUMNS)
+
+
+def _reference(
+    x: Tensor, rows: Tensor | None, low: int, high: int, first_column: int, threshold: int, scale: float
+) -> Tensor:
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    hashes, columns = _hashes(x, rows, low, high, first_column)
     step = max(1, _BLOCK // max(1, x.shape[1]))
     for start in range(0, x.shape[0], step):
         part = slice(start, start + step)
-        out[part] = _apply(x[part], rows[part], columns, threshold, scale)
+        out[part] = _apply(x[part], hashes[part], columns, threshold, scale)
     return out
 
 
-_OP = add_op("keyed_dropout", [compiled_body(fuse(_apply)), Body("reference", (_in_blocks,))])
+_FUSED = fuse(_apply)
+
+
+def _compiled(
+    x: Tensor, rows: Tensor | None, low: int, high: int, first_column: int, threshold: int, scale: float
+) -> Tensor:
+    return _FUSED(x, *_hashes(x, rows, low, high, first_column), threshold, scale)
+
+
+def _fake(x: Tensor, rows: Tensor | None, *how: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+_DROPOUT = define(
+    "keyed_dropout(Tensor x, Tensor? rows, int low, int high, int first_column, int threshold, float scale) "
+    "-> Tensor",
+    _reference,
+    _fake,
+)
+
+
+def _cuda(x: Tensor, rows: Tensor | None, *how: Any) -> Tensor:
+    return _DROPOUT(
+        x if x.stride(1) == 1 else x.contiguous(), None if rows is None else rows.contiguous(), *how
+    )
+
+
+_OP = add_op("keyed_dropout", [cuda_body(_cuda), compiled_body(_compiled), Body("reference", (_reference,))])
 
 
 class _KeyedDropout(torch.autograd.Function):
-    """The mask is computed again in backward; saved are the hashes of rows [T] and columns [C]."""
+    """`how`: as of `_reference` from `low` on. Saved: rows; the mask is computed again in backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: Tensor, columns: Tensor, threshold: int, scale: float) -> Tensor:
-        ctx.save_for_backward(rows, columns)
-        ctx.options = threshold, scale
-        return _OP.pick(x.device.type, x.dtype).run[0](x, rows, columns, threshold, scale)
+    def forward(ctx: Any, x: Tensor, rows: Tensor | None, *how: Any) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.how = how
+        return _OP.pick(x.device.type, x.dtype).run[0](x, rows, *how)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (rows,) = ctx.saved_tensors
         run = _OP.pick(grad.device.type, grad.dtype).run[0]
-        return run(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None
+        return run(grad, rows, *ctx.how), *(None,) * 6
 
 
 def keyed_dropout(x: Tensor, p: float, key: int, rows: Tensor | None = None, first_column: int = 0) -> Tensor:
@@ -71,18 +110,15 @@ def keyed_dropout(x: Tensor, p: float, key: int, rows: Tensor | None = None, fir
     """
     if x.dim() != 2 or (rows is not None and rows.shape != x.shape[:1]):
         raise ValueError(f"keyed_dropout: x {tuple(x.shape)} must be [T, C], rows [T]")
+    if rows is not None and rows.dtype != torch.int64:
+        raise ValueError(f"keyed_dropout: rows must be int64, got {rows.dtype}")
     if not 0 <= p < 1:
         raise ValueError(f"keyed_dropout: p is {p}, must be in [0, 1)")
     floating("keyed_dropout", x=x)
     same_device("keyed_dropout", x, rows=rows)
     if p == 0:
         return x
-    if rows is None:
-        rows = torch.arange(x.shape[0], device=x.device)
-    columns = torch.arange(first_column, first_column + x.shape[1], device=x.device)
     # The key is scrambled first: rows under similar keys must not be each other's permutation.
     low = _mix(key & _MASK)
     high = _mix((key >> 31 & _MASK) ^ low ^ _KEYS)
-    rows = _mix(_mix((rows & _MASK) ^ low) ^ high)
-    columns = _mix(columns ^ _COLUMNS)
-    return _KeyedDropout.apply(x, rows, columns, round(p * 2**31), 1 / (1 - p))
+    return _KeyedDropout.apply(x, rows, low, high, first_column, round(p * 2**31), 1 / (1 - p))

@@ -80,6 +80,7 @@ def test_wrong_arguments_are_named() -> None:
     for message, call in (
         (r"rows \[T\]", lambda: ops.keyed_dropout(x, 0.5, 1, torch.arange(3))),
         ("p is 1.0", lambda: ops.keyed_dropout(x, 1.0, 1)),
+        (r"rows must be int64", lambda: ops.keyed_dropout(x, 0.5, 1, torch.arange(4).int())),
         ("floating", lambda: ops.keyed_dropout(x.int(), 0.5, 1)),
         ("rows is on meta", lambda: ops.keyed_dropout(x, 0.5, 1, torch.arange(4, device="meta"))),
     ):
