@@ -186,6 +186,7 @@ def routers() -> Iterator[Example]:
         (9, 8, 2, 0, True),
         (5, 128, 8, 1, False),
         (3, 33, 4, 2, True),
+        (4, 200, 12, 0, False),
     ):
         logits = torch.randn(tokens, experts)
         chosen = logits.topk(top_k).indices

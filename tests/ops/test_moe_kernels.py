@@ -24,7 +24,8 @@ ROWS += [
 
 # (experts, k, groups, groups of a token)
 SIZES = [(6, 2, 1, 1), (8, 3, 4, 2), (33, 5, 3, 2), (64, 8, 8, 8)]
-LARGE = [(128, 8, 1, 1), (256, 8, 8, 4), (511, 16, 1, 1), (512, 16, 32, 5), (512, 2, 1, 1)]
+LARGE = [(128, 8, 1, 1), (127, 7, 1, 1), (128, 12, 1, 1), (256, 8, 8, 4), (300, 8, 1, 1)]
+LARGE += [(511, 16, 1, 1), (512, 16, 32, 5), (512, 2, 1, 1)]
 
 
 def plain(
@@ -104,12 +105,16 @@ def test_router(body: str, device: str, score: str) -> None:
 def test_of_equal_scores_the_lower_number() -> None:
     need_body("router", "cuda", torch.float32, "cuda")
     ops.configure({"router": "cuda"}, "cuda")
-    for experts in (8, 100, 512):
+    for experts in (8, 100, 128, 512):
         equal = torch.zeros(5, experts, device="cuda")
         assert torch.equal(ops.route(equal, 6)[0].cpu(), torch.arange(6).expand(5, 6))
         steps = (torch.arange(experts, device="cuda") // 3).float().expand(3, -1).contiguous()
         order = steps[0].cpu().sort(descending=True, stable=True).indices[:6]
         assert torch.equal(ops.route(steps, 6, score="topk_softmax")[0].cpu(), order.expand(3, 6))
+        # Neighbours in their last bits.
+        near = 1 + torch.stack([torch.randperm(experts, device="cuda") for _ in range(50)]) * 2**-23
+        order = near.sort(descending=True, stable=True).indices[:, :7]
+        assert torch.equal(ops.route(near, 7, score="topk_softmax")[0], order)
         # Whatever the logits are, the choice is of experts that exist, each once.
         for bad in (float("nan"), float("inf"), -float("inf")):
             wrong = torch.randn(4, experts, device="cuda")
@@ -152,7 +157,9 @@ def on(order: moe.Order, device: torch.device) -> moe.Order:
 def test_rows_there_and_back(body: str, device: str, dtype: torch.dtype) -> None:
     need_body("expert_rows", body, dtype, device)
     for tokens, width, top_k in [(13, 8, 2), (7, 33, 5), (2, 16, 1)] + (
-        [(500, 2048, 8), (300, 1000, 16), (90, 2304, 3), (40, 7168, 6)] if device == "cuda" else []
+        [(500, 2048, 8), (300, 1000, 16), (90, 2304, 3), (40, 7168, 6), (9, 40, 40)]
+        if device == "cuda"
+        else []
     ):
         for drops in (False, True):
             order = an_order(tokens, max(6, top_k), top_k, drops)

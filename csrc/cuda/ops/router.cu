@@ -118,7 +118,7 @@ __device__ inline Total activate(const float (&logits)[PER], float (&values)[PER
   return {greatest, sum_of<LANES>(parts[0])};
 }
 
-// Division by one number: rounded as a division is, but for a sum beyond what its reciprocal can be.
+// Division by a sum that is 1 at least: rounded as a division is.
 struct Divisor {
   float sum, inverse;
   __device__ explicit Divisor(float by) : sum(by), inverse(1.0f / by) {}
@@ -247,7 +247,6 @@ __device__ inline int choose(const Router& args, const float* values) {
   return chosen;
 }
 
-
 template <int LANES, int PER, Score SCORE>
 __global__ void __launch_bounds__(THREADS) router_kernel(const Router args, bool whole, bool sorting) {
   constexpr int TOKENS = 32 / LANES, ALL = LANES * PER;
@@ -361,7 +360,6 @@ __global__ void __launch_bounds__(THREADS) router_backward_kernel(const RouterBa
   const int64_t place = (here ? token * args.choices : 0) + lane;
   const int expert = mine ? static_cast<int>(args.chosen[place]) : 0;
   float grad = mine ? args.grad_weights[place] * args.scale : 0.0f;
-
   const float logit = args.logits[row + expert];
 
   const auto [greatest, sum] = activate<LANES, PER, SCORE>(logits, values);
