@@ -308,7 +308,7 @@ def rope(s: Sizes, new: New) -> Case:
         "rope",
         f"{s.T} x ({s.Q} + {s.K}) heads of {s.D}, in qkv",
         lambda: _heads(s, new),
-        lambda q, k: (ops.rope(q, cos, sin), ops.rope(k, cos, sin)),
+        lambda q, k: ops.rope(q, k, cos, sin),
         Other(lambda q, k: (turned(q), turned(k))),
         Work(size),
         Work(size),

@@ -51,14 +51,15 @@ def norms(dtype: torch.dtype) -> Iterator[Example]:
 
 
 def rotations(dtype: torch.dtype) -> Iterator[Example]:
-    """Whole vectors and single elements; some dimensions that are not turned; a view of a fused projection."""
-    for shape, half in (((9, 3, 64), 32), ((7, 2, 10), 3), ((1, 1, 128), 64), ((5, 2, 40), 16)):
+    """Whole vectors and single elements; some dimensions that are not turned; views of a fused projection."""
+    for shape, half in (((9, 1, 3, 64), 32), ((7, 1, 2, 10), 3), ((1, 1, 1, 128), 64), ((5, 2, 2, 40), 16)):
         angle = torch.randn(shape[0], half)
         for inverse in (False, True):
-            yield "rope", (torch.randn(shape).to(dtype), angle.cos(), angle.sin(), inverse), dtype
+            q, k = torch.randn(shape).to(dtype), torch.randn(*shape[:2], shape[3]).to(dtype)
+            yield "rope", (q, k, angle.cos(), angle.sin(), inverse), dtype
     angle = torch.randn(9, 16)
     qkv = torch.randn(9, 3, 5, 32).to(dtype)
-    yield "rope", (qkv[:, :, 1:4], angle.cos(), angle.sin(), False), dtype
+    yield "rope", (qkv[:, :, 1:3], qkv[:, :, 3], angle.cos(), angle.sin(), False), dtype
 
 
 def gates(dtype: torch.dtype) -> Iterator[Example]:

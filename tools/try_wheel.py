@@ -47,7 +47,11 @@ def calls(device: str) -> Iterator[tuple[str, list[Any], Callable[..., Any]]]:
         [leaf(9, 64), leaf(9, 64), weight],
         lambda x, r, w: ops.add_rms_norm(x, r, w, 1e-5)[1],
     )
-    yield "rope", [leaf(9, 2, 32)], lambda x: ops.rope(x, angle.cos(), angle.sin())
+    yield (
+        "rope",
+        [leaf(9, 2, 2, 32)],
+        lambda x: ops.rope(x[:, :, :1], x[:, :, 1], angle.cos(), angle.sin())[0],
+    )
     yield "glu", [leaf(9, 64)], lambda x: ops.glu(x, "silu")
     yield (
         "linear_cross_entropy",

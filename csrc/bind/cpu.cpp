@@ -151,7 +151,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& x
   return {grad_x, torch::stable::to(grad_weight, weight.scalar_type())};
 }
 
-Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin, bool inverse) {
+Tensor turned(const Tensor& x, const Tensor& cos, const Tensor& sin, bool inverse) {
   const char* op = "rope";
   check(x.dim() >= 2, op, "x must have two to four dimensions");
   const cpu::Rows rows = rows_of(x, op);
@@ -172,6 +172,10 @@ Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin, bool inverse)
                                 [&](int64_t begin, int64_t end) { cpu::rope(args, begin, end); });
   });
   return y;
+}
+
+std::tuple<Tensor, Tensor> rope(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin, bool inverse) {
+  return {turned(q, cos, sin, inverse), turned(k, cos, sin, inverse)};
 }
 
 struct GluShape {

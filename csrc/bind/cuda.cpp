@@ -103,30 +103,39 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& x
   return norm_gradients(grad, nullptr, x, weight, rstd, offset, weight_grad, "rms_norm_backward");
 }
 
-Tensor rope(const Tensor& x, const Tensor& cos, const Tensor& sin, bool inverse) {
+std::tuple<Tensor, Tensor> rope(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin, bool inverse) {
   const char* op = "rope";
-  const cuda::Rows rows = rows_of(x, op);
-  const int64_t width = x.size(x.dim() - 1);
-  check(cos.dim() == 2 && sin.dim() == 2 && cos.size(0) == x.size(0) && sin.size(0) == x.size(0) &&
+  check(q.dim() == 4 && k.dim() == 3 && q.size(0) == k.size(0) && q.size(1) == k.size(1) && q.size(3) == k.size(2) &&
+            q.scalar_type() == k.scalar_type(),
+        op, "q must be [tokens, groups, queries, width] and k [tokens, groups, width], of one dtype");
+  const int64_t width = q.size(3);
+  check((q.stride(3) == 1 && k.stride(2) == 1) || width <= 1, op, "the last dimension of q and k must be contiguous");
+  check(cos.dim() == 2 && sin.dim() == 2 && cos.size(0) == q.size(0) && sin.size(0) == q.size(0) &&
             cos.size(1) == sin.size(1) && 2 * cos.size(1) <= width,
         op, "cos and sin must be [tokens, dim / 2]");
   check(cos.is_contiguous() && sin.is_contiguous() && cos.scalar_type() == ScalarType::Float &&
             sin.scalar_type() == ScalarType::Float,
         op, "cos and sin must be contiguous float32");
-  check_devices(x, {&cos, &sin}, op);
-  Tensor y = empty(x, sizes(x));
-  const OnDeviceOf device(x);
-  const cuda::Rope args{type_of(x, op),
-                        data(x),
-                        rows,
+  check_devices(q, {&k, &cos, &sin}, op);
+  Tensor turned_q = empty(q, sizes(q)), turned_k = empty(k, sizes(k));
+  const OnDeviceOf device(q);
+  const cuda::Rope args{type_of(q, op),
+                        data(q),
+                        data(k),
+                        q.size(0),
+                        q.size(1),
+                        q.size(2),
                         width,
+                        {q.stride(0), q.stride(1), q.stride(2)},
+                        {k.stride(0), k.stride(1)},
                         static_cast<const float*>(data(cos)),
                         static_cast<const float*>(data(sin)),
                         cos.size(1),
                         inverse,
-                        mutable_data(y)};
+                        mutable_data(turned_q),
+                        mutable_data(turned_k)};
   check_launch(cuda::rope(args, device.stream()), op);
-  return y;
+  return {turned_q, turned_k};
 }
 
 cuda::Activation activation_of(int64_t activation, const char* op) {

@@ -124,7 +124,7 @@ class Attention(nn.Module):
             v_TKD = v_TK1D.squeeze(2)
         if rotary is None:
             return q_TKGD, k_TKD, v_TKD
-        return ops.rope(q_TKGD, rotary.cos, rotary.sin), ops.rope(k_TKD, rotary.cos, rotary.sin), v_TKD
+        return (*ops.rope(q_TKGD, k_TKD, rotary.cos, rotary.sin), v_TKD)
 
     def _shared_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As `_heads` but not yet turned, for a group that several processes have together: K is 1, G the queries that

@@ -79,11 +79,11 @@ class MLA(nn.Module):
         """q [T, Q * (N + R)], kv [T, Q * (N + D)], of all tokens and this process's heads -> [T, Q * D]."""
         mla = self.spec
         q_TQN, q_TQR = q.unflatten(1, (-1, mla.query_dim)).split((mla.nope_dim, mla.rope_dim), dim=2)
-        q_TQC = torch.cat((q_TQN, self._rotate(q_TQR, rotary)), 2)
+        q_TQR, k_T1R = self._turned(q_TQR, k_TR, rotary)
+        q_TQC = torch.cat((q_TQN, q_TQR), 2)
         k_TQN, v_TQD = kv.unflatten(1, (-1, mla.nope_dim + mla.value_dim)).split(
             (mla.nope_dim, mla.value_dim), dim=2
         )
-        k_T1R = self._rotate(k_TR.unsqueeze(1), rotary)
         k_TQC = torch.cat((k_TQN, k_T1R.expand(-1, k_TQN.shape[1], -1)), 2)
         key_segments = None
         if cache is not None:
@@ -100,14 +100,16 @@ class MLA(nn.Module):
         )
         return attended_TQD.flatten(1)
 
-    def _rotate(self, x: Tensor, rotary: Rotary | None) -> Tensor:
-        """Turns x [T, heads, R]. Pairs that stand side by side come out in halves, as in transformers: the order is the
-        same in q and k, so that their products do not see it."""
+    def _turned(self, q_TQR: Tensor, k_TR: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
+        """Queries [T, Q, R] and the key [T, 1, R], turned. Pairs that stand side by side come out in halves, as in
+        transformers: the order is the same in q and k, so that their products do not see it."""
+        k_T1R = k_TR.unsqueeze(1)
         if rotary is None:
-            return x
+            return q_TQR, k_T1R
         if self.spec.interleaved:
-            x = x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
-        return ops.rope(x, rotary.cos, rotary.sin)
+            q_TQR, k_T1R = (x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) for x in (q_TQR, k_T1R))
+        q_T1QR, k_T1R = ops.rope(q_TQR.unsqueeze(1), k_T1R, rotary.cos, rotary.sin)
+        return q_T1QR.squeeze(1), k_T1R
 
     @staticmethod
     def _norm(spec: DecoderSpec, size: int) -> Norm:

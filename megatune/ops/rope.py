@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,8 +12,19 @@ from torch.autograd.function import once_differentiable
 from megatune.ops.checks import accumulate_dtype, floating, same_device
 from megatune.ops.registry import Body, add_op, compiled_body, cpu_body, cuda_body, define, fuse
 
+Turn = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
 
-def _reference(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
+
+def _of_both(turn: Turn) -> Callable[..., tuple[Tensor, Tensor]]:
+    """What turns queries [T, K, G, D] and keys [T, K, D] from what turns one of them."""
+
+    def both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        return turn(q, cos, sin, inverse), turn(k, cos, sin, inverse)
+
+    return both
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     half, wide = cos.shape[-1], accumulate_dtype(x.dtype)
     shape = (x.shape[0],) + (1,) * (x.dim() - 2) + (half,)
     cos, sin = cos.reshape(shape).to(wide), sin.reshape(shape).to(wide)
@@ -29,7 +41,7 @@ def _flipped(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     """The same in one formula for both halves (D = dim only), which the compiler turns into a better kernel."""
     half, wide = cos.shape[-1], accumulate_dtype(x.dtype)
     if 2 * half < x.shape[-1]:
-        return _reference(x, cos, sin, inverse)
+        return _turn(x, cos, sin, inverse)
     shape = (x.shape[0],) + (1,) * (x.dim() - 1) + (half,)
     sign = torch.arange(-1, 2, 2, device=x.device)[:, None] * (-1 if inverse else 1)
     pairs = x.unflatten(-1, (2, half)).to(wide)
@@ -37,48 +49,62 @@ def _flipped(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     return turned.to(x.dtype).flatten(-2).contiguous()
 
 
-def _fake(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
-    return x.new_empty(x.shape)
+def _fake(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
-_ROPE = define("rope(Tensor x, Tensor cos, Tensor sin, bool inverse) -> Tensor", _reference, _fake)
+_REFERENCE = _of_both(_turn)
+_ROPE = define(
+    "rope(Tensor q, Tensor k, Tensor cos, Tensor sin, bool inverse) -> (Tensor, Tensor)", _REFERENCE, _fake
+)
 _OP = add_op(
     "rope",
-    [cpu_body(_ROPE), cuda_body(_ROPE), compiled_body(fuse(_flipped)), Body("reference", (_reference,))],
+    [
+        cpu_body(_ROPE),
+        cuda_body(_ROPE),
+        compiled_body(fuse(_of_both(_flipped))),
+        Body("reference", (_REFERENCE,)),
+    ],
 )
 
 
 class _Rope(torch.autograd.Function):
-    """x [T, .., D] -> [T, .., D]. Saved: the angles; the gradient is turned back by them."""
+    """q [T, K, G, D], k [T, K, D] -> the same shapes. Saved: the angles; gradients are turned back by them."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
-        return _OP.pick(x.device.type, x.dtype).run[0](x, cos, sin, False)
+        return _OP.pick(q.device.type, q.dtype).run[0](q, k, cos, sin, False)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-        return _OP.pick(grad.device.type, grad.dtype).run[0](grad, cos, sin, True), None, None
+    def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
+        grad_q, grad_k = (g if g.stride(-1) == 1 else g.contiguous() for g in (grad_q, grad_k))
+        run = _OP.pick(grad_q.device.type, grad_q.dtype).run[0]
+        return (*run(grad_q, grad_k, *ctx.saved_tensors, True), None, None)
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the pairs (x[i], x[i + dim/2]) of each head by the angle of its token.
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotates the pairs (x[i], x[i + dim/2]) of each query and key by the angle of its token.
 
-    x [T, .., D] with one or two head dimensions and any strides (a view of the fused qkv is fine), cos and sin fp32
-    [T, dim/2] with dim <= D (the other D - dim dimensions pass through) -> contiguous [T, .., D] of x's dtype;
-    computed in fp32. cos and sin get no gradient. ValueError where shapes, dtypes or devices do not fit.
+    q [T, K, G, D], of each of K groups G query heads, and k [T, K, D], of any strides (views of the fused qkv are
+    fine), of one dtype; cos and sin fp32 [T, dim/2] with dim <= D (the other D - dim dimensions pass through) -> both,
+    contiguous; computed in fp32. cos and sin get no gradient. ValueError where shapes, dtypes or devices do not fit.
     """
+    op = "rope"
     if cos.dim() != 2 or cos.shape != sin.shape or cos.dtype not in (torch.float32, torch.float64):
         raise ValueError(
-            f"rope: cos {tuple(cos.shape)} and sin {tuple(sin.shape)} must both be fp32 [tokens, dim/2]"
+            f"{op}: cos {tuple(cos.shape)} and sin {tuple(sin.shape)} must both be fp32 [tokens, dim/2]"
         )
-    if not 3 <= x.dim() <= 4 or x.shape[0] != cos.shape[0] or 2 * cos.shape[1] > x.shape[-1]:
-        raise ValueError(f"rope: x {tuple(x.shape)} must be [T, heads, D], fitting cos {tuple(cos.shape)}")
-    floating("rope", x=x)
-    same_device("rope", x, cos=cos, sin=sin)
-    if x.dtype != torch.float64:
+    if q.dim() != 4 or q.shape[0] != cos.shape[0] or 2 * cos.shape[1] > q.shape[3]:
+        raise ValueError(f"{op}: q {tuple(q.shape)} must be [T, K, G, D], fitting cos {tuple(cos.shape)}")
+    if k.shape != (*q.shape[:2], q.shape[3]) or k.dtype != q.dtype:
+        raise ValueError(
+            f"{op}: k {k.dtype} {tuple(k.shape)} must be [T, K, D], fitting q {q.dtype} {tuple(q.shape)}"
+        )
+    floating(op, q=q, k=k)
+    same_device(op, q, k=k, cos=cos, sin=sin)
+    if q.dtype != torch.float64:
         cos, sin = cos.float(), sin.float()
-    return _Rope.apply(x if x.stride(-1) == 1 else x.contiguous(), cos.contiguous(), sin.contiguous())
+    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+    return _Rope.apply(q, k, cos.contiguous(), sin.contiguous())

@@ -48,7 +48,7 @@ def _composition(body: str) -> tuple[Callable, Callable]:
         if q_weight is not None:
             (q, q_rstd), (k, k_rstd) = norm(q, q_weight, *more), norm(k, k_weight, *more)
             rstd = torch.cat((q_rstd, k_rstd.unsqueeze(2)), 2)
-        return turn(q, cos, sin, False), turn(k, cos, sin, False), rstd
+        return (*turn(q, k, cos, sin, False), rstd)
 
     def backward(
         grad_q: Tensor,
@@ -64,8 +64,7 @@ def _composition(body: str) -> tuple[Callable, Callable]:
         weight_grad: bool,
     ) -> tuple[Tensor, Tensor]:
         """(gradient of qkv; of both weights in fp32 [2, D], none if not wanted). Gradients are [T, heads, D]."""
-        grad_q = turn(grad_q.unflatten(1, (grad_v.shape[1], -1)), cos, sin, True)
-        grad_k = turn(grad_k, cos, sin, True)
+        grad_q, grad_k = turn(grad_q.unflatten(1, (grad_v.shape[1], -1)), grad_k, cos, sin, True)
         grad_weight = grad_v.new_empty(0, grad_v.shape[2], dtype=accumulate_dtype(grad_v.dtype))
         if qkv is not None:
             (q, k, _), (of_q, of_k) = _split(qkv), rstd.split((rstd.shape[2] - 1, 1), 2)
@@ -213,4 +212,4 @@ def _by_parts(
     # One split: its backward is one concatenation, that of slices fills the whole with zeros three times.
     q, k, v = qkv.split((qkv.shape[2] - 2, 1, 1), dim=2)
     q, k = rms_norm(q, q_weight, *norm), rms_norm(k.squeeze(2), k_weight, *norm)
-    return rope(q, cos, sin), rope(k, cos, sin), v.squeeze(2)
+    return (*rope(q, k, cos, sin), v.squeeze(2))

@@ -39,7 +39,8 @@ def test_elementwise_ops_and_loss(body: str, dtype: torch.dtype) -> None:
 
     def rope(x: torch.Tensor) -> torch.Tensor:
         cos, sin = angle.cos().to(x.device), angle.sin().to(x.device)
-        return ops.rope(x[:, :, :3], cos, sin)
+        q, k = ops.rope(x[:, :, :3], x[:, :, 3], cos, sin)
+        return torch.cat((q, k.unsqueeze(2)), 2)
 
     compare("rope", body, rope, (torch.randn(33, 2, 5, 40),), dtype, "cuda")
     labels = torch.randint(301, (33,))

@@ -10,7 +10,7 @@ from torch.library import opcheck
 from megatune import ops
 from megatune.ops import moe
 from tests.helpers.ops import compare, need_body, relative_error
-from tests.ops.bodies import DTYPES, QUICK, TOLERANCE, repeats_bitwise
+from tests.ops.bodies import DTYPES, QUICK, TOLERANCE, few, repeats_bitwise
 
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 ROUTERS = [pytest.param("reference", "cpu", id="reference-cpu")]
@@ -156,11 +156,10 @@ def on(order: moe.Order, device: torch.device) -> moe.Order:
 @pytest.mark.parametrize(("body", "device"), ROWS)
 def test_rows_there_and_back(body: str, device: str, dtype: torch.dtype) -> None:
     need_body("expert_rows", body, dtype, device)
-    for tokens, width, top_k in [(13, 8, 2), (7, 33, 5), (2, 16, 1)] + (
-        [(500, 2048, 8), (300, 1000, 16), (90, 2304, 3), (40, 7168, 6), (9, 40, 40)]
-        if device == "cuda"
-        else []
-    ):
+    sizes = [(13, 8, 2), (7, 33, 5), (2, 16, 1)]
+    if device == "cuda":
+        sizes += [(500, 2048, 8), (300, 1000, 16), (90, 2304, 3), (40, 7168, 6), (9, 40, 40)]
+    for tokens, width, top_k in few(body, sizes, 1):
         for drops in (False, True):
             order = an_order(tokens, max(6, top_k), top_k, drops)
 

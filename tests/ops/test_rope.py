@@ -20,22 +20,20 @@ def test_views_and_parts_of_heads(body: str, device: str, dtype: torch.dtype, ha
     cos, sin = angle.cos().to(device), angle.sin().to(device)
 
     def turn(view):
-        return lambda x: ops.rope(view(x), cos.to(x.device), sin.to(x.device))
+        def run(x: torch.Tensor) -> torch.Tensor:
+            heads = view(x)
+            q, k = ops.rope(heads[:, :, :-1], heads[:, :, -1], cos.to(x.device), sin.to(x.device))
+            return torch.cat((q, k.unsqueeze(2)), 2)
+
+        return run
 
     for width in (2 * half, 2 * half + 1, 2 * half + 8):
         x = torch.randn(11, 2, 5, width)
-        for view in (lambda x: x[:, :, :3], lambda x: x[:, :, 3], lambda x: x[:, 1:, 1:]):
+        for view in (lambda x: x[:, :, :3], lambda x: x[:, 1:, 1:], lambda x: x.transpose(1, 2)):
             compare("rope", body, turn(view), (x,), dtype, device, tolerance=TOLERANCE[dtype])
-    for heads in (1, 33):
-        compare(
-            "rope",
-            body,
-            turn(lambda x: x),
-            (torch.randn(11, heads, 2 * half),),
-            dtype,
-            device,
-            tolerance=TOLERANCE[dtype],
-        )
+    for heads in (2, 34):
+        x = torch.randn(11, 1, heads, 2 * half)
+        compare("rope", body, turn(lambda x: x), (x,), dtype, device, tolerance=TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize(("body", "device"), bodies("rope"))
@@ -43,8 +41,11 @@ def test_no_tokens_and_no_heads(body: str, device: str) -> None:
     need_body("rope", body, torch.float32, device)
     ops.configure({"rope": body}, device)
     angle = torch.zeros(4, 8, device=device)
-    assert ops.rope(torch.zeros(4, 0, 16, device=device), angle, angle).shape == (4, 0, 16)
-    assert ops.rope(torch.zeros(0, 3, 16, device=device), angle[:0], angle[:0]).shape == (0, 3, 16)
+    for shape in ((4, 2, 0, 16), (4, 0, 3, 16), (0, 2, 3, 16)):
+        q = torch.ones(shape, device=device)
+        k = torch.ones(*shape[:2], 16, device=device)
+        found = ops.rope(q, k, angle[: shape[0]], angle[: shape[0]])
+        assert [x.shape for x in found] == [q.shape, k.shape]
 
 
 @pytest.mark.gpu
@@ -52,6 +53,6 @@ def test_repeats_and_opcheck_on_a_gpu() -> None:
     need_body("rope", "cuda", torch.bfloat16, "cuda")
     call = torch.ops.megatune.rope
     x, angle = torch.randn(300, 4, 6, 128, device="cuda").bfloat16(), torch.randn(300, 64, device="cuda")
-    arguments = (x[:, :, :4], angle.cos(), angle.sin(), True)
-    repeats_bitwise(lambda: (call(*arguments),))
+    arguments = (x[:, :, :4], x[:, :, 4], angle.cos(), angle.sin(), True)
+    repeats_bitwise(lambda: call(*arguments))
     assert set(opcheck(call.default, arguments).values()) == {"SUCCESS"}

@@ -103,13 +103,19 @@ def test_layer_norm(dtype: torch.dtype) -> None:
     assert ops.layer_norm(x, weight.float(), None, 1e-5).dtype == dtype
 
 
-@pytest.mark.parametrize("shape", [(9, 3, 64), (5, 2, 3, 34), (4, 1, 2)])
+def turned(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """All heads of [T, K, G, D], of which the last of each group is the key."""
+    q, k = ops.rope(heads[:, :, :-1], heads[:, :, -1], cos, sin)
+    return torch.cat((q, k.unsqueeze(2)), 2)
+
+
+@pytest.mark.parametrize("shape", [(9, 1, 3, 64), (5, 2, 3, 34), (4, 1, 1, 2)])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("body", BODIES)
 def test_rope(body: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     need_body("rope", body, dtype)
     cos, sin = angles(shape[0], shape[-1] // 2)
-    compare("rope", body, lambda x: ops.rope(x, cos, sin), (torch.randn(shape),), dtype)
+    compare("rope", body, lambda x: turned(x, cos, sin), (torch.randn(shape),), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -118,18 +124,20 @@ def test_rope_on_a_view_of_the_fused_projection_and_a_part_of_the_head(body: str
     need_body("rope", body, dtype)
     qkv = torch.randn(9, 2, 5, 32)
     cos, sin = angles(9, 11)
-    compare("rope", body, lambda x: ops.rope(x[:, :, :3], cos, sin), (qkv,), dtype)
-    compare("rope", body, lambda x: ops.rope(x[:, :, 3], cos, sin), (qkv,), dtype)
-    rotated = ops.rope(qkv[:, :, 3], cos, sin)
-    assert rotated.is_contiguous()
-    assert torch.equal(rotated[..., 22:], qkv[:, :, 3, 22:])
+    compare("rope", body, lambda x: turned(x[:, :, :4], cos, sin), (qkv,), dtype)
+    for rotated, x in zip(
+        ops.rope(qkv[:, :, :3], qkv[:, :, 3], cos, sin), (qkv[:, :, :3], qkv[:, :, 3]), strict=True
+    ):
+        assert rotated.is_contiguous()
+        assert torch.equal(rotated[..., 22:], x[..., 22:])
 
 
 def test_rope_keeps_lengths_and_relative_angles() -> None:
     x, y = torch.randn(1, 1, 16), torch.randn(1, 1, 16)
     position = torch.arange(20)[:, None] * torch.rand(8)
     cos, sin = position.cos(), position.sin()
-    a, b = ops.rope(x.expand(20, 1, 16), cos, sin), ops.rope(y.expand(20, 1, 16), cos, sin)
+    a, b = ops.rope(x.expand(20, 1, 1, 16), y.expand(20, 1, 16), cos, sin)
+    a = a.squeeze(2)
     torch.testing.assert_close(a.norm(dim=-1), x.norm(dim=-1).expand(20, 1))
     torch.testing.assert_close(
         (a[3:] * b[:-3]).sum(-1), (a[3] * b[0]).sum(-1).expand(17, 1), rtol=1e-4, atol=1e-5
@@ -172,7 +180,7 @@ def test_no_tokens(body: str, dtype: torch.dtype) -> None:
     x = torch.zeros(0, 8, dtype=dtype, requires_grad=True)
     cos, sin = angles(0, 4)
     y = ops.glu(
-        ops.rope(ops.rms_norm(x, weight, 1e-5).view(0, 2, 4), cos[:, :2], sin[:, :2]).view(0, 8), "silu"
+        turned(ops.rms_norm(x, weight, 1e-5).view(0, 1, 2, 4), cos[:, :2], sin[:, :2]).view(0, 8), "silu"
     )
     y.sum().backward()
     assert y.shape == (0, 4)
@@ -187,12 +195,12 @@ def test_gradcheck_of_the_references() -> None:
     for activation in ("silu", "gelu", "gelu_tanh"):
         assert torch.autograd.gradcheck(lambda x, a=activation: ops.glu(x, a), (x,))
     cos, sin = angles(3, 1)
-    assert torch.autograd.gradcheck(lambda x: ops.rope(x.view(3, 2, 3), cos, sin), (x,))
+    assert torch.autograd.gradcheck(lambda x: turned(x.view(3, 1, 2, 3), cos, sin), (x,))
 
 
 def test_wrong_arguments_are_named() -> None:
     x, weight = torch.randn(3, 6), torch.randn(6)
-    cos, sin = angles(3, 2)
+    (cos, sin), q = angles(3, 2), x.view(3, 1, 1, 6)
     for message, call in (
         ("rms_norm: .*weight", lambda: ops.rms_norm(x, torch.randn(5), 1e-5)),
         ("rms_norm: x", lambda: ops.rms_norm(x[0], weight, 1e-5)),
@@ -200,9 +208,11 @@ def test_wrong_arguments_are_named() -> None:
         ("rms_norm: x must be floating", lambda: ops.rms_norm(x.long(), weight, 1e-5)),
         ("layer_norm: weight", lambda: ops.layer_norm(x, torch.randn(5), None, 1e-5)),
         ("layer_norm: bias", lambda: ops.layer_norm(x, weight, torch.randn(5), 1e-5)),
-        ("rope: cos", lambda: ops.rope(x.view(3, 1, 6), cos.bfloat16(), sin.bfloat16())),
-        ("rope: x", lambda: ops.rope(torch.randn(4, 1, 6), cos, sin)),
-        ("rope: x", lambda: ops.rope(torch.randn(3, 1, 2), cos, sin)),
+        ("rope: cos", lambda: ops.rope(q, q[:, 0], cos.bfloat16(), sin.bfloat16())),
+        ("rope: q", lambda: ops.rope(torch.randn(4, 1, 1, 6), q[:, 0], cos, sin)),
+        ("rope: q", lambda: ops.rope(torch.randn(3, 1, 1, 2), q[:, 0], cos, sin)),
+        ("rope: k", lambda: ops.rope(q, q, cos, sin)),
+        ("rope: k", lambda: ops.rope(q, q[:, 0].double(), cos, sin)),
         ("glu: activation is 'relu'", lambda: ops.glu(x, "relu")),
         ("glu: gate_up", lambda: ops.glu(torch.randn(3, 5), "silu")),
     ):

@@ -82,16 +82,9 @@ def operator_calls():
     yield calls.rms_norm, (torch.randn(6, 3, 5, 8)[:, :, 1:3].bfloat16(), weight, 1e-5, 1.0)
     yield calls.rms_norm_backward, (y, x, weight, rstd, 0.0, True)
     yield calls.rms_norm_backward, (y, x, weight, rstd, 1.0, False)
-    yield calls.rope, (x, angle, angle, False)
-    yield (
-        calls.rope,
-        (
-            torch.randn(6, 3, 5, 8)[:, :, 1:3].bfloat16(),
-            angle[:, :3].contiguous(),
-            angle[:, 1:].contiguous(),
-            True,
-        ),
-    )
+    yield calls.rope, (x.unsqueeze(1), x[:, :1], angle, angle, False)
+    heads, parts = torch.randn(6, 3, 5, 8).bfloat16(), (angle[:, :3].contiguous(), angle[:, 1:].contiguous())
+    yield calls.rope, (heads[:, :, 1:3], heads[:, :, 4], *parts, True)
     yield calls.glu, (torch.randn(6, 14), 0)
     yield calls.glu, (torch.randn(0, 14), 1)
     yield calls.glu_backward, (torch.randn(6, 7), torch.randn(6, 14), 2)
@@ -123,8 +116,9 @@ def layer(x, norm, weight, a, b, segments, cos, sin):
     """A small decoder layer: every op once."""
     layout = ops.LoraLayout.of((("q", 16), ("k", 16), ("v", 16)), 2, ["q", "v"])
     qkv = ops.lora_linear(ops.rms_norm(x, norm, 1e-5), weight, None, a, b, layout, 2.0)
-    q, k, v = qkv.unflatten(1, (2, 3, 16)).unbind(2)
-    out = ops.attention(ops.rope(q, cos, sin), ops.rope(k, cos, sin), v, segments, scale=0.25)
+    q, k, v = qkv.unflatten(1, (2, 3, 16)).split(1, 2)
+    q, k = ops.rope(q, k.squeeze(2), cos, sin)
+    out = ops.attention(q.squeeze(2), k, v.squeeze(2), segments, scale=0.25)
     return x[:, :16] + ops.glu(out.flatten(1), "silu")
 
 
@@ -231,9 +225,9 @@ def test_what_the_compiled_body_fuses_equals_the_references() -> None:
     x, angle = torch.randn(7, 2, 5, 16), torch.randn(7, 8)
     for inverse in (False, True):
         arguments = (x[:, :, :3], angle.cos(), angle.sin(), inverse)
-        torch.testing.assert_close(rope._flipped(*arguments), rope._reference(*arguments))
+        torch.testing.assert_close(rope._flipped(*arguments), rope._turn(*arguments))
         part = (x, angle[:, :3].cos(), angle[:, :3].sin(), inverse)
-        torch.testing.assert_close(rope._flipped(*part), rope._reference(*part))
+        torch.testing.assert_close(rope._flipped(*part), rope._turn(*part))
     labels = torch.randint(50, (7,))
     labels[3] = -100
     for softcap, *options in ((0.0, None, 0.0, 0.0), (5.0, None, 0.0, 0.0), (5.0, torch.rand(7), 0.1, 0.2)):

@@ -1,4 +1,4 @@
-// Heads turned by the angles of their tokens: what the kernels of one tensor and of a packed product share.
+// Heads turned by the angles of their tokens: what the kernels of both directions share, with norms of heads or without.
 //
 // A head is shared by some lanes of a warp, of which each has the pairs of columns (c, half + c) for c in steps of
 // lanes * N: rotation is within it. A warp has the same head of several items (an item: a group of heads of a token),
@@ -66,6 +66,35 @@ __device__ inline void turn_pairs(const Turn<N>& turn, Vec<float, N>& one, Vec<f
     two.at[i] = two.at[i] * turn.cos.at[i] + one.at[i] * turn.sin.at[i];
     one.at[i] = low;
   }
+}
+
+// The heads of a group that are turned: queries, then the key.
+template <class T>
+struct Parted {
+  const T *q, *k;
+  int64_t q_token_stride, q_group_stride, q_head_stride, k_token_stride, k_group_stride;
+  T *turned_q, *turned_k;
+  int64_t width;
+  uint32_t groups;
+  int queries, heads;
+
+  __device__ const T* from(int64_t token, int64_t group, int64_t head) const {
+    return head < queries ? q + token * q_token_stride + group * q_group_stride + head * q_head_stride
+                          : k + token * k_token_stride + group * k_group_stride;
+  }
+  __device__ T* to(int64_t item, int64_t head) const {
+    return head < queries ? turned_q + (item * queries + head) * width : turned_k + item * width;
+  }
+  __device__ bool copies(int) const { return false; }
+};
+
+template <class T>
+Parted<T> parted(const Rope& args) {
+  const int queries = static_cast<int>(args.queries);
+  return {static_cast<const T*>(args.q), static_cast<const T*>(args.k),
+          args.q_strides[0], args.q_strides[1], args.q_strides[2], args.k_strides[0], args.k_strides[1],
+          static_cast<T*>(args.turned_q), static_cast<T*>(args.turned_k),
+          args.width, static_cast<uint32_t>(args.groups), queries, queries + 1};
 }
 
 // threadIdx.x: columns, .y: items, .z: heads. `route` says where the heads of an item are: `heads` of them, of `groups`

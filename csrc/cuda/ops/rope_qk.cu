@@ -6,27 +6,8 @@ namespace megatune::cuda {
 
 namespace {
 
-constexpr int EACH = 2, EACH_NORMED = 3;  // heads that a thread has on their way, without and with a norm
-constexpr int BLOCKS_NORM = 2;            // of a multiprocessor: with three, or more in turn, it was slower
-
-// The heads of a group: queries, then the key; values stay where they are.
-template <class T>
-struct Parted {
-  const T* x;
-  int64_t token_stride, group_stride, head_stride;
-  T *q, *k;
-  int64_t width;
-  uint32_t groups;
-  int queries, heads;
-
-  __device__ const T* from(int64_t token, int64_t group, int64_t head) const {
-    return x + token * token_stride + group * group_stride + head * head_stride;
-  }
-  __device__ T* to(int64_t item, int64_t head) const {
-    return head < queries ? q + (item * queries + head) * width : k + item * width;
-  }
-  __device__ bool copies(int) const { return false; }
-};
+constexpr int EACH_NORMED = 3;  // heads that a thread has on their way
+constexpr int BLOCKS_NORM = 2;  // of a multiprocessor: with three, or more in turn, it was slower
 
 // Calls pair(column) for the pairs of columns that a lane has after its first, then single(column) for what is beyond
 // both halves.
@@ -179,10 +160,31 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_NORM) norm_kernel(const Parted
   }
 }
 
+const void* at(Type type, const void* data, int64_t index) {
+  return static_cast<const char*>(data) + index * (type == Type::f32 ? 4 : 2);
+}
+
 }  // namespace
 
 int rope_qk(const RopeQk& args, Stream stream) {
   const Packed& packed = args.packed;
+  const void* k = at(args.type, args.qkv, packed.queries * packed.head_stride);
+  const Rope turned{args.type,
+                    args.qkv,
+                    k,
+                    packed.tokens,
+                    packed.groups,
+                    packed.queries,
+                    packed.width,
+                    {packed.token_stride, packed.group_stride, packed.head_stride},
+                    {packed.token_stride, packed.group_stride},
+                    args.cos,
+                    args.sin,
+                    args.half,
+                    false,
+                    args.q,
+                    args.k};
+  if (args.q_weight == nullptr) return rope(turned, stream);
   const int64_t items = packed.tokens * packed.groups;
   if (items == 0 || packed.width == 0) return 0;
   if (too_many(packed)) return static_cast<int>(cudaErrorInvalidValue);
@@ -191,42 +193,24 @@ int rope_qk(const RopeQk& args, Stream stream) {
     constexpr int N = 16 / sizeof(T);
     const bool vectors = in_steps(packed, args.half, N) &&
                          aligned({args.qkv, args.cos, args.sin, args.q_weight, args.k_weight, args.q, args.k});
-    const int queries = static_cast<int>(packed.queries);
-    const Parted<T> route{static_cast<const T*>(args.qkv),
-                          packed.token_stride,
-                          packed.group_stride,
-                          packed.head_stride,
-                          static_cast<T*>(args.q),
-                          static_cast<T*>(args.k),
-                          packed.width,
-                          static_cast<uint32_t>(packed.groups),
-                          queries,
-                          queries + 1};
+    const Parted<T> route = parted<T>(turned);
     const Angles angles{args.cos, args.sin, args.half, 1.0f};
-    const bool norm = args.q_weight != nullptr;
-    const dim3 block =
-        turn_block(args.half, packed.width, route.heads, vectors ? N : 1, norm ? EACH_NORMED : EACH);
+    const dim3 block = turn_block(args.half, packed.width, route.heads, vectors ? N : 1, EACH_NORMED);
     const unsigned blocks = grid(items, block.y);
-    if (norm) {
-      const Weights weights{args.q_weight, args.k_weight, args.weight_type, args.offset};
-      const auto run = [&](auto kernel, unsigned blocks, size_t shared) {
-        kernel<<<blocks, block, shared, stream>>>(route, angles, weights, items, args.eps, args.round_first, args.rstd);
-      };
-      if (vectors && 2 * args.half == packed.width && args.half <= block.x * N) {
-        constexpr size_t bytes = STAGES * 16 * (2 * EACH_NORMED + ANGLE_VECTORS<N>);
-        constexpr size_t factors = 2 * sizeof(float) * 2 * 32 * N;  // of the widest heads
-        cudaFuncSetAttribute(norm_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, THREADS * bytes + factors);
-        const size_t shared = block.x * block.y * block.z * bytes + 2 * sizeof(float) * packed.width;
-        run(norm_kernel<T>, std::min<unsigned>(blocks, BLOCKS_NORM * multiprocessors()), shared);
-      } else if (vectors) {
-        run(any_norm_kernel<T, N>, blocks, 0);
-      } else {
-        run(any_norm_kernel<T, 1>, blocks, 0);
-      }
+    const Weights weights{args.q_weight, args.k_weight, args.weight_type, args.offset};
+    const auto run = [&](auto kernel, unsigned blocks, size_t shared) {
+      kernel<<<blocks, block, shared, stream>>>(route, angles, weights, items, args.eps, args.round_first, args.rstd);
+    };
+    if (vectors && 2 * args.half == packed.width && args.half <= block.x * N) {
+      constexpr size_t bytes = STAGES * 16 * (2 * EACH_NORMED + ANGLE_VECTORS<N>);
+      constexpr size_t factors = 2 * sizeof(float) * 2 * 32 * N;  // of the widest heads
+      cudaFuncSetAttribute(norm_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, THREADS * bytes + factors);
+      const size_t shared = block.x * block.y * block.z * bytes + 2 * sizeof(float) * packed.width;
+      run(norm_kernel<T>, std::min<unsigned>(blocks, BLOCKS_NORM * multiprocessors()), shared);
     } else if (vectors) {
-      turn_kernel<T, N, EACH><<<blocks, block, 0, stream>>>(route, angles, items, packed.width);
+      run(any_norm_kernel<T, N>, blocks, 0);
     } else {
-      turn_kernel<T, 1, EACH><<<blocks, block, 0, stream>>>(route, angles, items, packed.width);
+      run(any_norm_kernel<T, 1>, blocks, 0);
     }
   });
   return launched();

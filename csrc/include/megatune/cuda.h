@@ -85,16 +85,19 @@ struct GluBackward {
 };
 int glu_backward(const GluBackward& args, Stream stream);
 
+// Queries and keys: of each token `groups` groups, of each group `queries` query heads and a key. Strides in elements.
 struct Rope {
   Type type;
-  const void* x;
-  Rows rows;  // size[0] tokens, size[1] x size[2] heads
-  int64_t width;
-  const float* cos;  // [tokens, half]
+  const void* q;  // [tokens, groups, queries, width] with contiguous rows
+  const void* k;  // [tokens, groups, width] likewise
+  int64_t tokens, groups, queries, width;
+  int64_t q_strides[3], k_strides[2];
+  const float* cos;  // [tokens, half], 2 * half <= width
   const float* sin;
   int64_t half;
   bool inverse;
-  void* y;  // [tokens, heads, width]
+  void* turned_q;  // contiguous, as `turned_k`
+  void* turned_k;
 };
 int rope(const Rope& args, Stream stream);
 
