@@ -7,7 +7,7 @@ namespace megatune::cuda {
 namespace {
 
 constexpr int EACH_NORMED = 3;  // heads that a thread has on their way
-constexpr int BLOCKS_NORM = 2;  // of a multiprocessor: with three, or more in turn, it was slower
+constexpr int BLOCKS_NORM = 3;  // of a multiprocessor
 
 // Calls pair(column) for the pairs of columns that a lane has after its first, then single(column) for what is beyond
 // both halves.
@@ -29,10 +29,14 @@ __device__ inline float squares(const Vec<float, N>& x) {
 }
 
 template <class T, int N>
-__device__ inline Vec<float, N> normalised(Vec<float, N> x, float rstd, const Vec<float, N>& factor, bool round_first) {
+__device__ inline Vec<float, N> scaled(Vec<float, N> x, float rstd, bool round_first) {
 #pragma unroll
   for (int i = 0; i < N; ++i) x.at[i] *= rstd;
-  if (round_first) x = widen(narrow<T>(x));
+  return round_first ? widen(narrow<T>(x)) : x;
+}
+
+template <int N>
+__device__ inline Vec<float, N> times(Vec<float, N> x, const Vec<float, N>& factor) {
 #pragma unroll
   for (int i = 0; i < N; ++i) x.at[i] *= factor.at[i];
   return x;
@@ -59,13 +63,13 @@ __global__ void __launch_bounds__(THREADS) any_norm_kernel(const Parted<T> route
     float total = squares(widen(first)) + squares(widen(second));
     const auto add = [&](int64_t column) { total += squares(widen(load<N>(from + column))); };
     if (here) far_columns<N>(half, width, [&](int64_t column) { add(column), add(half + column); }, add);
-    total = row_sum(total, blockDim.x, nullptr);
+    total = head_sum(total, blockDim.x);
     if (!here) continue;
     const bool key = head == route.queries;
     const float rstd = rsqrtf(total / static_cast<float>(width) + eps);
     if (threadIdx.x == 0) rstds[item * route.heads + head] = rstd;
     const auto entered = [&](const Vec<T, N>& x, int64_t column) {
-      return normalised<T>(widen(x), rstd, weights.at<N>(key, column), round_first);
+      return times(scaled<T>(widen(x), rstd, round_first), weights.at<N>(key, column));
     };
     T* to = route.to(item, head);
     const auto write = [&](const Turn<N>& by, int64_t column, const Vec<T, N>& low, const Vec<T, N>& high) {
@@ -83,79 +87,58 @@ __global__ void __launch_bounds__(THREADS) any_norm_kernel(const Parted<T> route
   }
 }
 
-// Fetching ahead (rope_qk.cuh); threads as in turn_kernel, of which each goes on with the items after its first.
+// Heads that are turned whole, of which a lane has one pair of vectors; threads as in turn_kernel.
 template <class T>
 __global__ void __launch_bounds__(THREADS, BLOCKS_NORM) norm_kernel(const Parted<T> route, const Angles angles,
                                                                     const Weights weights, int64_t items, float eps,
                                                                     bool round_first, float* rstds) {
-  constexpr int N = 16 / sizeof(T), EACH = EACH_NORMED, VECTORS = EACH * 2 + ANGLE_VECTORS<N>;
-  extern __shared__ int4 stages[];  // [STAGES][VECTORS][threads], then the factors of queries and keys, [2, width]
-  const int threads = blockDim.x * blockDim.y * blockDim.z;
-  const int thread = (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
-  const int64_t half = angles.half, width = route.width, column = static_cast<int64_t>(threadIdx.x) * N;
-  const bool has = column < half;
-  float* factors = reinterpret_cast<float*>(stages + STAGES * VECTORS * threads);
-  for (int64_t at = static_cast<int64_t>(thread) * N; at < 2 * width; at += threads * N)
-    store(factors + at, weights.at<N>(at >= width, at >= width ? at - width : at));
-  __syncthreads();
-
-  const int64_t item_step = static_cast<int64_t>(gridDim.x) * blockDim.y;
-  int64_t next_item = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
-  int next_head = threadIdx.z, next_stage = 0;
-  const int step = blockDim.z;
-  const auto fetch_next = [&] {
-    if (has && next_item < items) {
-      const uint32_t token = static_cast<uint32_t>(next_item) / route.groups;
-      const uint32_t group = static_cast<uint32_t>(next_item) % route.groups;
-      int4* to = stages + next_stage * VECTORS * threads + thread;
+  constexpr int N = 16 / sizeof(T), EACH = EACH_NORMED;
+  extern __shared__ float factors[];  // of queries, of keys: [2, width]
+  const int half = static_cast<int>(angles.half), width = 2 * half, column = threadIdx.x * N;
+  const int heads = route.heads, step = blockDim.z;
+  const float share = 1.0f / static_cast<float>(width);
+  const int64_t item = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  const bool here = item < items && column < half;
+  const uint32_t token = static_cast<uint32_t>(item) / route.groups;
+  const uint32_t group = static_cast<uint32_t>(item) % route.groups;
+  // All lanes of a warp go through together: they add up.
+#pragma unroll 1
+  for (int begin = threadIdx.z; begin < heads; begin += step * EACH) {
+    Turn<N> turn{};
+    Vec<T, N> low[EACH]{}, high[EACH]{};
 #pragma unroll
-      for (int e = 0; e < EACH; ++e) {
-        const int head = next_head + e * step;
-        if (head >= route.heads) continue;
-        const T* x = route.from(token, group, head) + column;
-        fetch(to + 2 * e * threads, x), fetch(to + (2 * e + 1) * threads, x + half);
-      }
-      fetch_angles<N>(to + 2 * EACH * threads, threads, angles, token, column);
+    for (int e = 0; e < EACH; ++e) {
+      const int head = begin + e * step;
+      if (!here || head >= heads) continue;
+      const T* from = route.from(token, group, head) + column;
+      low[e] = load_once<N>(from), high[e] = load_once<N>(from + half);
     }
-    end_stage();
-    next_head += step * EACH;
-    if (next_head >= route.heads) next_head = threadIdx.z, next_item += item_step;
-    next_stage = (next_stage + 1) % STAGES;
-  };
-
+    if (here) turn = turn_at<N>(angles, token, column);
+    if (begin == threadIdx.z) {  // for all threads at once, with the loads on their way
+      const int threads = blockDim.x * blockDim.y * step;
+      const int thread = (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
+      for (int at = thread * N; at < 2 * width; at += threads * N)
+        store(factors + at, weights.at<N>(at >= width, at >= width ? at - width : at));
+      __syncthreads();
+    }
+    T* const q = route.turned_q + item * route.queries * width + column;
+    float* const rstd_of = rstds + item * heads;
 #pragma unroll
-  for (int i = 1; i < STAGES; ++i) fetch_next();
-  int stage = 0;
-  // All threads of a warp go through both loops together: lanes add up.
-  for (int64_t first_item = static_cast<int64_t>(blockIdx.x) * blockDim.y; first_item < items;
-       first_item += item_step) {
-    const int64_t item = first_item + threadIdx.y;
-    const bool here = has && item < items;
-    for (int first_head = threadIdx.z; first_head < route.heads; first_head += step * EACH) {
-      fetch_next();
-      await_stage();
-      const int4* from = stages + stage * VECTORS * threads + thread;
-      Turn<N> turn{};
-      if (here) turn = fetched_turn<N>(from + 2 * EACH * threads, threads, angles.sign);
-#pragma unroll
-      for (int e = 0; e < EACH; ++e) {
-        const int head = first_head + e * step;
-        if (head >= route.heads) continue;  // the same for all lanes
-        Vec<T, N> low{}, high{};
-        if (here) memcpy(&low, from + 2 * e * threads, 16), memcpy(&high, from + (2 * e + 1) * threads, 16);
-        auto one = widen(low), two = widen(high);
-        const float total = row_sum(squares(one) + squares(two), blockDim.x, nullptr);
-        if (!here) continue;
-        const float rstd = rsqrtf(total / static_cast<float>(width) + eps);
-        if (threadIdx.x == 0) rstds[item * route.heads + head] = rstd;
-        const float* factor = factors + (head == route.queries ? width : 0) + column;
-        one = normalised<T>(one, rstd, load<N>(factor), round_first);
-        two = normalised<T>(two, rstd, load<N>(factor + half), round_first);
-        turn_pairs(turn, one, two);
-        T* to = route.to(item, head) + column;
-        store_once(to, narrow<T>(one)), store_once(to + half, narrow<T>(two));
-      }
-      stage = (stage + 1) % STAGES;
+    for (int e = 0; e < EACH; ++e) {
+      const int head = begin + e * step;
+      if (head >= heads) continue;  // the same for all lanes
+      auto one = widen(low[e]), two = widen(high[e]);
+      const float total = head_sum(squares(one) + squares(two), blockDim.x);
+      if (!here) continue;
+      const float rstd = rsqrtf(total * share + eps);
+      if (threadIdx.x == 0) rstd_of[head] = rstd;
+      const bool key = head == route.queries;
+      one = scaled<T>(one, rstd, round_first), two = scaled<T>(two, rstd, round_first);
+      const float* factor = factors + (key ? width : 0) + column;
+      one = times(one, load<N>(factor)), two = times(two, load<N>(factor + half));
+      turn_pairs(turn, one, two);
+      T* to = key ? route.turned_k + item * width + column : q + static_cast<int64_t>(head) * width;
+      store_once(to, narrow<T>(one)), store_once(to + half, narrow<T>(two));
     }
   }
 }
@@ -196,21 +179,17 @@ int rope_qk(const RopeQk& args, Stream stream) {
     const Parted<T> route = parted<T>(turned);
     const Angles angles{args.cos, args.sin, args.half, 1.0f};
     const dim3 block = turn_block(args.half, packed.width, route.heads, vectors ? N : 1, EACH_NORMED);
-    const unsigned blocks = grid(items, block.y);
     const Weights weights{args.q_weight, args.k_weight, args.weight_type, args.offset};
-    const auto run = [&](auto kernel, unsigned blocks, size_t shared) {
-      kernel<<<blocks, block, shared, stream>>>(route, angles, weights, items, args.eps, args.round_first, args.rstd);
+    const auto run = [&](auto kernel, size_t shared) {
+      kernel<<<grid(items, block.y), block, shared, stream>>>(route, angles, weights, items, args.eps, args.round_first,
+                                                              args.rstd);
     };
     if (vectors && 2 * args.half == packed.width && args.half <= block.x * N) {
-      constexpr size_t bytes = STAGES * 16 * (2 * EACH_NORMED + ANGLE_VECTORS<N>);
-      constexpr size_t factors = 2 * sizeof(float) * 2 * 32 * N;  // of the widest heads
-      cudaFuncSetAttribute(norm_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, THREADS * bytes + factors);
-      const size_t shared = block.x * block.y * block.z * bytes + 2 * sizeof(float) * packed.width;
-      run(norm_kernel<T>, std::min<unsigned>(blocks, BLOCKS_NORM * multiprocessors()), shared);
+      run(norm_kernel<T>, 2 * sizeof(float) * packed.width);
     } else if (vectors) {
-      run(any_norm_kernel<T, N>, blocks, 0);
+      run(any_norm_kernel<T, N>, 0);
     } else {
-      run(any_norm_kernel<T, 1>, blocks, 0);
+      run(any_norm_kernel<T, 1>, 0);
     }
   });
   return launched();

@@ -6,9 +6,11 @@ namespace megatune::cuda {
 
 namespace {
 
-constexpr int EACH = 2, EACH_BACK = 2;  // heads that a thread has on their way, without and with a norm
-constexpr int BLOCKS_BACK = 2;          // of a multiprocessor, with the registers that their sums need
-constexpr int KEPT = 8;                 // columns of each kind that a lane has, of heads with a norm
+constexpr int EACH = 2;         // heads that a thread has on their way, without a norm
+constexpr int IN_TURN = 2;      // queries that a thread has one after the other, if it can be, with one
+constexpr int BLOCKS_BACK = 2;  // of a multiprocessor, with the registers that their sums need
+constexpr int KEPT = 8;         // columns of each kind that a lane has, of heads with a norm
+constexpr int STAGES = 3;       // heads of a thread: one that is computed, the others being fetched
 
 // The heads of a group: queries, then the key, then the value.
 template <class T>
@@ -151,7 +153,7 @@ __global__ void __launch_bounds__(THREADS) any_norm_backward_kernel(const Joined
         for (int kind = 0; kind < 3; ++kind)
           total += begin_part(scaled[i][kind], x[i][kind], rstd, factors[i][kind], sums[i][kind]);
       }
-      const float mean = row_sum(total, blockDim.x, nullptr) / static_cast<float>(width) * rstd * rstd;
+      const float mean = head_sum(total, blockDim.x) / static_cast<float>(width) * rstd * rstd;
       if (!here) continue;
       each([&](int i, int kind, int64_t column) {
         store_once(to + column, end_part(scaled[i][kind], x[i][kind], mean));
@@ -164,16 +166,68 @@ __global__ void __launch_bounds__(THREADS) any_norm_backward_kernel(const Joined
   add_threads(of_threads, width, normed.partials);
 }
 
-// Bytes of a stage of one thread: of each head gradient, x and rstd; the angles.
+// Fetching ahead, for heads that are turned whole, of which a lane has one pair of vectors: what a thread computes next
+// is on its way to places of its own in shared memory meanwhile, more of it than registers could hold.
+__device__ inline void fetch(void* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+               "l"(__cvta_generic_to_global(from))
+               : "memory");
+}
+
+// By way of the first cache: for what threads of several heads read.
+template <int BYTES>
+__device__ inline void fetch_shared(void* to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+               "l"(__cvta_generic_to_global(from)), "n"(BYTES)
+               : "memory");
+}
+
+__device__ inline void end_stage() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits for all stages but the last STAGES - 1.
+__device__ inline void await_stage() { asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 1) : "memory"); }
+
+// A vector that was fetched. (With memcpy the compiler may take it byte by byte.)
+template <class T>
+__device__ inline auto fetched(const int4* from) { return load<16 / sizeof(T)>(reinterpret_cast<const T*>(from)); }
+
+// 16-byte vectors that hold the angles of N columns.
 template <int N>
-constexpr int stage_bytes() { return EACH_BACK * (4 * 16 + 4) + 2 * N * 4; }
+constexpr int ANGLE_VECTORS = N / 2;
+
+// The angles of a token at N columns; place i of a thread is at to[i * threads].
+template <int N>
+__device__ inline void fetch_angles(int4* to, int threads, const Angles& angles, int64_t token, int64_t column) {
+#pragma unroll
+  for (int i = 0; i < N / 4; ++i) {
+    const int64_t at = token * angles.half + column + 4 * i;
+    fetch_shared<16>(to + i * threads, angles.cos + at);
+    fetch_shared<16>(to + (N / 4 + i) * threads, angles.sin + at);
+  }
+}
+
+template <int N>
+__device__ inline Turn<N> fetched_turn(const int4* from, int threads, float sign) {
+  Turn<N> turn;
+#pragma unroll
+  for (int i = 0; i < N / 4; ++i) {
+    const auto cos = fetched<float>(from + i * threads), sin = fetched<float>(from + (N / 4 + i) * threads);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) turn.cos.at[4 * i + j] = cos.at[j], turn.sin.at[4 * i + j] = sin.at[j] * sign;
+  }
+  return turn;
+}
+
+// Vectors of a stage of one thread: of a head gradient and x, two each, and the angles.
+template <int N>
+constexpr int STAGE_VECTORS = 4 + ANGLE_VECTORS<N>;
 
 template <class T>
 __global__ void __launch_bounds__(THREADS, BLOCKS_BACK)
     norm_backward_kernel(const Joined<T> route, const Angles angles, const Weights weights, const Normed normed,
                          int64_t items) {
-  constexpr int N = 16 / sizeof(T), EACH = EACH_BACK, VECTORS = EACH * 4 + ANGLE_VECTORS<N>;
-  // [STAGES][VECTORS][threads], then [STAGES][EACH][threads] of rstd; at the end the sums.
+  constexpr int N = 16 / sizeof(T), VECTORS = STAGE_VECTORS<N>;
+  // [STAGES][VECTORS][threads], then [STAGES][threads] of rstd; at the end the sums.
   extern __shared__ int4 stages[];
   const int threads = blockDim.x * blockDim.y * blockDim.z;
   const int thread = (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
@@ -184,6 +238,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_BACK)
   const int begin = is_query ? threadIdx.z : queries, end = is_query ? queries : queries + 2;
   const int step = is_query ? query_rows : 1;
   const int64_t item_step = static_cast<int64_t>(gridDim.x) * blockDim.y;
+  const float share = 1.0f / static_cast<float>(route.width);
   Vec<float, N> sums[2]{}, factors[2]{};
   if (has) factors[0] = weights.at<N>(!is_query, column), factors[1] = weights.at<N>(!is_query, half + column);
 
@@ -194,23 +249,19 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_BACK)
       const uint32_t token = static_cast<uint32_t>(next_item) / route.groups;
       const uint32_t group = static_cast<uint32_t>(next_item) % route.groups;
       int4* to = stages + next_stage * VECTORS * threads + thread;
-#pragma unroll
-      for (int e = 0; e < EACH; ++e) {
-        const int head = next_head + e * step;
-        if (head >= end) continue;
-        const T* grad = route.from(token, group, head) + column;
-        fetch(to + 4 * e * threads, grad), fetch(to + (4 * e + 1) * threads, grad + half);
-        if (route.copies(head)) continue;
-        const T* x = normed.head<T>(token, group, head) + column;
-        fetch(to + (4 * e + 2) * threads, x), fetch(to + (4 * e + 3) * threads, x + half);
-        fetch_shared<4>(rstds + (next_stage * EACH + e) * threads, normed.rstd + next_item * (queries + 1) + head);
+      const T* grad = route.from(token, group, next_head) + column;
+      fetch(to, grad), fetch(to + threads, grad + half);
+      if (!route.copies(next_head)) {
+        const T* x = normed.head<T>(token, group, next_head) + column;
+        fetch(to + 2 * threads, x), fetch(to + 3 * threads, x + half);
+        fetch_shared<4>(rstds + next_stage * threads, normed.rstd + next_item * (queries + 1) + next_head);
+        fetch_angles<N>(to + 4 * threads, threads, angles, token, column);
       }
-      fetch_angles<N>(to + 4 * EACH * threads, threads, angles, token, column);
     }
     end_stage();
-    next_head += step * EACH;
+    next_head += step;
     if (next_head >= end) next_head = begin, next_item += item_step;
-    next_stage = (next_stage + 1) % STAGES;
+    next_stage = next_stage + 1 == STAGES ? 0 : next_stage + 1;
   };
 
 #pragma unroll
@@ -221,36 +272,33 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_BACK)
        first_item += item_step) {
     const int64_t item = first_item + threadIdx.y;
     const bool here = has && item < items;
-    for (int first_head = begin; first_head < end; first_head += step * EACH) {
+    for (int head = begin; head < end; head += step) {
       fetch_next();
       await_stage();
       const int4* from = stages + stage * VECTORS * threads + thread;
-      Turn<N> turn{};
-      if (here) turn = fetched_turn<N>(from + 4 * EACH * threads, threads, angles.sign);
-#pragma unroll
-      for (int e = 0; e < EACH; ++e) {
-        const int head = first_head + e * step;
-        const bool writes = here && head < end;
-        Vec<T, N> grad[2]{}, x[2]{};
+      Vec<T, N> grad[2]{};
+      if (here) grad[0] = fetched<T>(from), grad[1] = fetched<T>(from + threads);
+      if (!route.copies(head)) {  // the same for all lanes
+        Vec<T, N> x[2]{};
+        Turn<N> turn{};
         float rstd = 0.0f;
-        if (writes) memcpy(&grad[0], from + 4 * e * threads, 16), memcpy(&grad[1], from + (4 * e + 1) * threads, 16);
-        if (!route.copies(head)) {  // the same for all lanes
-          if (writes) {
-            memcpy(&x[0], from + (4 * e + 2) * threads, 16), memcpy(&x[1], from + (4 * e + 3) * threads, 16);
-            rstd = rstds[(stage * EACH + e) * threads];
-          }
-          Vec<float, N> scaled[2] = {widen(grad[0]), widen(grad[1])};
-          turn_pairs(turn, scaled[0], scaled[1]);
-          const float total = begin_part(scaled[0], x[0], rstd, factors[0], sums[0]) +
-                              begin_part(scaled[1], x[1], rstd, factors[1], sums[1]);
-          const float mean = row_sum(total, blockDim.x, nullptr) / static_cast<float>(route.width) * rstd * rstd;
-          grad[0] = end_part(scaled[0], x[0], mean), grad[1] = end_part(scaled[1], x[1], mean);
+        if (here) {
+          x[0] = fetched<T>(from + 2 * threads), x[1] = fetched<T>(from + 3 * threads);
+          turn = fetched_turn<N>(from + 4 * threads, threads, angles.sign);
+          rstd = rstds[stage * threads];
         }
-        if (!writes) continue;
+        Vec<float, N> scaled[2] = {widen(grad[0]), widen(grad[1])};
+        turn_pairs(turn, scaled[0], scaled[1]);
+        const float total = begin_part(scaled[0], x[0], rstd, factors[0], sums[0]) +
+                            begin_part(scaled[1], x[1], rstd, factors[1], sums[1]);
+        const float mean = head_sum(total, blockDim.x) * share * rstd * rstd;
+        grad[0] = end_part(scaled[0], x[0], mean), grad[1] = end_part(scaled[1], x[1], mean);
+      }
+      if (here) {
         T* to = route.to(item, head) + column;
         store_once(to, grad[0]), store_once(to + half, grad[1]);
       }
-      stage = (stage + 1) % STAGES;
+      stage = stage + 1 == STAGES ? 0 : stage + 1;
     }
   }
   if (normed.partials == nullptr) return;
@@ -296,7 +344,7 @@ Shape backward_shape(const RopeQkBackward& args) {
   const int elements = vectors ? step : 1;
   if (args.q_weight == nullptr)
     return {vectors, turn_block(args.half, packed.width, packed.queries + 2, elements, EACH)};
-  dim3 block = turn_block(args.half, packed.width, packed.queries, elements, EACH_BACK);
+  dim3 block = turn_block(args.half, packed.width, packed.queries, elements, IN_TURN);
   // One more row, for keys and values.
   const unsigned rows = std::min<unsigned>(block.z + 1, TURN_WARPS);
   return {vectors, dim3(block.x, 32 / block.x * (TURN_WARPS / rows), rows)};
@@ -337,7 +385,7 @@ int rope_qk_backward(const RopeQkBackward& args, Stream stream) {
         };
         const size_t sums = args.partials == nullptr ? 0 : rows * packed.width * sizeof(float);
         if (shape.vectors && 2 * args.half == packed.width && args.half <= shape.block.x * N) {
-          constexpr int bytes = STAGES * stage_bytes<N>();
+          constexpr int bytes = STAGES * (STAGE_VECTORS<N> * sizeof(int4) + sizeof(float));
           cudaFuncSetAttribute(norm_backward_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes * THREADS);
           run(norm_backward_kernel<T>, bytes * threads);  // the sums, 2 * N floats of a thread, are less
         } else if (shape.vectors) {
