@@ -1,4 +1,4 @@
-// Heads turned by the angles of their tokens: what the kernels of both directions share, with norms of heads or without.
+// Heads turned by the angles of their tokens: what the kernels of both directions share.
 //
 // A head is shared by some lanes of a warp, of which each has the pairs of columns (c, half + c) for c in steps of
 // lanes * N: rotation is within it. A warp has the same head of several items (an item: a group of heads of a token),
