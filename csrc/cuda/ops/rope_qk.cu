@@ -101,26 +101,25 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_NORM) norm_kernel(const Parted
   const bool here = item < items && column < half;
   const uint32_t token = static_cast<uint32_t>(item) / route.groups;
   const uint32_t group = static_cast<uint32_t>(item) % route.groups;
+  const int threads = blockDim.x * blockDim.y * step;
+  const int thread = (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
+  for (int at = thread * N; at < 2 * width; at += threads * N)
+    store(factors + at, weights.at<N>(at >= width, at >= width ? at - width : at));
+  __syncthreads();
   // All lanes of a warp go through together: they add up.
 #pragma unroll 1
   for (int begin = threadIdx.z; begin < heads; begin += step * EACH) {
     Turn<N> turn{};
     Vec<T, N> low[EACH]{}, high[EACH]{};
+    const T* x = route.from(token, group, 0) + column;
 #pragma unroll
     for (int e = 0; e < EACH; ++e) {
       const int head = begin + e * step;
       if (!here || head >= heads) continue;
-      const T* from = route.from(token, group, head) + column;
+      const T* from = x + head * route.q_head_stride;  // also the key, which stands behind the queries
       low[e] = load_once<N>(from), high[e] = load_once<N>(from + half);
     }
     if (here) turn = turn_at<N>(angles, token, column);
-    if (begin == threadIdx.z) {  // for all threads at once, with the loads on their way
-      const int threads = blockDim.x * blockDim.y * step;
-      const int thread = (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
-      for (int at = thread * N; at < 2 * width; at += threads * N)
-        store(factors + at, weights.at<N>(at >= width, at >= width ? at - width : at));
-      __syncthreads();
-    }
     T* const q = route.turned_q + item * route.queries * width + column;
     float* const rstd_of = rstds + item * heads;
 #pragma unroll

@@ -21,10 +21,15 @@ struct Joined {
   uint32_t groups;
   int queries, heads;
 
-  __device__ const T* from(int64_t token, int64_t group, int64_t head) const {
-    const Heads& part = head < queries ? q : head == queries ? k : v;
-    if (head < queries) group = group * queries + head;
+  __device__ const T* query(int64_t token, int64_t group, int64_t head) const {
+    return static_cast<const T*>(q.data) + token * q.token_stride + (group * queries + head) * q.head_stride;
+  }
+  __device__ const T* other(int64_t token, int64_t group, int64_t head) const {
+    const Heads& part = head == queries ? k : v;
     return static_cast<const T*>(part.data) + token * part.token_stride + group * part.head_stride;
+  }
+  __device__ const T* from(int64_t token, int64_t group, int64_t head) const {
+    return head < queries ? query(token, group, head) : other(token, group, head);
   }
   __device__ T* to(int64_t item, int64_t head) const { return y + (item * heads + head) * width; }
   __device__ bool copies(int head) const { return head > queries; }
@@ -249,7 +254,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_BACK)
       const uint32_t token = static_cast<uint32_t>(next_item) / route.groups;
       const uint32_t group = static_cast<uint32_t>(next_item) % route.groups;
       int4* to = stages + next_stage * VECTORS * threads + thread;
-      const T* grad = route.from(token, group, next_head) + column;
+      const T* grad = (is_query ? route.query(token, group, next_head) : route.other(token, group, next_head)) + column;
       fetch(to, grad), fetch(to + threads, grad + half);
       if (!route.copies(next_head)) {
         const T* x = normed.head<T>(token, group, next_head) + column;
