@@ -8,7 +8,7 @@ from torch.library import opcheck
 
 from megatune import ops
 from tests.helpers.ops import compare, need_body
-from tests.ops.bodies import DTYPES, TOLERANCE, bodies, repeats_bitwise
+from tests.ops.bodies import DTYPES, TOLERANCE, bodies, few, repeats_bitwise
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -27,9 +27,10 @@ def test_views_and_parts_of_heads(body: str, device: str, dtype: torch.dtype, ha
 
         return run
 
-    for width in (2 * half, 2 * half + 1, 2 * half + 8):
+    views = [lambda x: x[:, :, :3], lambda x: x[:, 1:, 1:], lambda x: x.transpose(1, 2)]
+    for width in few(body, [2 * half, 2 * half + 1, 2 * half + 8]):
         x = torch.randn(11, 2, 5, width)
-        for view in (lambda x: x[:, :, :3], lambda x: x[:, 1:, 1:], lambda x: x.transpose(1, 2)):
+        for view in few(body, views, 1):
             compare("rope", body, turn(view), (x,), dtype, device, tolerance=TOLERANCE[dtype])
     for heads in (2, 34):
         x = torch.randn(11, 1, heads, 2 * half)

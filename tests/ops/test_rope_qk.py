@@ -46,7 +46,7 @@ def by_parts(angle: Tensor, offset: float):
 @pytest.mark.parametrize(("body", "device"), bodies("rope_qk"))
 def test_heads(body: str, device: str, dtype: torch.dtype) -> None:
     need_body("rope_qk", body, dtype, device)
-    for groups, queries, width, half in few(body, SHAPES + (WIDE if device == "cuda" else [])):
+    for groups, queries, width, half in few(body, SHAPES + (WIDE if device == "cuda" else []), 1):
         tokens = 300 if device == "cuda" else 11
         qkv, angle = torch.randn(tokens, groups, queries + 2, width), angles(tokens, half)
         weights = tuple(1 + 0.1 * torch.randn(width) for _ in range(2))
