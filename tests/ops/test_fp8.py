@@ -146,6 +146,15 @@ def checked(op: str, body: str, device: str, dtype: torch.dtype, plain: str) -> 
     ops.configure({op: body, plain: "reference", "fp8_quantise": "reference"}, device)
 
 
+def norm_is_right(x: Tensor, weight: Tensor, offset: float, scaling: str) -> None:
+    made, rstd = poisoned(quantise_rms_norm, x, weight, 1e-5, offset, scaling)
+    truth = torch.rsqrt(x.double().square().mean(1) + 1e-5)
+    assert relative_error(rstd.nan_to_num(), truth.nan_to_num()) < 1e-6
+    y = x.float() * rstd.unsqueeze(1)
+    y = y.to(x.dtype) * weight if offset == 0.0 else (y * (offset + weight.float())).to(x.dtype)
+    same(made, quantise(y, scaling))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("body", "device"), exact_bodies("fp8_rms_norm"))
 def test_norms_to_fp8(body: str, device: str, dtype: torch.dtype) -> None:
@@ -154,13 +163,21 @@ def test_norms_to_fp8(body: str, device: str, dtype: torch.dtype) -> None:
     for rows, view in ((50, lambda x: x[:, :384]), (131, lambda x: x[:, 1:385])):
         for scaling in ("rowwise", "blocks"):
             for offset in (0.0, 1.0):
-                x = view(wild(rows, 400).to(device, dtype))
-                made, rstd = poisoned(quantise_rms_norm, x, weight, 1e-5, offset, scaling)
-                truth = torch.rsqrt(x.double().square().mean(1) + 1e-5)
-                assert relative_error(rstd, truth) < 1e-6
-                y = x.float() * rstd.unsqueeze(1)
-                y = y.to(dtype) * weight if offset == 0.0 else (y * (offset + weight.float())).to(dtype)
-                same(made, quantise(y, scaling))
+                norm_is_right(view(wild(rows, 400).to(device, dtype)), weight, offset, scaling)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_norms_to_fp8_of_many_rows(dtype: torch.dtype) -> None:
+    """Enough for the kernel that reads each value once: tiles that have no neighbour, and that rows do not fill."""
+    checked("fp8_rms_norm", "cuda", "cuda", dtype, "rms_norm")
+    for rows, width in ((7000, 640), (2300, 2048), (600, 16384)):
+        x, weight = wild(rows, width + 8).to("cuda", dtype), (torch.randn(width) + 1).to("cuda", dtype)
+        x[rows // 2, 7] = float("nan")
+        for view, offset in ((x[:, :width], 0.0), (x[:, 8:], 1.0)):
+            norm_is_right(view, weight, offset, "blocks")
+    x, weight = torch.randn(1000, 8192, device="cuda").to(dtype), torch.randn(8192, device="cuda").to(dtype)
+    repeats_bitwise(lambda: torch.ops.megatune.fp8_rms_norm(x, weight, 1e-5, 0.0, 1, 3))
 
 
 @pytest.mark.gpu

@@ -1,8 +1,9 @@
 // Root-mean-square norm, to fp8; it is never written in its own type. The formulas of rms_norm.cu.
 //
-// One row-wise copy takes one pass. In blocks the rows' rstd comes first, and what follows is quantised as it is read.
+// One row-wise copy takes one pass, and so do large ones in blocks on sm_90. Of others the rows' rstd comes first, and
+// what follows is quantised as it is read.
 
-#include "fp8_tiles.cuh"
+#include "fp8_norm_ring.cuh"
 
 namespace megatune::cuda {
 
@@ -122,7 +123,26 @@ __global__ void __launch_bounds__(ROW_THREADS) rstd_kernel(const Normed<T> sourc
   if (lane == 0) source.rstd[row] = source.rstd_of(total, width);
 }
 
+template <class T>
+int launch_rstd(const Normed<T>& source, const Fp8& out, Stream stream) {
+  if (out.rows == 0) return 0;
+  rstd_kernel<<<grid(out.rows, ROW_THREADS / 32), ROW_THREADS, 0, stream>>>(source, out.rows, out.width);
+  return launched();
+}
+
+template <class Source>
+int launch_known_tiles(const Source& source, const Fp8RmsNorm& args, Stream stream) {
+  if (args.workspace != nullptr) return fp8::launch_norm_ring(source, args.out, args.workspace, stream);
+  if (const int error = launch_rstd<typename Source::Type>(source, args.out, stream)) return error;
+  return fp8::launch_computed_tiles(source, args.out, stream);
+}
+
 }  // namespace
+
+int64_t fp8_rms_norm_workspace(Type type, const Fp8& out) {
+  if (type == Type::f32 || out.scaling != Scaling::blocks) return 0;
+  return fp8::ring_takes<KnownTiles<__nv_bfloat16, true>>(out) ? fp8::RingSums::bytes(out) : 0;
+}
 
 int fp8_rms_norm(const Fp8RmsNorm& args, Stream stream) {
   const Fp8& out = args.out;
@@ -140,17 +160,14 @@ int fp8_rms_norm(const Fp8RmsNorm& args, Stream stream) {
                            args.round_first,
                            args.rstd};
     if (out.scaling == Scaling::rowwise) return fp8::launch_row_copy(source, out, stream);
-    if (out.rows > 0) {
-      rstd_kernel<<<grid(out.rows, ROW_THREADS / 32), ROW_THREADS, 0, stream>>>(source, out.rows, out.width);
-      if (const int error = launched()) return error;
-    }
     if constexpr (sizeof(T) == 2) {
       if (source.vectors && source.weight_vectors) {
         if (args.weight_type == args.type && args.offset == 0.0f && args.round_first)
-          return fp8::launch_computed_tiles(KnownTiles<T, true>{source}, out, stream);
-        return fp8::launch_computed_tiles(KnownTiles<T, false>{source}, out, stream);
+          return launch_known_tiles(KnownTiles<T, true>{source}, args, stream);
+        return launch_known_tiles(KnownTiles<T, false>{source}, args, stream);
       }
     }
+    if (const int error = launch_rstd(source, out, stream)) return error;
     return fp8::launch_tiles<Normed<T>, Scaling::blocks>(source, out, stream);
   });
 }

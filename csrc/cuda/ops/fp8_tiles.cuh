@@ -84,19 +84,16 @@ struct TileMemory {
 // The largest magnitudes of this thread's part of each row, and of its columns in this warp.
 template <class T>
 __device__ void peaks_of(const Block& block, uint32_t (&of_rows)[N], uint32_t (&of_columns)[N / 2]) {
-  using P = Pair<T>;
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    uint32_t sizes[N / 2];
+    const uint32_t(&row)[N / 2] = block.at[i];
 #pragma unroll
-    for (int j = 0; j < N / 2; ++j) {
-      sizes[j] = P::magnitudes(block.at[i][j]);
-      of_columns[j] = i == 0 ? sizes[j] : P::larger(of_columns[j], sizes[j]);
-    }
-    of_rows[i] = P::larger(P::larger(sizes[0], sizes[1]), P::larger(sizes[2], sizes[3]));
+    for (int j = 0; j < N / 2; ++j) of_columns[j] = i == 0 ? row[j] : larger<T>(of_columns[j], row[j]);
+    of_rows[i] = Pair<T>::magnitudes(larger<T>(larger<T>(row[0], row[1]), larger<T>(row[2], row[3])));
   }
 #pragma unroll
-  for (int j = 0; j < N / 2; ++j) of_columns[j] = P::larger(of_columns[j], shuffled(of_columns[j], LANES));
+  for (int j = 0; j < N / 2; ++j)
+    of_columns[j] = Pair<T>::magnitudes(larger<T>(of_columns[j], shuffled(of_columns[j], LANES)));
 }
 
 // Of the eight rows a lane ends up with one: this one; lanes with bit 1 have what others have too.
@@ -133,71 +130,76 @@ __device__ float column_peak(const uint4* peaks, int column) {
   return peak;
 }
 
+// Who has a tile: THREADS threads, all of a thread block.
+struct WholeBlock {
+  int thread = static_cast<int>(threadIdx.x);
+  __device__ void sync() const { __syncthreads(); }
+};
+
 // A tile's values to both copies.
-template <class T>
-__device__ void quantise_tile(const Block& block, const Fp8& out, uint32_t band, uint32_t strip, TileMemory& shared) {
+template <class T, class Team>
+__device__ void quantise_tile(const Block& block, const Fp8& out, uint32_t band, uint32_t strip, const Team& team,
+                              uint2* turned, float* inverses_of_columns, uint4* peaks) {
   using P = Pair<T>;
-  const int lane = threadIdx.x % LANES, group = threadIdx.x / LANES;
+  const int thread = team.thread, lane = thread % LANES, group = thread / LANES;
   const int64_t row = int64_t{band} * TILE + group * N;
   uint32_t of_rows[N], of_columns[N / 2];
   peaks_of<T>(block, of_rows, of_columns);
-  if (threadIdx.x % 32 < LANES)
-    shared.peaks[threadIdx.x / 32 * LANES + lane] =
-        uint4{of_columns[0], of_columns[1], of_columns[2], of_columns[3]};
-  __syncthreads();
-  if (threadIdx.x < TILE) {
-    const float scale = scale_of(column_peak<T>(shared.peaks, threadIdx.x), false);
-    shared.inverses[threadIdx.x] = __frcp_rn(scale);
-    if (out.codes_t != nullptr) out.scales_t[int64_t{band} * out.width + strip * TILE + threadIdx.x] = scale;
+  if (thread % 32 < LANES)
+    peaks[thread / 32 * LANES + lane] = uint4{of_columns[0], of_columns[1], of_columns[2], of_columns[3]};
+  team.sync();
+  if (thread < TILE) {
+    const float scale = scale_of(column_peak<T>(peaks, thread), false);
+    inverses_of_columns[thread] = __frcp_rn(scale);
+    if (out.codes_t != nullptr) out.scales_t[int64_t{band} * out.width + strip * TILE + thread] = scale;
   }
   const float scale = scale_of(row_peak<T>(of_rows, lane), false), mine = __frcp_rn(scale);
   if (out.codes != nullptr && (lane & 2) == 0) out.scales[strip * out.padded + row + row_of_lane(lane)] = scale;
-  __syncthreads();
+  team.sync();
   float inverses[N];
-  const auto low = load<4>(shared.inverses + lane * N), high = load<4>(shared.inverses + lane * N + 4);
+  const auto low = load<4>(inverses_of_columns + lane * N), high = load<4>(inverses_of_columns + lane * N + 4);
 #pragma unroll
   for (int j = 0; j < 4; ++j) inverses[j] = low.at[j], inverses[j + 4] = high.at[j];
-  uint8_t* codes = out.codes + row * out.width + int64_t{strip} * TILE + lane * N;
+  uint8_t* to_row = out.codes + row * out.width + int64_t{strip} * TILE + lane * N;
   uint32_t columns[N][2];
 #pragma unroll
-  for (int i = 0; i < N; i += 2) {
-    const float above = __shfl_sync(0xffffffffu, mine, lane_of_row(i), LANES);
-    const float below = __shfl_sync(0xffffffffu, mine, lane_of_row(i + 1), LANES);
-    uint32_t rows[2][N / 2];
+  for (int i = 0; i < N; i += 4) {
+    float2 values[4][N / 2];
+#pragma unroll
+    for (int k = 0; k < 4; ++k, to_row += out.width) {
+      const float inverse = __shfl_sync(0xffffffffu, mine, lane_of_row(i + k), LANES);
+      uint32_t codes[2];
+#pragma unroll
+      for (int j = 0; j < N / 2; ++j) values[k][j] = P::wide(block.at[i + k][j]);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const float2 one = values[k][2 * j], two = values[k][2 * j + 1];
+        codes[j] = four_codes(one.x * inverse, one.y * inverse, two.x * inverse, two.y * inverse);
+      }
+      if (out.codes != nullptr) store_codes(to_row, uint2{codes[0], codes[1]});
+    }
 #pragma unroll
     for (int j = 0; j < N / 2; ++j) {
-      const float2 a = P::wide(block.at[i][j]), b = P::wide(block.at[i + 1][j]);
-      rows[0][j] = two_codes(a.x * above, a.y * above, false), rows[1][j] = two_codes(b.x * below, b.y * below, false);
-      const uint32_t left = two_codes(a.x * inverses[2 * j], b.x * inverses[2 * j], false);
-      const uint32_t right = two_codes(a.y * inverses[2 * j + 1], b.y * inverses[2 * j + 1], false);
-      if (i % 4 == 0) {
-        columns[2 * j][i / 4] = left, columns[2 * j + 1][i / 4] = right;
-      } else {
-        columns[2 * j][i / 4] = __byte_perm(columns[2 * j][i / 4], left, 0x5410);
-        columns[2 * j + 1][i / 4] = __byte_perm(columns[2 * j + 1][i / 4], right, 0x5410);
-      }
-    }
-    if (out.codes != nullptr) {
-#pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        const uint2 words{__byte_perm(rows[k][0], rows[k][1], 0x5410), __byte_perm(rows[k][2], rows[k][3], 0x5410)};
-        uint2* to = reinterpret_cast<uint2*>(codes + (i + k) * out.width);
-        *to = words;
-      }
+      const float left = inverses[2 * j], right = inverses[2 * j + 1];
+      columns[2 * j][i / 4] =
+          four_codes(values[0][j].x * left, values[1][j].x * left, values[2][j].x * left, values[3][j].x * left);
+      columns[2 * j + 1][i / 4] =
+          four_codes(values[0][j].y * right, values[1][j].y * right, values[2][j].y * right, values[3][j].y * right);
     }
   }
   if (out.codes_t == nullptr) return;
 #pragma unroll
   for (int j = 0; j < N; ++j)
-    shared.turned[(lane * N + j) * LANES + (group ^ lane)] = uint2{columns[j][0], columns[j][1]};
-  __syncthreads();
+    turned[(lane * N + j) * LANES + (group ^ lane)] = uint2{columns[j][0], columns[j][1]};
+  team.sync();
   // 16 bytes of a column a thread: two words, which the swizzle leaves side by side.
+  const int word = thread % N;
+  uint8_t* to = out.codes_t + (int64_t{strip} * TILE + thread / N) * out.padded + int64_t{band} * TILE + word * 16;
 #pragma unroll
-  for (int step = 0; step < TILE; step += THREADS / N) {
-    const int at = step + threadIdx.x / N, word = threadIdx.x % N, swizzle = at / N;
-    const uint4 found = reinterpret_cast<const uint4*>(shared.turned)[at * (LANES / 2) + (word ^ swizzle / 2)];
-    uint8_t* to = out.codes_t + (int64_t{strip} * TILE + at) * out.padded + int64_t{band} * TILE + word * 16;
-    *reinterpret_cast<uint4*>(to) = swizzle % 2 == 0 ? found : uint4{found.z, found.w, found.x, found.y};
+  for (int step = 0; step < TILE; step += THREADS / N, to += out.padded * (THREADS / N)) {
+    const int at = step + thread / N, swizzle = at / N;
+    const uint4 found = reinterpret_cast<const uint4*>(turned)[at * (LANES / 2) + (word ^ swizzle / 2)];
+    store_codes(to, swizzle % 2 == 0 ? found : uint4{found.z, found.w, found.x, found.y});
   }
 }
 
@@ -234,7 +236,8 @@ template <class Source>
 __global__ void __launch_bounds__(THREADS, Source::BLOCKS) computed_tiles_kernel(const Source source, const Fp8 out) {
   __shared__ TileMemory shared;
   const uint32_t across = static_cast<uint32_t>(out.width / TILE), band = blockIdx.x / across, strip = blockIdx.x % across;
-  quantise_tile<typename Source::Type>(tile_of(source, out, band, strip), out, band, strip, shared);
+  quantise_tile<typename Source::Type>(tile_of(source, out, band, strip), out, band, strip, WholeBlock{}, shared.turned,
+                                       shared.inverses, shared.peaks);
 }
 
 template <class Source>

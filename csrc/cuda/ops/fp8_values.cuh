@@ -226,6 +226,22 @@ __device__ inline uint32_t two_codes(float low, float high, bool e5m2) {
 #endif
 }
 
+// Four e4m3 codes, that of the first number lowest.
+__device__ inline uint32_t four_codes(float a, float b, float c, float d) {
+#if __CUDA_ARCH__ >= 890
+  uint32_t codes;
+  asm("{\n.reg .b16 low, high;\n"
+      "cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
+      "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
+      "mov.b32 %0, {low, high};\n}"  // merged by the second conversion
+      : "=r"(codes)
+      : "f"(a), "f"(b), "f"(c), "f"(d));
+  return codes;
+#else
+  return two_codes(a, b, false) | two_codes(c, d, false) << 16;
+#endif
+}
+
 __device__ inline uint2 eight_codes(const float (&values)[N], bool e5m2) {
   uint2 codes;
   codes.x = two_codes(values[0], values[1], e5m2) | two_codes(values[2], values[3], e5m2) << 16;
