@@ -118,8 +118,7 @@ def test_what_is_not_finite_stays_so_and_zeros_have_scale_one(body: str, device:
 @pytest.mark.parametrize("scaling", SCALINGS)
 def test_the_kernels_are_the_reference_bit_by_bit(scaling: str, dtype: torch.dtype) -> None:
     need_body("fp8_quantise", "cuda", dtype, "cuda")
-    sizes = ((1, 128), (77, 384), (128, 128), (300, 640), (5, 17408), (700, 1024), (3, 34816), (16500, 384))
-    for rows, width in sizes:
+    for rows, width in ((1, 128), (77, 384), (128, 128), (300, 640), (5, 17408), (700, 1024), (3, 34816)):
         width -= 112 if scaling == "rowwise" else 0
         x = wild(rows, width).to("cuda", dtype)
         wide = torch.cat((x, x), 1)
@@ -184,7 +183,7 @@ def test_norms_to_fp8_of_many_rows(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_norms_of_rows_that_warps_share_and_of_many_rows(dtype: torch.dtype) -> None:
     checked("fp8_rms_norm", "cuda", "cuda", dtype, "rms_norm")
-    for rows, width in ((1, 16), (7000, 640), (3000, 2064), (1500, 4096), (300, 8192), (9, 17424), (0, 128)):
+    for rows, width in ((1, 16), (5000, 144), (1200, 2064), (300, 8192), (9, 17424), (0, 128)):
         x = wild(max(rows, 4), width)[:rows].to("cuda", dtype)
         weight = torch.randn(width, device="cuda").to(dtype)
         weight[2] = float("nan")

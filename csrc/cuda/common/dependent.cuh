@@ -20,20 +20,19 @@ __device__ inline void wait_for_previous() {
 }
 
 // For a kernel that calls wait_for_previous(): begins early where the code that the device runs has that instruction.
-template <class... Parameters>
-int launch_early(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, cudaStream_t stream,
-                 Parameters... arguments) {
+// shared: bytes of dynamic shared memory.
+template <class... Parameters, class... Arguments>
+int launch_early(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, size_t shared, cudaStream_t stream,
+                 const Arguments&... arguments) {
   cudaFuncAttributes code;
   if (const cudaError_t error = cudaFuncGetAttributes(&code, kernel)) return static_cast<int>(error);
-  cudaLaunchAttribute early;
+  cudaLaunchAttribute early{};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(blocks);
-  config.blockDim = dim3(threads);
-  config.stream = stream;
-  config.attrs = &early;
-  config.numAttrs = code.ptxVersion >= 90 ? 1 : 0;
+  config.gridDim = dim3(blocks), config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared, config.stream = stream;
+  config.attrs = &early, config.numAttrs = code.ptxVersion >= 90 ? 1 : 0;
   return static_cast<int>(cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 

@@ -7,6 +7,7 @@
 
 #include "cross_entropy_cluster.cuh"
 
+#include "../common/barrier.cuh"
 #include "../common/launch.cuh"
 #include "../common/vec.cuh"
 
@@ -72,53 +73,6 @@ __device__ inline float exp2_of(float x) {
   float result;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
-}
-
-__device__ inline uint32_t address(const void* at) { return static_cast<uint32_t>(__cvta_generic_to_shared(at)); }
-
-__device__ inline void prepare(uint64_t* barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address(barrier)), "r"(arrivals) : "memory");
-}
-
-__device__ inline void arrive(uint64_t* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address(barrier)) : "memory");
-}
-
-__device__ inline void expect(uint64_t* barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(barrier)), "r"(bytes) : "memory");
-}
-
-// CLUSTER: for what other blocks send.
-template <bool CLUSTER = false>
-__device__ inline void wait(uint64_t* barrier, uint32_t parity) {
-  uint32_t done;
-  do {
-    if constexpr (CLUSTER) {
-      asm volatile(
-          "{\n.reg .pred p;\n"
-          "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
-          "selp.u32 %0, 1, 0, p;\n}"
-          : "=r"(done)
-          : "r"(address(barrier)), "r"(parity)
-          : "memory");
-    } else {
-      asm volatile(
-          "{\n.reg .pred p;\n"
-          "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-          "selp.u32 %0, 1, 0, p;\n}"
-          : "=r"(done)
-          : "r"(address(barrier)), "r"(parity)
-          : "memory");
-    }
-  } while (!done);
-}
-
-__device__ inline void copy_in(void* to, const void* from, int bytes, uint64_t* barrier) {
-  expect(barrier, bytes);
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                   address(to)),
-               "l"(from), "r"(bytes), "r"(address(barrier))
-               : "memory");
 }
 
 // To the same place in the shared memory of the cluster's block `rank`, whose barrier counts the bytes.
@@ -266,6 +220,7 @@ __device__ void Share<T>::copy_rows() const {
       wait(shared.empty + place.slot, place.parity ^ 1);
       const int count = min(SLOT, vectors - i * SLOT);
       if (count > 0) {
+        expect(shared.full + place.slot, count * 16);
         copy_in(ring + place.slot * SLOT, from + i * SLOT, count * 16, shared.full + place.slot);
       } else {
         arrive(shared.full + place.slot);  // a short last share

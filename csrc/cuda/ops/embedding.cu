@@ -341,11 +341,11 @@ int sums_of(const EmbeddingBackward& args, Stream stream) {
   const auto sorts = args.order ? 0u : static_cast<unsigned>(embedding_order_keys(args.count) / SORTED);
   const Cleared first = share(0, 20);
   const unsigned blocks = std::max(1u, sorts + first.blocks(SORTED / 2));
-  if (const int error = launch_early(sort_kernel<T, N>, blocks, SORTED / 2, stream, args, sorts, first)) return error;
+  if (const int error = launch_early(sort_kernel<T, N>, blocks, SORTED / 2, 0, stream, args, sorts, first)) return error;
 
   const auto ranks = static_cast<unsigned>((args.order ? args.count + THREADS - 1 : sorts * SORTED) / THREADS);
   const Cleared second = share(20, 40);
-  if (const int error = launch_early(order_kernel<T, N>, ranks + second.blocks(THREADS), THREADS, stream, args, ranks,
+  if (const int error = launch_early(order_kernel<T, N>, ranks + second.blocks(THREADS), THREADS, 0, stream, args, ranks,
                                      static_cast<int>(sorts), second))
     return error;
 
@@ -353,11 +353,11 @@ int sums_of(const EmbeddingBackward& args, Stream stream) {
   const auto sums = static_cast<unsigned>(embedding_chunks(args.count) * parts);
   const Cleared third = share(40, 80);
   const unsigned clears = third.blocks(THREADS);
-  if (const int error = launch_early(pieces_kernel<T, N>, clears + sums, THREADS, stream, args, clears, parts, third))
+  if (const int error = launch_early(pieces_kernel<T, N>, clears + sums, THREADS, 0, stream, args, clears, parts, third))
     return error;
 
   const Cleared fourth = share(80, 100);
-  return launch_early(crossing_kernel<T, N>, sums + fourth.blocks(THREADS), THREADS, stream, args, sums, parts, fourth);
+  return launch_early(crossing_kernel<T, N>, sums + fourth.blocks(THREADS), THREADS, 0, stream, args, sums, parts, fourth);
 }
 
 }  // namespace

@@ -11,6 +11,8 @@
 // do must have room for the pairs of the same rows.
 #pragma once
 
+#include "../common/barrier.cuh"
+#include "../common/dependent.cuh"
 #include "fp8_tiles.cuh"
 
 namespace megatune::cuda::fp8 {
@@ -46,34 +48,9 @@ struct RingMemory {
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 
-__device__ inline uint32_t shared_address(const void* at) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(at));
-}
-
-__device__ inline void prepare(uint64_t* barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
-}
-
-__device__ inline void arrive(uint64_t* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
-
 // Once this thread's copies have come.
 __device__ inline void arrive_with_copies(uint64_t* barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
-
-__device__ inline void wait(uint64_t* barrier, uint32_t parity) {
-  uint32_t done;
-  do {
-    asm volatile(
-        "{\n.reg .pred p;\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, p;\n}"
-        : "=r"(done)
-        : "r"(shared_address(barrier)), "r"(parity)
-        : "memory");
-  } while (!done);
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(address(barrier)) : "memory");
 }
 
 __device__ inline void copy_vector(uint32_t to, const void* from) {
@@ -168,7 +145,7 @@ __device__ void Ring<Source>::fill(int lane) const {
         continue;
       }
       const T* from = source.from(row + lane / LANES, int64_t{strip} * TILE + lane % LANES * N);
-      uint32_t to = shared_address(shared.slots[at % SLOTS] + lane);
+      uint32_t to = address(shared.slots[at % SLOTS] + lane);
       if (rows == TILE) {
 #pragma unroll 8
         for (int i = 0; i < TILE; i += 2, to += 2 * LANES * 16, from += two_rows) copy_vector(to, from);
@@ -296,6 +273,7 @@ __global__ void __launch_bounds__(RingPlan::RING_THREADS, 1)
     for (int i = 0; i < P::TURNS; ++i) prepare(shared.known + i, P::COLLECTORS);
   }
   __syncthreads();
+  wait_for_previous();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 - P::WARPS_OF_TEAMS;
   if (warp < 0) {
     ring.quantise(threadIdx.x / THREADS);
@@ -307,6 +285,12 @@ __global__ void __launch_bounds__(RingPlan::RING_THREADS, 1)
     ring.fill(lane);
   }
 #endif
+}
+
+__global__ void clear_sums_kernel(uint4* workspace, int64_t count) {
+  let_next_begin();
+  const int64_t at = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  if (at < count) workspace[at] = uint4{RingSums::NONE, RingSums::NONE, RingSums::NONE, RingSums::NONE};
 }
 
 // Whether the ring is worth its start, and enough blocks run at once for it to go round.
@@ -323,13 +307,15 @@ template <class Source>
 int launch_norm_ring(const Source& source, const Fp8& out, void* workspace, Stream stream) {
   const auto kernel = norm_ring_kernel<Source>;
   constexpr int bytes = sizeof(RingMemory);
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error == cudaSuccess) error = cudaMemsetAsync(workspace, 0xff, RingSums::bytes(out), stream);
-  if (error != cudaSuccess) return static_cast<int>(error);
+  if (const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes))
+    return static_cast<int>(error);
+  // Both the counter and the sums of 128 rows are vectors of 16 bytes.
+  const int64_t vectors = RingSums::bytes(out) / 16;
+  clear_sums_kernel<<<grid(vectors, THREADS), THREADS, 0, stream>>>(static_cast<uint4*>(workspace), vectors);
+  if (const int error = launched()) return error;
   auto* taken = static_cast<uint32_t*>(workspace);
   const RingSums sums{taken, reinterpret_cast<float*>(static_cast<char*>(workspace) + RingSums::AHEAD)};
-  kernel<<<multiprocessors(), RingPlan::RING_THREADS, bytes, stream>>>(source, out, sums);
-  return launched();
+  return launch_early(kernel, multiprocessors(), RingPlan::RING_THREADS, bytes, stream, source, out, sums);
 }
 
 }  // namespace megatune::cuda::fp8

@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(MOST_WARPS * 32, 1) norm_rows_kernel(const Sou
   __shared__ float sums[2][MOST_WARPS];
   __shared__ uint32_t tops[2][MOST_WARPS];
   extern __shared__ uint4 ring[];  // [warp, stage, KEPT, lane]; in the end peaks T [group, width]
-  fp8::let_next_begin();
+  let_next_begin();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = warp / share, part = warp % share;
   const int groups = blockDim.x / 32 / share, vectors = static_cast<int>(out.width / N);
   const int first = part * (KEPT * 32) + lane;

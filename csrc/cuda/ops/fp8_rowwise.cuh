@@ -6,39 +6,10 @@
 // while the last ones of the first pass end.
 #pragma once
 
+#include "../common/dependent.cuh"
 #include "fp8_tiles.cuh"
 
 namespace megatune::cuda::fp8 {
-
-// Lets the kernel behind this one begin once all blocks have come here; what it needs of this one it waits for.
-__device__ inline void let_next_begin() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-// Until the kernel before this one has ended and all that it wrote can be seen.
-__device__ inline void wait_for_previous() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-// Launches a kernel that calls `wait_for_previous`; it may begin early where it was compiled for a device that can do so.
-template <class... Parameters, class... Arguments>
-int launch_early(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, size_t shared, Stream stream,
-                 const Arguments&... arguments) {
-  cudaFuncAttributes facts;
-  if (const auto error = cudaFuncGetAttributes(&facts, kernel); error != cudaSuccess) return static_cast<int>(error);
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(blocks), config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared, config.stream = stream;
-  config.attrs = &early, config.numAttrs = facts.ptxVersion >= 90 ? 1 : 0;
-  return static_cast<int>(cudaLaunchKernelEx(&config, kernel, arguments...));
-}
 
 // Blocks of the first pass on a multiprocessor: the registers for more are there where nothing is computed.
 template <class Source>

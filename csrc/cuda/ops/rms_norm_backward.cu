@@ -6,6 +6,7 @@
 // takes (very long rows, addresses that are not aligned, a weight of another type) and older devices' long rows have a
 // kernel that reads each row as it comes to it.
 
+#include "../common/barrier.cuh"
 #include "../common/launch.cuh"
 #include "../common/reduce.cuh"
 #include "rms_norm.cuh"
@@ -296,40 +297,6 @@ __global__ void __launch_bounds__(MORE ? AHEAD_SUM_THREADS : AHEAD_THREADS, 1)
   leave_sums(args, sums, of_groups);
 }
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-
-__device__ inline uint32_t address(const void* at) { return static_cast<uint32_t>(__cvta_generic_to_shared(at)); }
-
-__device__ inline void prepare(uint64_t* barrier) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address(barrier)) : "memory");
-}
-
-__device__ inline void expect(uint64_t* barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(barrier)), "r"(bytes) : "memory");
-}
-
-__device__ inline void copy_in(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                   address(to)),
-               "l"(from), "r"(bytes), "r"(address(barrier))
-               : "memory");
-}
-
-__device__ inline void wait(uint64_t* barrier, uint32_t parity) {
-  uint32_t done;
-  do {
-    asm volatile(
-        "{\n.reg .pred p;\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, p;\n}"
-        : "=r"(done)
-        : "r"(address(barrier)), "r"(parity)
-        : "memory");
-  } while (!done);
-}
-
-#endif
-
 // For rows of at most RING_THREADS * RING_KEPT vectors and a weight of their type. Nothing of a row stays in registers
 // over the sum: it is read from shared memory again, and its place is filled when the next row has been summed.
 template <class T, bool MORE>
@@ -358,7 +325,7 @@ __global__ void __launch_bounds__(RING_THREADS, 1)
   };
   uint32_t row = blockIdx.x * blockDim.y + group;
   if (lane == 0) {
-    for (int stage = 0; stage < STAGES; ++stage) prepare(&barriers[group][stage]);
+    for (int stage = 0; stage < STAGES; ++stage) prepare(&barriers[group][stage], 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   for (int stage = 0; stage < STAGES - 1; ++stage) fill(row + stage * step, stage);
