@@ -24,7 +24,10 @@ ROWS += [
 
 # (experts, k, groups, groups of a token)
 SIZES = [(6, 2, 1, 1), (8, 3, 4, 2), (33, 5, 3, 2), (64, 8, 8, 8)]
-LARGE = [(128, 8, 1, 1), (256, 8, 8, 4), (511, 16, 1, 1), (512, 16, 32, 5), (512, 2, 1, 1)]
+LARGE = [(128, 8, 1, 1), (127, 7, 1, 1), (128, 12, 1, 1), (256, 8, 8, 4), (300, 8, 1, 1)]
+LARGE += [(511, 16, 1, 1), (512, 16, 32, 5), (512, 2, 1, 1)]
+# The least distance of two scores that a choice tells apart, of the largest one: fp32 rounds to 6e-8.
+APART = 1e-5
 
 
 def plain(
@@ -48,16 +51,42 @@ def plain(
 
 def chosen_by_hand(
     logits: Tensor, top_k: int, score: str, correction: Tensor | None, groups: int, some: int
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
+    """(the chosen experts [T, K]; whether all that decided on them lay `APART` [T])."""
     scores = {"softmax": logits.softmax(1), "sigmoid": logits.sigmoid()}.get(score, logits)
-    scores = scores if correction is None else scores + correction
+    size = scores.abs().amax(1)
+    if correction is not None:
+        scores, size = scores + correction, size + correction.abs().max()
     best_two = scores.unflatten(1, (groups, -1)).sort(dim=2, descending=True).values[:, :, :2].sum(2)
-    best = best_two.sort(dim=1, descending=True, stable=True).indices[:, :some]
-    allowed = torch.zeros_like(best_two, dtype=torch.bool).scatter_(1, best, True)
+    sums, order = best_two.sort(dim=1, descending=True, stable=True)
+    allowed = torch.zeros_like(best_two, dtype=torch.bool).scatter_(1, order[:, :some], True)
     allowed = allowed.repeat_interleave(logits.shape[1] // groups, 1)
-    return (
-        scores.masked_fill(~allowed, -torch.inf).sort(dim=1, descending=True, stable=True).indices[:, :top_k]
-    )
+    ranked, experts = scores.masked_fill(~allowed, -torch.inf).sort(dim=1, descending=True, stable=True)
+    # Each chosen one from the next, the first not chosen among them; the last chosen group from the one after.
+    steps = [ranked[:, i] - ranked[:, i + 1] for i in range(min(top_k, logits.shape[1] - 1))]
+    steps += [sums[:, some - 1] - sums[:, some]] if some < groups else []
+    return experts[:, :top_k], torch.stack(steps).amin(0) > APART * size
+
+
+def clear_choices(
+    tokens: int, experts: int, top_k: int, score: str, corrected: bool, groups: int, some: int
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(logits, correction, chosen experts) of which no choice hangs on how a device rounds its sigmoid.
+
+    Every other token's logits are 1e-4 from rank to rank: near, yet further than rounding.
+    """
+    for _ in range(20):
+        correction = torch.randn(experts) * 0.2 if corrected else None
+        logits = torch.randn(4 * tokens, experts)
+        logits[1::2] = torch.rand(2 * tokens, experts).argsort(1) * 1e-4
+        wide = None if correction is None else correction.double()
+        chosen, apart = chosen_by_hand(logits.double(), top_k, score, wide, groups, some)
+        # As many of the one kind as of the other, a token more of the first where the number is odd.
+        kinds = [apart[kind::2].nonzero()[: (tokens + 1 - kind) // 2, 0] * 2 + kind for kind in (0, 1)]
+        rows = torch.cat(kinds).sort().values
+        if len(rows) == tokens:
+            return logits[rows], correction, chosen[rows]
+    raise AssertionError(f"no clear choices of {top_k} of {experts} experts")
 
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid", "topk_softmax"])
@@ -66,8 +95,11 @@ def test_router(body: str, device: str, score: str) -> None:
     need_body("router", body, torch.float32, device)
     ops.configure({"router": body}, device)
     for experts, top_k, groups, some in SIZES + (LARGE if device == "cuda" else []):
-        logits = torch.randn(300 if device == "cuda" else 21, experts)
-        for correction in (None, torch.randn(experts) * 0.2):
+        tokens = 300 if device == "cuda" else 21
+        for corrected in (False, True):
+            logits, correction, expected = clear_choices(
+                tokens, experts, top_k, score, corrected, groups, some
+            )
             for normalise, scale in ((True, 1.0), (False, 2.5)):
                 how = {"score": score, "normalise": normalise, "scale": scale}
                 leaf = logits.to(device).requires_grad_()
@@ -75,8 +107,6 @@ def test_router(body: str, device: str, score: str) -> None:
                 found, weights, probabilities = ops.route(
                     leaf, top_k, correction=placed, groups=groups, groups_per_token=some, **how
                 )
-                wide = None if correction is None else correction.double()
-                expected = chosen_by_hand(logits.double(), top_k, score, wide, groups, some)
                 assert torch.equal(found.cpu(), expected)
                 truth = logits.double().requires_grad_()
                 all_weights, all_probabilities = plain(truth, top_k, experts=expected, **how)
