@@ -133,7 +133,7 @@ __device__ void clear(const EmbeddingBackward& args, const Cleared& rows, uint32
 // ---- the order of ids: sorted pieces of SORTED keys, of each of which the other pieces tell its rank
 
 constexpr int SORTED = 1024;
-constexpr int SEARCHES = 16;  // in pieces at a time: beside so many writes it takes long to be answered
+constexpr int SEARCHES = 4;  // in pieces at a time; more is slower
 constexpr uint64_t NO_KEY = ~uint64_t{0};
 
 template <class T, int N>

@@ -77,13 +77,13 @@ __device__ inline int64_t place_of(const int64_t* place, int64_t token, int64_t 
   return at < rows ? at : -1;
 }
 
-// A warp has a token's row, or SPAN vectors a lane of it: read once, and written for one choice after the other at a
-// stretch, which memory takes faster than pieces of several rows by turns.
+// A warp has a token's row, or SPAN vectors a lane of it and the next warp those behind: read once, and written for one
+// choice after the other at a stretch, which memory takes faster than pieces of several rows by turns.
 template <class T, int N>
-__global__ void __launch_bounds__(THREADS) copy_kernel(const CopyRows args) {
+__global__ void __launch_bounds__(THREADS) copy_kernel(const CopyRows args, int64_t parts) {
   const int lane = threadIdx.x % 32;
-  const int64_t token = static_cast<int64_t>(blockIdx.x) * WARPS + threadIdx.x / 32;
-  const int64_t first = (static_cast<int64_t>(blockIdx.y) * 32 * SPAN + lane) * N;
+  const int64_t job = static_cast<int64_t>(blockIdx.x) * WARPS + threadIdx.x / 32, token = job / parts;
+  const int64_t first = (job % parts * 32 * SPAN + lane) * N;
   if (token >= args.tokens) return;
   const int64_t* places = args.place + token * args.choices;
   int64_t mine = lane < args.choices ? places[lane] : -1;  // of the choice of this lane's number
@@ -92,15 +92,18 @@ __global__ void __launch_bounds__(THREADS) copy_kernel(const CopyRows args) {
 #pragma unroll
   for (int i = 0; i < SPAN; ++i)
     if (first + i * 32 * N < args.width) values[i] = load<N>(from + first + i * 32 * N);
-  for (int64_t choice = 0; choice < args.choices; ++choice) {
-    const int number = static_cast<int>(choice % 32);
-    if (number == 0 && choice > 0) mine = choice + lane < args.choices ? places[choice + lane] : -1;
-    const int64_t at = __shfl_sync(0xffffffffu, mine, number);
-    if (at < 0 || at >= args.row_count) continue;
-    T* to = static_cast<T*>(args.y) + at * args.width;
+  for (int64_t known = 0; known < args.choices; known += 32) {
+    if (known > 0) mine = known + lane < args.choices ? places[known + lane] : -1;
+    const int choices = static_cast<int>(min(int64_t{32}, args.choices - known));
+#pragma unroll 8
+    for (int choice = 0; choice < choices; ++choice) {
+      const int64_t at = __shfl_sync(0xffffffffu, mine, choice);
+      if (at < 0 || at >= args.row_count) continue;
+      T* to = static_cast<T*>(args.y) + at * args.width;
 #pragma unroll
-    for (int i = 0; i < SPAN; ++i)
-      if (first + i * 32 * N < args.width) store_last(to + first + i * 32 * N, values[i]);
+      for (int i = 0; i < SPAN; ++i)
+        if (first + i * 32 * N < args.width) store_last(to + first + i * 32 * N, values[i]);
+    }
   }
 }
 
@@ -242,11 +245,12 @@ int copy_rows(const CopyRows& args, Stream stream) {
     constexpr int N = 16 / sizeof(T);
     const bool vectors = args.width % N == 0 && args.stride % N == 0 && aligned({args.x, args.y});
     const int64_t across = args.width / (vectors ? N : 1);
-    const dim3 blocks(grid(args.tokens, WARPS), static_cast<unsigned>((across + 32 * SPAN - 1) / (32 * SPAN)));
+    const int64_t parts = (across + 32 * SPAN - 1) / (32 * SPAN);
+    const unsigned blocks = grid(args.tokens * parts, WARPS);
     if (vectors) {
-      copy_kernel<T, N><<<blocks, THREADS, 0, stream>>>(args);
+      copy_kernel<T, N><<<blocks, THREADS, 0, stream>>>(args, parts);
     } else {
-      copy_kernel<T, 1><<<blocks, THREADS, 0, stream>>>(args);
+      copy_kernel<T, 1><<<blocks, THREADS, 0, stream>>>(args, parts);
     }
   });
   return launched();

@@ -105,7 +105,8 @@ __device__ inline Total activate(const float (&logits)[PER], float (&values)[PER
 #pragma unroll
     for (int half = PER / 2; half > 0; half /= 2)
 #pragma unroll
-      for (int i = 0; i < half; ++i) parts[i] = fmaxf(parts[i], parts[i + half]);
+      for (int i = 0; i < PER / 2; ++i)
+        if (i < half) parts[i] = fmaxf(parts[i], parts[i + half]);
     greatest = max_of<LANES>(parts[0]);
   }
 #pragma unroll
@@ -114,7 +115,8 @@ __device__ inline Total activate(const float (&logits)[PER], float (&values)[PER
 #pragma unroll
   for (int half = PER / 2; half > 0; half /= 2)
 #pragma unroll
-    for (int i = 0; i < half; ++i) parts[i] += parts[i + half];
+    for (int i = 0; i < PER / 2; ++i)
+      if (i < half) parts[i] += parts[i + half];
   return {greatest, sum_of<LANES>(parts[0])};
 }
 
@@ -147,11 +149,12 @@ __device__ inline void order(uint32_t& first, uint32_t& second) {
 }
 
 // Descending, both. The second: of a sequence that falls and rises, or rises and falls.
-__device__ inline void sort_eight(uint32_t* keys) {
+template <int FROM, int PER>
+__device__ inline void sort_eight(uint32_t (&keys)[PER]) {
   constexpr int pairs[19][2] = {{0, 1}, {2, 3}, {4, 5}, {6, 7}, {0, 2}, {1, 3}, {4, 6}, {5, 7}, {1, 2}, {5, 6},
                                 {0, 4}, {1, 5}, {2, 6}, {3, 7}, {2, 4}, {3, 5}, {1, 2}, {3, 4}, {5, 6}};
 #pragma unroll
-  for (int i = 0; i < 19; ++i) order(keys[pairs[i][0]], keys[pairs[i][1]]);
+  for (int i = 0; i < 19; ++i) order(keys[FROM + pairs[i][0]], keys[FROM + pairs[i][1]]);
 }
 
 __device__ inline void merge(uint32_t (&keys)[BEST]) {
@@ -165,12 +168,16 @@ __device__ inline void merge(uint32_t (&keys)[BEST]) {
 // The best eight of all lanes' keys, of which `less` of each lane are taken off first; given to all of them.
 template <int LANES, int PER>
 __device__ inline void best_of(uint32_t (&keys)[PER], uint32_t (&best)[BEST], uint32_t less) {
+  sort_eight<0>(keys);
+  if constexpr (PER == 2 * BEST) {
+    sort_eight<BEST>(keys);
 #pragma unroll
-  for (int group = 0; group < PER; group += BEST) {
-    sort_eight(keys + group);
+    for (int i = 0; i < BEST; ++i) best[i] = max(keys[i], keys[PER - 1 - i]);
+    merge(best);
+  } else {
+    static_assert(PER == BEST);
 #pragma unroll
-    for (int i = 0; i < BEST; ++i) best[i] = group == 0 ? keys[i] : max(best[i], keys[group + BEST - 1 - i]);
-    if (group > 0) merge(best);
+    for (int i = 0; i < BEST; ++i) best[i] = keys[i];
   }
 #pragma unroll
   for (int i = 0; i < BEST; ++i) best[i] -= less;
