@@ -110,9 +110,38 @@ __global__ void __launch_bounds__(ROW_THREADS, 1) rows_kernel(const Source sourc
   }
 }
 
+constexpr int PANEL = 32 * N;  // columns of a block that looks for peaks
+
+// Of a warp's eight rows from `row` on: the peaks of its columns grow, and those of the rows where they are wanted.
+template <class T>
+__device__ void take_peaks(const Values<T> (&values)[N], Peaks<T>& columns, const Fp8& out, int64_t row, int lane) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) columns.add(values[i]);
+  if (out.row_peaks == nullptr) return;
+  float peaks[N];
+  row_peaks(values, peaks);
+  const float peak = spread<32>(peaks, lane);
+  const int64_t mine = row + lane / 4;
+  if (lane % 4 == 0 && mine < out.rows) raise(out.row_peaks + mine, peak);
+}
+
+// The peaks of a panel's columns, from column `first` on, from all warps. All threads of the block come here.
+template <class T>
+__device__ void leave_peaks(const Peaks<T>& columns, T (&of_warps)[WARPS][PANEL], const Fp8& out, int64_t first) {
+  Values<T> of_warp;
+  memcpy(&of_warp, columns.at, sizeof of_warp);
+  store(of_warps[threadIdx.x / 32] + threadIdx.x % 32 * N, of_warp);
+  __syncthreads();
+  if (first + threadIdx.x >= out.width) return;
+  float peak = 0.0f;
+#pragma unroll
+  for (int other = 0; other < WARPS; ++other) peak = fmaxf(peak, fabsf(to_float(of_warps[other][threadIdx.x])));
+  raise(out.peaks + first + threadIdx.x, peak);
+}
+
 // Largest magnitudes of columns, and of rows where wanted. A block has 256 columns, its warps
 // are one below the other, PASSES times eight rows of each. The peaks are zeros before.
-constexpr int PASSES = 4, PANEL = 32 * N;
+constexpr int PASSES = 4;
 template <class Source>
 __global__ void __launch_bounds__(THREADS, spare<Source>() ? 3 : 2)
     peaks_kernel(const Source source, const Fp8 out) {
@@ -131,25 +160,9 @@ __global__ void __launch_bounds__(THREADS, spare<Source>() ? 3 : 2)
 #pragma unroll
     for (int i = 0; i < N; ++i)
       values[i] = inside && row + i < out.rows ? source.raw(row + i, column) : zeros<T>();
-#pragma unroll
-    for (int i = 0; i < N; ++i) columns.add(values[i]);
-    if (out.row_peaks != nullptr) {
-      float peaks[N];
-      row_peaks(values, peaks);
-      const float peak = spread_max<32>(peaks, lane);
-      const int64_t mine = row + lane / 4;
-      if (lane % 4 == 0 && mine < out.rows) raise(out.row_peaks + mine, peak);
-    }
+    take_peaks(values, columns, out, row, lane);
   }
-  Values<T> of_warp;
-  memcpy(&of_warp, columns.at, sizeof of_warp);
-  store(of_warps[warp] + lane * N, of_warp);
-  __syncthreads();
-  if (first + threadIdx.x >= out.width) return;
-  float peak = 0.0f;
-#pragma unroll
-  for (int other = 0; other < WARPS; ++other) peak = fmaxf(peak, fabsf(to_float(of_warps[other][threadIdx.x])));
-  raise(out.peaks + first + threadIdx.x, peak);
+  leave_peaks(columns, of_warps, out, first);
 }
 
 // Where the scale of a tile is, in rows padded to a multiple of four, and the ones behind a row that ends here.
@@ -256,7 +269,7 @@ __global__ void __launch_bounds__(THREADS, tile_blocks<Source, SCALING>())
     if constexpr (IN_BLOCKS) {
       float peaks[N];
       row_peaks(values, peaks);
-      scale = scale_of(spread_max<LANES>(peaks, lane), false), inverse = __frcp_rn(scale);  // of row lane / 2
+      scale = scale_of(spread<LANES>(peaks, lane), false), inverse = __frcp_rn(scale);  // of row lane / 2
       if (lane % 2 == 0) out.scales[int64_t{strip} * out.padded + row + lane / 2] = scale;
     }
 #pragma unroll

@@ -57,23 +57,9 @@ __device__ inline void copy_vector(uint32_t to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
 
-// Of the eight numbers of each of 16 lanes the sums, one by one: that of number lane / 2.
-__device__ inline float spread_sum(const float (&numbers)[N], int lane) {
-  float kept[N];
-#pragma unroll
-  for (int i = 0; i < N; ++i) kept[i] = numbers[i];
-  int distance = LANES / 2;
-#pragma unroll
-  for (int left = N / 2; left > 0; left /= 2, distance /= 2) {
-    const bool upper = lane & distance;
-#pragma unroll
-    for (int i = 0; i < left; ++i) {
-      const float sent = upper ? kept[i] : kept[i + left];
-      kept[i] = (upper ? kept[i + left] : kept[i]) + __shfl_xor_sync(0xffffffffu, sent, distance);
-    }
-  }
-  return kept[0] + __shfl_xor_sync(0xffffffffu, kept[0], 1);
-}
+struct Sum {
+  __device__ float operator()(float left, float right) const { return left + right; }
+};
 
 template <class T>
 __device__ float sum_of_squares(const uint4& values) {
@@ -176,7 +162,7 @@ __device__ void Ring<Source>::sum(int warp, int lane) const {
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float total = spread_sum(totals[half], at);
+      const float total = spread<LANES>(totals[half], at, Sum{});
       float* to = sums.squares + int64_t{pair} * TILE + first + half * N + at / 2;
       if (at % 2 == 0) asm volatile("st.relaxed.gpu.global.f32 [%0], %1;" ::"l"(to), "f"(total) : "memory");
     }

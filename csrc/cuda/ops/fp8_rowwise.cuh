@@ -48,25 +48,9 @@ __global__ void __launch_bounds__(THREADS, panel_blocks<Source>())
       source.finish(pieces[i], typename Source::Rows{}, i, at_columns, words);
       memcpy(&values[i], words, sizeof words);
     }
-#pragma unroll
-    for (int i = 0; i < N; ++i) columns.add(values[i]);
-    if (out.row_peaks != nullptr) {
-      float peaks[N];
-      row_peaks(values, peaks);
-      const float peak = spread_max<32>(peaks, lane);
-      const int64_t mine = row + lane / 4;
-      if (lane % 4 == 0 && mine < out.rows) raise(out.row_peaks + mine, peak);
-    }
+    take_peaks(values, columns, out, row, lane);
   }
-  Values<T> of_warp;
-  memcpy(&of_warp, columns.at, sizeof of_warp);
-  store(of_warps[warp] + lane * N, of_warp);
-  __syncthreads();
-  if (first + threadIdx.x >= out.width) return;
-  float peak = 0.0f;
-#pragma unroll
-  for (int other = 0; other < WARPS; ++other) peak = fmaxf(peak, fabsf(to_float(of_warps[other][threadIdx.x])));
-  raise(out.peaks + first + threadIdx.x, peak);
+  leave_peaks(columns, of_warps, out, first);
 }
 
 // Whether what a tile's threads have asked for waits in shared memory, so that registers suffice for one block more.

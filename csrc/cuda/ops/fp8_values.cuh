@@ -167,12 +167,17 @@ __device__ void row_peaks(const Values<T> (&values)[N], float (&peaks)[N]) {
   }
 }
 
-// Of the eight values of each of COUNT neighbouring lanes the largest, one by one: value l / (COUNT / 8) for lane l.
-template <int COUNT>
-__device__ float spread_max(const float (&peaks)[N], int lane) {
+struct Larger {
+  __device__ float operator()(float left, float right) const { return fmaxf(left, right); }
+};
+
+// Of the eight values of each of COUNT neighbouring lanes what `join` makes of them, the largest or another, one by one:
+// value l / (COUNT / 8) for lane l.
+template <int COUNT, class Join = Larger>
+__device__ float spread(const float (&values)[N], int lane, Join join = {}) {
   float kept[N];
 #pragma unroll
-  for (int i = 0; i < N; ++i) kept[i] = peaks[i];
+  for (int i = 0; i < N; ++i) kept[i] = values[i];
   int distance = COUNT / 2;
 #pragma unroll
   for (int left = N / 2; left > 0; left /= 2, distance /= 2) {
@@ -180,11 +185,11 @@ __device__ float spread_max(const float (&peaks)[N], int lane) {
 #pragma unroll
     for (int i = 0; i < left; ++i) {
       const float sent = upper ? kept[i] : kept[i + left];
-      kept[i] = fmaxf(upper ? kept[i + left] : kept[i], __shfl_xor_sync(0xffffffffu, sent, distance));
+      kept[i] = join(upper ? kept[i + left] : kept[i], __shfl_xor_sync(0xffffffffu, sent, distance));
     }
   }
 #pragma unroll
-  for (; distance > 0; distance /= 2) kept[0] = fmaxf(kept[0], __shfl_xor_sync(0xffffffffu, kept[0], distance));
+  for (; distance > 0; distance /= 2) kept[0] = join(kept[0], __shfl_xor_sync(0xffffffffu, kept[0], distance));
   return kept[0];
 }
 
