@@ -271,6 +271,21 @@ def test_outputs_and_gradients(recipe: Fp8Recipe, device: str) -> None:
         assert relative_error(first, results[1]) < 1e-5
 
 
+def test_in_blocks_the_weights_gradient_has_a_scale_for_128_x_128_of_the_gradient() -> None:
+    x, weight = torch.randn(200, 128).requires_grad_(), torch.randn(256, 128).requires_grad_()
+    grad = torch.randn(200, 256)
+    y = ops.fp8_linear(x, weight, recipe=Fp8Recipe("blockwise"))
+    grad_x, grad_weight = torch.autograd.grad(y, (x, weight), grad)
+    of_tiles = (
+        quantise(grad, "tiles").transposed.dense() @ quantise(x.detach(), "blocks").transposed.dense().t()
+    )
+    of_blocks = (
+        quantise(grad, "blocks").plain.dense() @ quantise(weight.detach(), "tiles").transposed.dense().t()
+    )
+    assert relative_error(grad_weight, of_tiles) < 1e-6
+    assert relative_error(grad_x, of_blocks[:200]) < 1e-6
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("inner", [128, 640, 2048, 16384])
 def test_products_on_a_gpu_are_those_of_the_numbers(inner: int) -> None:
