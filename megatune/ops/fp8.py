@@ -39,8 +39,8 @@ class Fp8Recipe:
 
     scaling: "rowwise", one scale for each row of each factor; or "blockwise", one for each 128 numbers along a row,
     and for each 128 x 128 of one factor, a weight or, for weight gradients, a gradient: finer, and one reading of the
-    input less, but for widths that are multiples of 128, and in hardware on GPUs of compute capability 9.0 only. (With
-    one for each 128 numbers of both factors a product takes 1.4 times as long on an H200.) gradients: the format of
+    input less, but for widths that are multiples of 128, and in hardware on GPUs of compute capability 9.0 only. (Of two
+    factors with one for each 128 numbers a product is slower.) gradients: the format of
     gradients; e5m2 has more range and less precision, and goes with rowwise only. wgrad: "bf16" computes weight
     gradients from unquantised factors.
 
