@@ -37,12 +37,11 @@ from megatune.ops.registry import CUDA_DTYPES, Body, add_op
 class Fp8Recipe:
     """How a linear layer is computed in 8 bits.
 
-    scaling: "rowwise", one scale for each row of each factor; or "blockwise", one for each 128 numbers along a row,
-    and for each 128 x 128 of one factor, a weight or, for weight gradients, a gradient: finer, and one reading of the
-    input less, but for widths that are multiples of 128, and in hardware on GPUs of compute capability 9.0 only. (Of two
-    factors with one for each 128 numbers a product is slower.) gradients: the format of
-    gradients; e5m2 has more range and less precision, and goes with rowwise only. wgrad: "bf16" computes weight
-    gradients from unquantised factors.
+    scaling: "rowwise", one scale for each row of each factor; or "blockwise", one for each 128 numbers along a row, and
+    for each 128 x 128 of one factor, a weight or, for weight gradients, a gradient: finer, and one reading of the input
+    less, but for widths that are multiples of 128, and in hardware on GPUs of compute capability 9.0 only. (Of two
+    factors with one for each 128 numbers a product is slower.) gradients: the format of gradients; e5m2 has more range
+    and less precision, and goes with rowwise only. wgrad: "bf16" computes weight gradients from unquantised factors.
 
     fast_gradients: let the tensor cores add up rowwise products of gradients in fewer bits than fp32, as they always do
     in the forward product; False adds their parts in fp32. Fast is the default: forward and backward of an 8B model's
