@@ -15,7 +15,7 @@ Compiling comes first, in as many processes as there are cores (`benchmarks/ops_
 benchmarks/results/ops_GPU.json after each case: a run that is cut leaves what it has, and one of some models or ops
 (on the same GPU, driver and torch) puts its rows in the place of those of the same model and op. At the end, and in the
 file: what is below its target, and what is slower than the best of its rivals by more than 3 %. `--table` prints the
-page docs/ops.md of a file. `--device cpu --tiny` runs every case once anywhere.
+page docs/ops.md or docs/ops_h100.md of a file. `--device cpu --tiny` runs every case once anywhere.
 """
 
 from __future__ import annotations

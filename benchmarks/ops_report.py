@@ -1,4 +1,4 @@
-"""What the op benchmark says of its rows: a line for each, verdicts, and the page docs/ops.md."""
+"""What the op benchmark says of its rows: a line for each, verdicts, and a page of docs (ops.md, ops_h100.md)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ of one of eight processes of a 70B model under tensor parallelism.
   same shapes, at the clock that the GPU keeps under them. Reading is faster than writing: what reads more than it
   writes can pass 100 %. In brackets, for work below 30 us: of a copy of as many bytes.
 - "Best other" is the fastest of PyTorch's eager mode, torch.compile, {rivals} and our other bodies, each where it has
-  the op, with results that are the same within rounding.
+  the op, with results that are the same within rounding; of products, by their share of the bare ones.
 - Not measured: {absent}.
 """
 
@@ -53,11 +53,16 @@ def groups(rows: list[Row]) -> Iterator[tuple[Row, list[Row]]]:
             yield row, [x for x in rows if (x["model"], x["op"]) == case and x is not row]
 
 
+def cost(row: Row, direction: str) -> float:
+    """What is compared: time. Of what consists of products, time over that of bare ones measured in turn with it: the
+    clock falls with heat, and is not the same for one who is measured later."""
+    return 1 / row[f"{direction}_share"] if f"{direction}_tflops" in row else row[f"{direction}_ms"]
+
+
 def best_of(others: list[Row], direction: str) -> Row | None:
     """The fastest that gets the same results."""
-    key = f"{direction}_ms"
-    there = [row for row in others if key in row and row["difference"] <= SAME]
-    return min(there, key=lambda row: row[key], default=None)
+    there = [row for row in others if f"{direction}_ms" in row and row["difference"] <= SAME]
+    return min(there, key=lambda row: cost(row, direction), default=None)
 
 
 def verdicts(rows: list[Row]) -> list[Row]:
@@ -75,12 +80,16 @@ def verdicts(rows: list[Row]) -> list[Row]:
             verdict = {"direction": direction, "ms": row[f"{direction}_ms"], "share": share}
             target, best = row["targets"][number], best_of(others, direction)
             below = target is not None and share < target
-            slower = best is not None and row[f"{direction}_ms"] > SLOWER * best[f"{direction}_ms"]
+            times = 0.0 if best is None else cost(row, direction) / cost(best, direction)
             if below:
                 verdict["target"] = round(target, 3)
-            if slower:
-                verdict |= {"rival": name_of(best), "rival_ms": best[f"{direction}_ms"]}
-            if below or slower:
+            if times > SLOWER:
+                verdict |= {
+                    "rival": name_of(best),
+                    "rival_ms": best[f"{direction}_ms"],
+                    "times": round(times, 3),
+                }
+            if below or times > SLOWER:
                 found.append(what | verdict)
     return found
 
@@ -101,7 +110,7 @@ def said(found: list[Row]) -> list[str]:
         if "target" in row:
             line += f" (wanted {row['target']:.0%})"
         if "rival" in row:
-            line += f"  {row['ms'] / row['rival_ms']:.2f} times {row['rival']}'s {row['rival_ms']:.4g} ms"
+            line += f"  {row['times']:.2f} times {row['rival']}'s {row['rival_ms']:.4g} ms"
         lines.append(line)
     return lines
 
@@ -139,7 +148,7 @@ def _table(rows: list[Row]) -> list[str]:
 
 
 def page(content: Row, file: str) -> str:
-    """docs/ops.md"""
+    """docs/ops.md and its like for other GPUs."""
     versions, rivals = content["versions"], content["rivals"]
     head = _HEAD.format(
         device=content["device"],

@@ -114,6 +114,18 @@ def test_verdicts_name_what_is_below_its_target_or_slower_than_another() -> None
     (only,) = ops_report.verdicts(rows({"forward_small_share": 0.9}))
     assert only["direction"] == "backward"
     assert "1.04 times theirs's 1 ms" in ops_report.said([only])[1]
+    # Of products, shares are compared: a rival that was measured at a higher clock is not faster.
+    products = rows(
+        {"forward_tflops": 1.0, "backward_tflops": 1.0, "forward_share": 0.9, "backward_share": 0.9}
+    )
+    products[1] |= {
+        "forward_share": 0.89,
+        "forward_tflops": 1.0,
+        "backward_share": 0.95,
+        "backward_tflops": 1.0,
+    }
+    (slower,) = ops_report.verdicts(products[:2])
+    assert (slower["direction"], slower["times"]) == ("backward", pytest.approx(0.95 / 0.9, abs=1e-3))
     failed = {"model": "m", "op": "o", "shape": "1", "body": "cuda", "chosen": True, "failed": "Error: x"}
     assert ops_report.verdicts([failed])[0]["failed"] == "Error: x"
 
@@ -123,9 +135,9 @@ def test_the_page_shows_every_case_and_is_that_of_the_committed_results(content:
     lines = [line for line in text.splitlines() if line.startswith("| ") and "---" not in line]
     cases = {(row["model"], row["op"]) for row in content["rows"]}
     assert len(lines) == len(cases) + 3 and "quack-kernels 0.6.5" in text
-    file = "benchmarks/results/ops_h200.json"
-    committed = json.loads((ROOT / file).read_text())
-    assert (ROOT / "docs" / "ops.md").read_text() == ops_report.page(committed, file)
+    for page, file in (("ops.md", "ops_h200.json"), ("ops_h100.md", "ops_h100.json")):
+        committed = json.loads((ROOT / "benchmarks" / "results" / file).read_text())
+        assert (ROOT / "docs" / page).read_text() == ops_report.page(committed, f"benchmarks/results/{file}")
 
 
 def test_a_rival_that_is_wrong_or_fails_is_seen() -> None:
