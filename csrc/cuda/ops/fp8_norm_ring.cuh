@@ -120,11 +120,11 @@ __device__ void Ring<Source>::fill(int lane) const {
     }
     if (pair >= pairs) ++ends;
     if (lane == 0) *const_cast<volatile uint32_t*>(shared.pair + n / 2 % TURNS) = pair;
-    __syncwarp();
     const int64_t row = int64_t{pair / pairs_across} * TILE;
     const int rows = static_cast<int>(min(int64_t{TILE}, out.rows - row));
     for (uint32_t at = n; at < n + 2; ++at) {
       uint64_t* full = shared.full + at % SLOTS;
+      if (lane == 0) arrive(full);  // what lane 0 wrote; all arrive once more, with what they copied
       const uint32_t strip = strip_of(pair, at);
       if (pair >= pairs || strip >= across) {
         arrive(full);
@@ -200,8 +200,7 @@ __device__ void Ring<Source>::collect(int warp, int lane) const {
     }
     const float2 rstd{source.rstd_of(total.x, out.width), source.rstd_of(total.y, out.width)};
     *reinterpret_cast<float2*>(shared.rstd[n / 2 % TURNS] + first) = rstd;
-    __syncwarp();
-    if (lane == 0) arrive(shared.known + n / 2 % TURNS);
+    arrive(shared.known + n / 2 % TURNS);
     if (pair % pairs_across == 0) {
       const int64_t row = int64_t{band} * TILE + first;
       if (row < out.rows) source.rstd[row] = rstd.x;
@@ -255,8 +254,8 @@ __global__ void __launch_bounds__(RingPlan::RING_THREADS, 1)
   using P = RingPlan;
   const Ring<Source> ring(source, out, sums, shared);
   if (threadIdx.x == 0) {
-    for (int i = 0; i < P::SLOTS; ++i) prepare(shared.full + i, 32), prepare(shared.empty + i, WARPS);
-    for (int i = 0; i < P::TURNS; ++i) prepare(shared.known + i, P::COLLECTORS);
+    for (int i = 0; i < P::SLOTS; ++i) prepare(shared.full + i, 33), prepare(shared.empty + i, WARPS);
+    for (int i = 0; i < P::TURNS; ++i) prepare(shared.known + i, 32 * P::COLLECTORS);
   }
   __syncthreads();
   wait_for_previous();
