@@ -16,13 +16,18 @@ from megatune.ops.checks import accumulate_dtype, floating, same_device
 from megatune.ops.comm import all_gather
 from megatune.ops.cross_entropy_rows import IGNORED, ROWS_OP, SPLIT_OP
 
-# Logits in one chunk, unless the caller says how many rows: 128 MiB in bf16 on a CPU, 768 MiB elsewhere, where small
+# Logits in one chunk, unless the caller says how many rows: 128 MiB in bf16 on a CPU, 896 MiB elsewhere, where small
 # products do not fill the device and each chunk reads and writes the weight's whole fp32 gradient.
 CHUNK_LOGITS = {"cpu": 2**26}
-CHUNK_LOGITS_ELSEWHERE = 3 * 2**27
-# Rows of a chunk come in these steps where they can: a product of 1024 rows is a whole number of tiles, and with a
-# hidden size of 4096 about one tile for each multiprocessor of an H100.
-CHUNK_STEPS = (1024, 128)
+CHUNK_LOGITS_ELSEWHERE = 7 * 2**26
+CHUNK_STEP = 128  # rows
+# What a product's result is cut into by cuBLAS, a tile a multiprocessor at a time, of which an H100 and an H200 have
+# 132: processes that share a vocabulary must agree, whatever they run on.
+TILES = ((256, 128), (192, 192), (320, 128), (128, 192))
+PROCESSORS = 132
+# A chunk's share of the weight's gradient takes as much longer as so many rows of another product (measured: 380 to
+# 400), however few rows it has.
+ADDING_ROWS = 400
 # Elements of a temporary: those of a product that is added to fp32, and those that are narrowed.
 PIECE = 2**24
 
@@ -234,15 +239,31 @@ def _narrowed(wide: Tensor, dtype: torch.dtype, scale: Callable[[Tensor, Tensor]
     return narrow.view(wide.shape)
 
 
-def _chunk(device_type: str, rows: int, columns: int) -> int:
-    """Rows whose logits exist at the same time, of `rows` rows with `columns` logits."""
+def _chunk(device_type: str, rows: int, columns: int, width: int) -> int:
+    """Rows whose logits exist at the same time, of `rows` rows with `columns` logits and a hidden size of `width`."""
     most = max(1, CHUNK_LOGITS.get(device_type, CHUNK_LOGITS_ELSEWHERE) // max(1, columns))
-    if rows <= most or device_type in CHUNK_LOGITS:
+    if rows <= most or most < CHUNK_STEP or device_type in CHUNK_LOGITS:
         return most
-    step = next((step for step in CHUNK_STEPS if step <= most), 1)
-    most -= most % step
-    chunks = -(-rows // most)
-    return -(-rows // (chunks * step)) * step
+
+    def cost(chunk: int) -> int:
+        whole, rest = divmod(rows, chunk)
+        chunks = whole + (rest > 0)
+        return (
+            whole * _tile_time(chunk, width)
+            + _tile_time(rest, width)
+            + chunks * ADDING_ROWS * width // PROCESSORS
+        )
+
+    largest = most - most % CHUNK_STEP
+    return min(range(largest, largest // 2, -CHUNK_STEP), key=cost)
+
+
+def _tile_time(rows: int, columns: int) -> int:
+    """Elements that the busiest multiprocessor computes of a result [rows, columns], with the best tile: a product of
+    few rows and many summands, such as hidden's gradient, may end with nearly idle multiprocessors."""
+    return min(
+        -(-(-(-rows // high) * -(-columns // wide)) // PROCESSORS) * high * wide for high, wide in TILES
+    )
 
 
 def _checked(
@@ -353,7 +374,7 @@ def linear_cross_entropy(
     if chunk is None:
         # The same everywhere, though some have fewer rows of the weight than others.
         columns = weight.shape[0] if cut is None else cut.size // dist.get_world_size(cut.group)
-        chunk = _chunk(hidden.device.type, hidden.shape[0], columns)
+        chunk = _chunk(hidden.device.type, hidden.shape[0], columns, hidden.shape[1])
     weights = None if token_weights is None else token_weights.contiguous()
     return _LinearCrossEntropy.apply(
         hidden, weight, labels.contiguous(), weights, loss, chunk, torch.is_grad_enabled()

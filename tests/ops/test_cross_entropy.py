@@ -192,13 +192,16 @@ def test_the_head_gradient_is_narrowed_where_it_lies(monkeypatch: pytest.MonkeyP
     assert relative_error(grads[1], grads[0]) < 1e-3
 
 
-def test_chunks_are_whole_tiles_where_a_device_needs_them() -> None:
-    assert module._chunk("cuda", 16384, 128256) == 3072
-    assert module._chunk("cuda", 3139, 128256) >= 3139
-    assert module._chunk("cuda", 8192, 128256) == 3072
-    assert module._chunk("cuda", 4096, 2**20) == 384
-    assert module._chunk("cuda", 7, 2**40) == 1
-    assert module._chunk("cpu", 2048, 49152) == 2**26 // 49152
+def test_chunks_fill_a_device_where_it_has_multiprocessors() -> None:
+    # 18 x 22 tiles of 192 x 192 are three for each of 132 multiprocessors; four such chunks and one of 2560 rows.
+    assert module._chunk("cuda", 16384, 128256, 4096) == 3456
+    assert module._tile_time(3456, 4096) == module._tile_time(3200, 4096) == 3 * 192 * 192
+    assert module._tile_time(3072, 4096) == 3 * 256 * 128 and module._tile_time(0, 4096) == 0
+    assert module._chunk("cuda", 16384, 151936, 2048) == 3072
+    assert module._chunk("cuda", 3662, 128256, 4096) == 3662  # all at once
+    assert module._chunk("cuda", 4096, 2**20, 4096) == 384
+    assert module._chunk("cuda", 7, 2**40, 64) == 1
+    assert module._chunk("cpu", 2048, 49152, 64) == 2**26 // 49152
 
 
 class Ranks:
