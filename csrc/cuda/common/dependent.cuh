@@ -20,9 +20,10 @@ __device__ inline void wait_for_previous() {
 }
 
 // For a kernel that calls wait_for_previous(): begins early where the code that the device runs has that instruction.
-// shared: bytes of dynamic shared memory.
+// All of its blocks must call it: the launch after it counts on all launches before it. shared: bytes of dynamic shared
+// memory.
 template <class... Parameters, class... Arguments>
-int launch_early(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, size_t shared, cudaStream_t stream,
+int launch_early(void (*kernel)(Parameters...), unsigned blocks, dim3 threads, size_t shared, cudaStream_t stream,
                  const Arguments&... arguments) {
   cudaFuncAttributes code;
   if (const cudaError_t error = cudaFuncGetAttributes(&code, kernel)) return static_cast<int>(error);
@@ -30,7 +31,7 @@ int launch_early(void (*kernel)(Parameters...), unsigned blocks, unsigned thread
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(blocks), config.blockDim = dim3(threads);
+  config.gridDim = dim3(blocks), config.blockDim = threads;
   config.dynamicSmemBytes = shared, config.stream = stream;
   config.attrs = &early, config.numAttrs = code.ptxVersion >= 90 ? 1 : 0;
   return static_cast<int>(cudaLaunchKernelEx(&config, kernel, arguments...));

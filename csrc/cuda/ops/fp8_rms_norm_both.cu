@@ -66,7 +66,15 @@ __device__ inline void row_barrier(int group, int share) {
   asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "r"(share * 32) : "memory");
 }
 
-// `share` warps have a row. The columns' peaks are zeros before.
+// Zeros for the columns' peaks. What was there before has ended when the first pass begins, these zeros perhaps not.
+__global__ void clear_kernel(float* peaks, int64_t width) {
+  wait_for_previous();
+  let_next_begin();
+  const int64_t column = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  if (column < width) peaks[column] = 0.0f;
+}
+
+// `share` warps have a row.
 template <class Source>
 __global__ void __launch_bounds__(MOST_WARPS * 32, 1) norm_rows_kernel(const Source source, const Fp8 out, int share) {
   using T = typename Source::Type;
@@ -156,11 +164,15 @@ __global__ void __launch_bounds__(MOST_WARPS * 32, 1) norm_rows_kernel(const Sou
     }
   }
   __syncthreads();
+  wait_for_previous();  // for the zeros
   const T* of_groups = reinterpret_cast<const T*>(ring);
-  for (int column = threadIdx.x; column < out.width; column += blockDim.x) {
+  // Each block begins elsewhere: all raise at the same time, and those of the same columns would wait for each other.
+  const int width = static_cast<int>(out.width), begin = blockIdx.x * blockDim.x % width;
+  for (int i = threadIdx.x; i < width; i += blockDim.x) {
+    const int column = i + begin < width ? i + begin : i + begin - width;
     float peak = 0.0f;
     for (int other = 0; other < groups; ++other)
-      peak = fmaxf(peak, fabsf(to_float(of_groups[other * static_cast<int>(out.width) + column])));
+      peak = fmaxf(peak, fabsf(to_float(of_groups[other * width + column])));
     fp8::raise(out.peaks + column, peak);
   }
 }
@@ -177,15 +189,16 @@ int64_t warps_of_row(int64_t width) { return (width + KEPT * 32 * N - 1) / (KEPT
 
 template <class Source>
 int launch(const Source& source, const Fp8& out, Stream stream) {
-  auto error = cudaMemsetAsync(out.peaks, 0, out.width * sizeof(float), stream);
-  if (error != cudaSuccess) return static_cast<int>(error);
+  constexpr unsigned threads = 512;
+  if (const int error = launch_early(clear_kernel, grid(out.width, threads), threads, 0, stream, out.peaks, out.width))
+    return error;
   const auto kernel = norm_rows_kernel<Source>;
   const int share = static_cast<int>(warps_of_row(out.width)), warps = most_warps() / share * share;
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, warps * WARP_BYTES);
+  const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, warps * WARP_BYTES);
   if (error != cudaSuccess) return static_cast<int>(error);
   const unsigned blocks = std::min<unsigned>(grid(out.padded, warps / share), multiprocessors());
-  kernel<<<blocks, warps * 32, warps * WARP_BYTES, stream>>>(source, out, share);
-  if (const int failed = launched()) return failed;
+  if (const int failed = launch_early(kernel, blocks, warps * 32, warps * WARP_BYTES, stream, source, out, share))
+    return failed;
   return fp8::launch_scaled_tiles<Source, false>(source, out, stream);
 }
 

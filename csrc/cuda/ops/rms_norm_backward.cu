@@ -7,6 +7,7 @@
 // kernel that reads each row as it comes to it.
 
 #include "../common/barrier.cuh"
+#include "../common/dependent.cuh"
 #include "../common/launch.cuh"
 #include "../common/reduce.cuh"
 #include "rms_norm.cuh"
@@ -303,6 +304,7 @@ template <class T, bool MORE>
 __global__ void __launch_bounds__(RING_THREADS, 1)
     backward_ring_kernel(const RmsNormBackward args, const Starts start, uint32_t rows) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  let_next_begin();
   constexpr int N = 16 / sizeof(T), KEPT = RING_KEPT;
   constexpr int STAGES = MORE ? RING_SUM_STAGES : RING_STAGES, ARRAYS = MORE ? 3 : 2;
   extern __shared__ __align__(128) int4 rings[];  // [group, stage, array, width]; in the end float [group, width]
@@ -328,6 +330,7 @@ __global__ void __launch_bounds__(RING_THREADS, 1)
     for (int stage = 0; stage < STAGES; ++stage) prepare(&barriers[group][stage], 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
+  wait_for_previous();
   for (int stage = 0; stage < STAGES - 1; ++stage) fill(row + stage * step, stage);
   Vec<T, N> weight[KEPT];
   Vec<float, N> sums[KEPT];
@@ -385,6 +388,8 @@ template <class W>
 __global__ void __launch_bounds__(COLUMNS * SLICES) columns_kernel(const float* partials, int64_t count, int64_t width,
                                                                    W* sums) {
   __shared__ float shared[SLICES][COLUMNS + 1];
+  let_next_begin();
+  wait_for_previous();
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * COLUMNS; first < width;
        first += static_cast<int64_t>(gridDim.x) * COLUMNS) {
     const int64_t column = first + threadIdx.x;
@@ -451,7 +456,7 @@ Shape backward_shape(const RmsNormBackward& args) {
 }
 
 template <class T, bool MORE>
-void launch_backward(const Shape& shape, const RmsNormBackward& args, int64_t rows, unsigned blocks, Stream stream) {
+int launch_backward(const Shape& shape, const RmsNormBackward& args, int64_t rows, unsigned blocks, Stream stream) {
   constexpr int N = 16 / sizeof(T);
   const size_t sums = shape.block.y == 1 ? 0 : shape.block.y * args.width * sizeof(float);
   if (shape.way == Way::ring) {
@@ -459,13 +464,13 @@ void launch_backward(const Shape& shape, const RmsNormBackward& args, int64_t ro
     const size_t row = args.width * sizeof(T) * (MORE ? 3 : 2);
     const size_t bytes = std::max(shape.block.y * row * (MORE ? RING_SUM_STAGES : RING_STAGES), sums);
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-    kernel<<<blocks, shape.block, bytes, stream>>>(args, starts_of(args.rows), static_cast<uint32_t>(rows));
-    return;
+    return launch_early(kernel, blocks, shape.block, bytes, stream, args, starts_of(args.rows),
+                        static_cast<uint32_t>(rows));
   }
   if (shape.way == Way::ahead) {
     backward_ahead_kernel<T, MORE>
         <<<blocks, shape.block, sums, stream>>>(args, starts_of(args.rows), static_cast<uint32_t>(rows));
-    return;
+    return launched();
   }
   const auto run = [&](auto kernel) { kernel<<<blocks, shape.block, sums, stream>>>(args, rows); };
   if (shape.elements == 1) {
@@ -475,6 +480,7 @@ void launch_backward(const Shape& shape, const RmsNormBackward& args, int64_t ro
   } else {
     run(backward_kernel<T, N, BACKWARD_KEPT, MORE, false>);
   }
+  return launched();
 }
 
 }  // namespace
@@ -493,23 +499,19 @@ int rms_norm_backward(const RmsNormBackward& given, Stream stream) {
   args.rows = collapsed(args.rows);
   if (rows > 0) {
     const Shape shape = backward_shape(args);
-    with_type(args.type, [&](auto* type) {
+    const int error = with_type(args.type, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
-      const unsigned grid_size = static_cast<unsigned>(blocks);
-      if (args.grad_sum != nullptr) {
-        launch_backward<T, true>(shape, args, rows, grid_size, stream);
-      } else {
-        launch_backward<T, false>(shape, args, rows, grid_size, stream);
-      }
+      const auto launch = args.grad_sum != nullptr ? launch_backward<T, true> : launch_backward<T, false>;
+      return launch(shape, args, rows, static_cast<unsigned>(blocks), stream);
     });
-    if (const int error = launched()) return error;
+    if (error != 0) return error;
   }
   if (args.partials == nullptr) return 0;
-  with_type(args.weight_type, [&](auto* type) {
-    columns_kernel<<<grid(args.width, COLUMNS), dim3(COLUMNS, SLICES), 0, stream>>>(
-        args.partials, blocks, args.width, static_cast<decltype(type)>(args.grad_weight));
+  return with_type(args.weight_type, [&](auto* type) {
+    using W = std::remove_pointer_t<decltype(type)>;
+    return launch_early(columns_kernel<W>, grid(args.width, COLUMNS), dim3(COLUMNS, SLICES), 0, stream, args.partials,
+                        blocks, args.width, static_cast<W*>(args.grad_weight));
   });
-  return launched();
 }
 
 }  // namespace megatune::cuda

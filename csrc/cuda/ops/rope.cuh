@@ -147,12 +147,13 @@ inline unsigned power_of_two(int64_t value, unsigned most) {
   return result;
 }
 
-// Lanes of a head, items of a block, heads at a time; whole warps.
-inline dim3 turn_block(int64_t half, int64_t width, int64_t heads, int elements, int each) {
+// Lanes of a head, items of a block, heads at a time; whole warps, so many if they are enough for the heads.
+inline dim3 turn_block(int64_t half, int64_t width, int64_t heads, int elements, int each,
+                       unsigned warps = TURN_WARPS) {
   const int64_t pairs = std::max<int64_t>(half, width - 2 * half) / elements;
   const unsigned lanes = power_of_two(pairs, 32);
   const unsigned rows = static_cast<unsigned>(std::min<int64_t>((heads + each - 1) / each, TURN_WARPS));
-  return dim3(lanes, 32 / lanes * (TURN_WARPS / rows), rows);
+  return dim3(lanes, 32 / lanes * std::max(warps / rows, 1u), rows);
 }
 
 }  // namespace megatune::cuda

@@ -7,7 +7,8 @@ namespace megatune::cuda {
 namespace {
 
 constexpr int EACH_NORMED = 3;  // heads that a thread has on their way
-constexpr int BLOCKS_NORM = 3;  // of a multiprocessor
+constexpr int BLOCKS_NORM = 3;  // of a multiprocessor, of the most threads
+constexpr int NORM_WARPS = 3;   // of a block; several small blocks end one by one
 
 // Calls pair(column) for the pairs of columns that a lane has after its first, then single(column) for what is beyond
 // both halves.
@@ -93,6 +94,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_NORM) norm_kernel(const Parted
                                                                     const Weights weights, int64_t items, float eps,
                                                                     bool round_first, float* rstds) {
   constexpr int N = 16 / sizeof(T), EACH = EACH_NORMED;
+  let_next_begin();
+  wait_for_previous();
   extern __shared__ float factors[];  // of queries, of keys: [2, width]
   const int half = static_cast<int>(angles.half), width = 2 * half, column = threadIdx.x * N;
   const int heads = route.heads, step = blockDim.z;
@@ -170,28 +173,27 @@ int rope_qk(const RopeQk& args, Stream stream) {
   const int64_t items = packed.tokens * packed.groups;
   if (items == 0 || packed.width == 0) return 0;
   if (too_many(packed)) return static_cast<int>(cudaErrorInvalidValue);
-  with_type(args.type, [&](auto* type) {
+  return with_type(args.type, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int N = 16 / sizeof(T);
     const bool vectors = in_steps(packed, args.half, N) &&
                          aligned({args.qkv, args.cos, args.sin, args.q_weight, args.k_weight, args.q, args.k});
     const Parted<T> route = parted<T>(turned);
     const Angles angles{args.cos, args.sin, args.half, 1.0f};
-    const dim3 block = turn_block(args.half, packed.width, route.heads, vectors ? N : 1, EACH_NORMED);
     const Weights weights{args.q_weight, args.k_weight, args.weight_type, args.offset};
-    const auto run = [&](auto kernel, size_t shared) {
-      kernel<<<grid(items, block.y), block, shared, stream>>>(route, angles, weights, items, args.eps, args.round_first,
-                                                              args.rstd);
+    const auto block_of = [&](unsigned warps) {
+      return turn_block(args.half, packed.width, route.heads, vectors ? N : 1, EACH_NORMED, warps);
     };
-    if (vectors && 2 * args.half == packed.width && args.half <= block.x * N) {
-      run(norm_kernel<T>, 2 * sizeof(float) * packed.width);
-    } else if (vectors) {
-      run(any_norm_kernel<T, N>, 0);
-    } else {
-      run(any_norm_kernel<T, 1>, 0);
-    }
+    dim3 block = block_of(NORM_WARPS);
+    if (vectors && 2 * args.half == packed.width && args.half <= block.x * N)
+      return launch_early(norm_kernel<T>, grid(items, block.y), block, 2 * sizeof(float) * packed.width, stream, route,
+                          angles, weights, items, args.eps, args.round_first, args.rstd);
+    block = block_of(TURN_WARPS);
+    const auto kernel = vectors ? any_norm_kernel<T, N> : any_norm_kernel<T, 1>;
+    kernel<<<grid(items, block.y), block, 0, stream>>>(route, angles, weights, items, args.eps, args.round_first,
+                                                       args.rstd);
+    return launched();
   });
-  return launched();
 }
 
 }  // namespace megatune::cuda

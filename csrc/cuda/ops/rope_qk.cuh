@@ -1,6 +1,7 @@
 // What both directions of rope_qk share: the weights of the norm, sums over a head, checks of a packed product.
 #pragma once
 
+#include "../common/dependent.cuh"
 #include "megatune/cuda_tokens.h"
 #include "rope.cuh"
 

@@ -232,6 +232,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_BACK)
     norm_backward_kernel(const Joined<T> route, const Angles angles, const Weights weights, const Normed normed,
                          int64_t items) {
   constexpr int N = 16 / sizeof(T), VECTORS = STAGE_VECTORS<N>;
+  let_next_begin();
   // [STAGES][VECTORS][threads], then [STAGES][threads] of rstd; at the end the sums.
   extern __shared__ int4 stages[];
   const int threads = blockDim.x * blockDim.y * blockDim.z;
@@ -321,6 +322,7 @@ constexpr int COLUMNS = 16, SLICES = 32;
 __global__ void __launch_bounds__(COLUMNS * SLICES) columns_kernel(const float* partials, int64_t count, int64_t width,
                                                                    float* sums) {
   __shared__ float shared[SLICES][COLUMNS + 1];
+  wait_for_previous();
   const int64_t column = static_cast<int64_t>(blockIdx.x) * COLUMNS + threadIdx.x;
   float sum = 0.0f;
   if (column < width) {
@@ -411,9 +413,8 @@ int rope_qk_backward(const RopeQkBackward& args, Stream stream) {
   }
   if (args.partials == nullptr || packed.width == 0) return 0;
   const int64_t columns = 2 * packed.width;
-  columns_kernel<<<grid(columns, COLUMNS), dim3(COLUMNS, SLICES), 0, stream>>>(args.partials, any ? most : 0, columns,
-                                                                              args.grad_weight);
-  return launched();
+  return launch_early(columns_kernel, grid(columns, COLUMNS), dim3(COLUMNS, SLICES), 0, stream, args.partials,
+                      any ? most : 0, columns, args.grad_weight);
 }
 
 }  // namespace megatune::cuda

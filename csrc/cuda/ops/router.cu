@@ -5,6 +5,7 @@
 
 #include <type_traits>
 
+#include "../common/dependent.cuh"
 #include "../common/launch.cuh"
 #include "../common/vec.cuh"
 #include "megatune/cuda_tokens.h"
@@ -267,6 +268,7 @@ __global__ void __launch_bounds__(THREADS) router_kernel(const Router args, bool
   const int64_t row = here ? token * args.experts : 0;  // the others do the first token's work and do not write it
   const Part<LANES, PER> part{lane, static_cast<int>(args.experts), whole};
   float values[PER], probabilities[PER];
+  wait_for_previous();
   part.load(args.logits + row, -INF, values);
   const float sum = activate<LANES, PER, SCORE>(values, probabilities).sum;
   const Divisor by(sum);
@@ -356,6 +358,7 @@ __global__ void __launch_bounds__(THREADS) router_backward_kernel(const RouterBa
   const int64_t row = here ? token * args.experts : 0;
   const Part<LANES, PER> part{lane, static_cast<int>(args.experts), whole};
   float logits[PER], values[PER], grads[PER];
+  wait_for_previous();
   part.load(args.logits + row, -INF, logits);
   if (args.grad_probabilities != nullptr) {
     part.load(args.grad_probabilities + row, 0.0f, grads);
@@ -419,19 +422,17 @@ __global__ void __launch_bounds__(THREADS) router_backward_kernel(const RouterBa
 
 // Calls body with lanes, experts of each and the score as constants.
 template <class Body>
-void with_shape(int64_t experts, int64_t choices, Score score, Body&& body) {
+auto with_shape(int64_t experts, int64_t choices, Score score, Body&& body) {
   const auto go = [&](auto lanes, auto per) {
-    switch (score) {
-      case Score::softmax: return body(lanes, per, std::integral_constant<Score, Score::softmax>{});
-      case Score::sigmoid: return body(lanes, per, std::integral_constant<Score, Score::sigmoid>{});
-      case Score::topk_softmax: return body(lanes, per, std::integral_constant<Score, Score::topk_softmax>{});
-    }
+    if (score == Score::softmax) return body(lanes, per, std::integral_constant<Score, Score::softmax>{});
+    if (score == Score::sigmoid) return body(lanes, per, std::integral_constant<Score, Score::sigmoid>{});
+    return body(lanes, per, std::integral_constant<Score, Score::topk_softmax>{});
   };
   using std::integral_constant;
   if (experts <= 64 && choices <= BEST) return go(integral_constant<int, 8>{}, integral_constant<int, 8>{});
   if (experts <= 128 && choices <= BEST) return go(integral_constant<int, 8>{}, integral_constant<int, 16>{});
   if (experts <= 256) return go(integral_constant<int, 16>{}, integral_constant<int, 16>{});
-  go(integral_constant<int, 32>{}, integral_constant<int, 16>{});
+  return go(integral_constant<int, 32>{}, integral_constant<int, 16>{});
 }
 
 }  // namespace
@@ -442,12 +443,12 @@ int router(const Router& args, Stream stream) {
   if (args.tokens == 0) return 0;
   const bool whole = args.experts % 4 == 0 && aligned({args.logits, args.probabilities});
   const bool sorting = args.choices <= BEST && args.groups_per_token == args.groups;
-  with_shape(args.experts, args.choices, args.score, [&](auto lanes, auto per, auto score) {
+  return with_shape(args.experts, args.choices, args.score, [&](auto lanes, auto per, auto score) {
     constexpr int LANES = decltype(lanes)::value, PER = decltype(per)::value;
     constexpr Score SCORE = decltype(score)::value;
-    router_kernel<LANES, PER, SCORE><<<grid(args.tokens, THREADS / LANES), THREADS, 0, stream>>>(args, whole, sorting);
+    return launch_early(router_kernel<LANES, PER, SCORE>, grid(args.tokens, THREADS / LANES), THREADS, 0, stream, args,
+                        whole, sorting);
   });
-  return launched();
 }
 
 int router_backward(const RouterBackward& args, Stream stream) {
@@ -455,12 +456,12 @@ int router_backward(const RouterBackward& args, Stream stream) {
   if (args.tokens == 0) return 0;
   const bool whole = args.experts % 4 == 0 && aligned({args.logits, args.grad_logits}) &&
                      (args.grad_probabilities == nullptr || aligned({args.grad_probabilities}));
-  with_shape(args.experts, args.choices, args.score, [&](auto lanes, auto per, auto score) {
+  return with_shape(args.experts, args.choices, args.score, [&](auto lanes, auto per, auto score) {
     constexpr int LANES = decltype(lanes)::value, PER = decltype(per)::value;
     constexpr Score SCORE = decltype(score)::value;
-    router_backward_kernel<LANES, PER, SCORE><<<grid(args.tokens, THREADS / LANES), THREADS, 0, stream>>>(args, whole);
+    return launch_early(router_backward_kernel<LANES, PER, SCORE>, grid(args.tokens, THREADS / LANES), THREADS, 0,
+                        stream, args, whole);
   });
-  return launched();
 }
 
 }  // namespace megatune::cuda
