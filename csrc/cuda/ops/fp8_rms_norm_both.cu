@@ -31,6 +31,14 @@ struct NormedTiles {
 
   __device__ Columns columns(int64_t column) const { return *reinterpret_cast<const uint4*>(weight + column); }
   __device__ const T* from(int64_t row, int64_t column) const { return x + row * row_stride + column; }
+  // As the first pass leaves it: see raise_columns.
+  __device__ float column_peak(const Fp8& out, int64_t column) const {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    return to_float(reinterpret_cast<const T*>(out.peaks)[column]);
+#else
+    return out.peaks[column];
+#endif
+  }
   __device__ void finish(const uint4 (&pieces)[1], const Rows& row, int, const Columns& columns,
                          uint32_t (&y)[4]) const {
     using P = fp8::Pair<T>;
@@ -72,6 +80,44 @@ __global__ void clear_kernel(float* peaks, int64_t width) {
   let_next_begin();
   const int64_t column = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   if (column < width) peaks[column] = 0.0f;
+}
+
+// Raises the columns' peaks to those of a block, of_groups[group, vector]. All blocks do so at the same time: each begins
+// elsewhere and, on Hopper, takes eight columns at once, as numbers of T.
+template <class T>
+__device__ void raise_columns(const uint4* of_groups, int groups, const Fp8& out) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  const int vectors = static_cast<int>(out.width / N), begin = blockIdx.x * blockDim.x % vectors;
+  for (int i = threadIdx.x; i < vectors; i += blockDim.x) {
+    const int at = i + begin < vectors ? i + begin : i + begin - vectors;
+    uint4 top = of_groups[at];
+    for (int group = 1; group < groups; ++group) {
+      const uint4 other = of_groups[group * vectors + at];
+      top.x = fp8::larger<T>(top.x, other.x), top.y = fp8::larger<T>(top.y, other.y);
+      top.z = fp8::larger<T>(top.z, other.z), top.w = fp8::larger<T>(top.w, other.w);
+    }
+    T* const to = reinterpret_cast<T*>(out.peaks) + at * N;
+    constexpr uint32_t magnitude = 0x7fff7fff;
+    top.x &= magnitude, top.y &= magnitude, top.z &= magnitude, top.w &= magnitude;
+    if constexpr (std::is_same_v<T, __half>) {
+      asm volatile("red.relaxed.gpu.global.max.noftz.v4.f16x2 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(top.x),
+                   "r"(top.y), "r"(top.z), "r"(top.w)
+                   : "memory");
+    } else {
+      asm volatile("red.relaxed.gpu.global.max.noftz.v4.bf16x2 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(top.x),
+                   "r"(top.y), "r"(top.z), "r"(top.w)
+                   : "memory");
+    }
+  }
+#else
+  const T* values = reinterpret_cast<const T*>(of_groups);
+  for (int column = threadIdx.x; column < out.width; column += blockDim.x) {
+    float peak = 0.0f;
+    for (int group = 0; group < groups; ++group)
+      peak = fmaxf(peak, fabsf(to_float(values[group * static_cast<int>(out.width) + column])));
+    fp8::raise(out.peaks + column, peak);
+  }
+#endif
 }
 
 // `share` warps have a row.
@@ -165,16 +211,7 @@ __global__ void __launch_bounds__(MOST_WARPS * 32, 1) norm_rows_kernel(const Sou
   }
   __syncthreads();
   wait_for_previous();  // for the zeros
-  const T* of_groups = reinterpret_cast<const T*>(ring);
-  // Each block begins elsewhere: all raise at the same time, and those of the same columns would wait for each other.
-  const int width = static_cast<int>(out.width), begin = blockIdx.x * blockDim.x % width;
-  for (int i = threadIdx.x; i < width; i += blockDim.x) {
-    const int column = i + begin < width ? i + begin : i + begin - width;
-    float peak = 0.0f;
-    for (int other = 0; other < groups; ++other)
-      peak = fmaxf(peak, fabsf(to_float(of_groups[other * width + column])));
-    fp8::raise(out.peaks + column, peak);
-  }
+  raise_columns<T>(ring, groups, out);
 }
 
 // Warps of a block that the device has shared memory for; 0 where it cannot be asked.

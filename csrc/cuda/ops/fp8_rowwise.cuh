@@ -107,7 +107,13 @@ __global__ void __launch_bounds__(THREADS, Source::BLOCKS) scaled_tiles_kernel(c
   const int64_t with_scale = int64_t{of_column ? strip : band} * TILE + threadIdx.x % TILE;
   float scale = 1.0f, rstd = 0.0f;
   if (of_column && with_scale < out.width) {
-    scale = scale_of(out.peaks[with_scale], E5M2);
+    float peak;
+    if constexpr (Source::NORMALISES) {
+      peak = source.column_peak(out, with_scale);
+    } else {
+      peak = out.peaks[with_scale];
+    }
+    scale = scale_of(peak, E5M2);
     if (band == 0) out.scales_t[with_scale] = scale;
   } else if (!of_column && with_scale < out.padded && out.codes != nullptr) {
     if constexpr (Source::NORMALISES) {

@@ -14,7 +14,7 @@ namespace megatune::cuda {
 
 namespace {
 
-constexpr int THREADS = 64;
+constexpr int THREADS = 32;  // small blocks end one by one
 constexpr int WARPS = THREADS / 32;
 constexpr int BEST = 8;  // choices that sorting finds
 constexpr float INF = __builtin_huge_valf();
@@ -255,7 +255,8 @@ __device__ inline int choose(const Router& args, const float* values) {
   return chosen;
 }
 
-template <int LANES, int PER, Score SCORE>
+// SIMPLE: known are `whole`, `sorting` and that there is no correction.
+template <int LANES, int PER, Score SCORE, bool SIMPLE>
 __global__ void __launch_bounds__(THREADS) router_kernel(const Router args, bool whole, bool sorting) {
   constexpr int TOKENS = 32 / LANES, ALL = LANES * PER;
   // A key is what of the rank is above these bits, and below it the expert's number from behind: of equal ranks the
@@ -266,7 +267,7 @@ __global__ void __launch_bounds__(THREADS) router_kernel(const Router args, bool
   const int64_t token = (static_cast<int64_t>(blockIdx.x) * WARPS + warp) * TOKENS + in_warp;
   const bool here = token < args.tokens;
   const int64_t row = here ? token * args.experts : 0;  // the others do the first token's work and do not write it
-  const Part<LANES, PER> part{lane, static_cast<int>(args.experts), whole};
+  const Part<LANES, PER> part{lane, static_cast<int>(args.experts), SIMPLE || whole};
   float values[PER], probabilities[PER];
   wait_for_previous();
   part.load(args.logits + row, -INF, values);
@@ -287,10 +288,10 @@ __global__ void __launch_bounds__(THREADS) router_kernel(const Router args, bool
   int expert = 0;
   uint32_t doubts = UINT32_MAX;  // lanes of the tokens for which sorting is not the answer
   __syncwarp();
-  if (sorting) {
+  if (SIMPLE || sorting) {
     uint32_t ranks[PER], keys[PER], best[BEST];
     // Probabilities and sigmoids are in the order of their bits; where there is no expert they are 0.
-    const bool plain = SCORE != Score::topk_softmax && args.correction == nullptr;
+    const bool plain = SCORE != Score::topk_softmax && (SIMPLE || args.correction == nullptr);
     if (plain) {
 #pragma unroll
       for (int i = 0; i < PER; ++i) ranks[i] = __float_as_uint(values[i]);
@@ -446,8 +447,9 @@ int router(const Router& args, Stream stream) {
   return with_shape(args.experts, args.choices, args.score, [&](auto lanes, auto per, auto score) {
     constexpr int LANES = decltype(lanes)::value, PER = decltype(per)::value;
     constexpr Score SCORE = decltype(score)::value;
-    return launch_early(router_kernel<LANES, PER, SCORE>, grid(args.tokens, THREADS / LANES), THREADS, 0, stream, args,
-                        whole, sorting);
+    const bool simple = whole && sorting && args.correction == nullptr;
+    const auto kernel = simple ? router_kernel<LANES, PER, SCORE, true> : router_kernel<LANES, PER, SCORE, false>;
+    return launch_early(kernel, grid(args.tokens, THREADS / LANES), THREADS, 0, stream, args, whole, sorting);
   });
 }
 
