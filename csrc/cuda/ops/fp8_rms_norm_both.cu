@@ -82,8 +82,8 @@ __global__ void clear_kernel(float* peaks, int64_t width) {
   if (column < width) peaks[column] = 0.0f;
 }
 
-// Raises the columns' peaks to those of a block, of_groups[group, vector]. All blocks do so at the same time: each begins
-// elsewhere and, on Hopper, takes eight columns at once, as numbers of T.
+// Raises the columns' peaks to those of a block, of_groups[group, vector]. All blocks do so at the same time: each
+// begins elsewhere and, on Hopper, takes eight columns at once, as numbers of T.
 template <class T>
 __device__ void raise_columns(const uint4* of_groups, int groups, const Fp8& out) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900

@@ -1,5 +1,6 @@
 // Row-wise scales of types of 16 bits: a transposed copy, or both. The sources are those of fp8_tiles.cuh; of one that
-// NORMALISES, Rows hold a row's rstd, which stands in `rstd` once the first pass is over.
+// NORMALISES, Rows hold a row's rstd, which stands in `rstd` once the first pass is over, and column_peak() reads what
+// that left in `peaks`.
 //
 // No code can be written before the largest magnitudes of all columns are known: a first pass only reads, the second
 // one makes tiles. It goes backwards, for the end of the matrix is still in the cache, and its blocks begin to load
