@@ -50,24 +50,12 @@ __device__ inline Vec<T, N> load_once(const T* from) {
   return result;
 }
 
-// With `load_once`: nothing of a copy is kept in the first level cache. Where loads alone keep nothing there, it is a
-// twentieth slower.
-template <class T, int N>
-__device__ inline void store_past(T* to, const Vec<T, N>& values) {
-  if constexpr (sizeof(values) == 16) {
-    int4 words;
-    memcpy(&words, &values, sizeof words);
-    asm volatile("st.global.L1::no_allocate.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
-                 "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w)
-                 : "memory");
-  } else {
-    store(to, values);
-  }
-}
-
-// Blocks for parts of rows, those of a row after each other.
+// Blocks for parts of rows, those of a row after each other. Loads and stores that keep nothing in the first level cache
+// are a few hundredths slower where launches follow each other.
 template <class T, int N>
 __global__ void __launch_bounds__(THREADS) rows_kernel(const EmbeddingRows args, uint32_t parts) {
+  wait_for_previous();
+  let_next_begin();
   const uint32_t token = blockIdx.x / parts, part = blockIdx.x % parts;
   const int64_t id = args.ids[token], row = id - args.first;
   const bool is_there = row >= 0 && row < args.rows;
@@ -78,13 +66,13 @@ __global__ void __launch_bounds__(THREADS) rows_kernel(const EmbeddingRows args,
 #pragma unroll
   for (int i = 0; i < LOOKUPS; ++i) {
     const int64_t column = first + i * THREADS * N;
-    values[i] = is_there && column < args.width ? load_once<N>(from + column) : zeros<T, N>();
+    values[i] = is_there && column < args.width ? load<N>(from + column) : zeros<T, N>();
   }
   assert(id >= 0 && id < args.total);
 #pragma unroll
   for (int i = 0; i < LOOKUPS; ++i) {
     const int64_t column = first + i * THREADS * N;
-    if (column < args.width) store_past(to + column, values[i]);
+    if (column < args.width) store_whole(to + column, values[i]);
   }
 }
 
@@ -305,19 +293,15 @@ __global__ void __launch_bounds__(THREADS)
 
 int embedding_rows(const EmbeddingRows& args, Stream stream) {
   if (args.count == 0 || args.width == 0) return 0;
-  with_type(args.type, [&](auto* type) {
+  return with_type(args.type, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int N = 16 / sizeof(T);
     const bool vectors = args.width % N == 0 && args.stride % N == 0 && aligned({args.table, args.y});
     const int64_t each = (vectors ? N : 1) * THREADS * LOOKUPS, parts = (args.width + each - 1) / each;
     const unsigned blocks = static_cast<unsigned>(args.count * parts);
-    if (vectors) {
-      rows_kernel<T, N><<<blocks, THREADS, 0, stream>>>(args, static_cast<uint32_t>(parts));
-    } else {
-      rows_kernel<T, 1><<<blocks, THREADS, 0, stream>>>(args, static_cast<uint32_t>(parts));
-    }
+    const auto kernel = vectors ? rows_kernel<T, N> : rows_kernel<T, 1>;
+    return launch_early(kernel, blocks, THREADS, 0, stream, args, static_cast<uint32_t>(parts));
   });
-  return launched();
 }
 
 int64_t embedding_order_keys(int64_t count) { return (count + SORTED - 1) / SORTED * SORTED; }

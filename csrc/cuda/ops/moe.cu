@@ -19,18 +19,6 @@ constexpr int WARPS = THREADS / 32;
 constexpr int AT_ONCE = 4;  // loads of a thread that are under way together
 constexpr int SPAN = 8;     // the same, of a row that is copied
 
-// What is written once and read by another kernel, if at all: the first to leave the cache.
-template <class T, int N>
-__device__ inline void store_last(T* to, const Vec<T, N>& values) {
-  if constexpr (sizeof(values) == 16) {
-    int4 words;
-    memcpy(&words, &values, sizeof words);
-    __stcs(reinterpret_cast<int4*>(to), words);
-  } else {
-    store(to, values);
-  }
-}
-
 struct Tiles {
   dim3 blocks, block;
 };
@@ -77,33 +65,33 @@ __device__ inline int64_t place_of(const int64_t* place, int64_t token, int64_t 
   return at < rows ? at : -1;
 }
 
-// A warp has a token's row, or SPAN vectors a lane of it and the next warp those behind: read once, and written for one
-// choice after the other at a stretch, which memory takes faster than pieces of several rows by turns.
-template <class T, int N>
-__global__ void __launch_bounds__(THREADS) copy_kernel(const CopyRows args, int64_t parts) {
+// A warp has a token's row, or SPAN words a lane of it and the next warp those behind: read once, and written for one
+// choice after the other at a stretch, which memory takes faster than pieces of several rows by turns. Choices `first`
+// to first + `many`, 32 at most. W: vectors of 16 bytes or single elements; as words, not as structures of elements, of
+// which the compiler makes slower code.
+template <class W>
+__global__ void __launch_bounds__(THREADS)
+    copy_kernel(const CopyRows args, int64_t stride, int64_t width, int64_t parts, int64_t first, int many) {
   const int lane = threadIdx.x % 32;
   const int64_t job = static_cast<int64_t>(blockIdx.x) * WARPS + threadIdx.x / 32, token = job / parts;
-  const int64_t first = (job % parts * 32 * SPAN + lane) * N;
+  const int64_t column = job % parts * 32 * SPAN + lane;
   if (token >= args.tokens) return;
-  const int64_t* places = args.place + token * args.choices;
-  int64_t mine = lane < args.choices ? places[lane] : -1;  // of the choice of this lane's number
-  const T* from = static_cast<const T*>(args.x) + token * args.stride;
-  Vec<T, N> values[SPAN];
+  // Of the choice of this lane's number.
+  const int64_t mine = lane < many ? args.place[token * args.choices + first + lane] : -1;
+  const W* from = static_cast<const W*>(args.x) + token * stride;
+  W values[SPAN];
 #pragma unroll
   for (int i = 0; i < SPAN; ++i)
-    if (first + i * 32 * N < args.width) values[i] = load<N>(from + first + i * 32 * N);
-  for (int64_t known = 0; known < args.choices; known += 32) {
-    if (known > 0) mine = known + lane < args.choices ? places[known + lane] : -1;
-    const int choices = static_cast<int>(min(int64_t{32}, args.choices - known));
+    if (column + i * 32 < width) values[i] = from[column + i * 32];
 #pragma unroll 8
-    for (int choice = 0; choice < choices; ++choice) {
-      const int64_t at = __shfl_sync(0xffffffffu, mine, choice);
-      if (at < 0 || at >= args.row_count) continue;
-      T* to = static_cast<T*>(args.y) + at * args.width;
+  for (int choice = 0; choice < many; ++choice) {
+    const int64_t at = __shfl_sync(0xffffffffu, mine, choice);
+    if (at < 0 || at >= args.row_count) continue;
+    W* to = static_cast<W*>(args.y) + at * width;
+    // Written once and read by another kernel, if at all: the first to leave the cache.
 #pragma unroll
-      for (int i = 0; i < SPAN; ++i)
-        if (first + i * 32 * N < args.width) store_last(to + first + i * 32 * N, values[i]);
-    }
+    for (int i = 0; i < SPAN; ++i)
+      if (column + i * 32 < width) __stcs(to + column + i * 32, values[i]);
   }
 }
 
@@ -240,19 +228,23 @@ int sum_choices(const SumChoices& args, Stream stream) {
 
 int copy_rows(const CopyRows& args, Stream stream) {
   if (args.tokens == 0 || args.width == 0 || args.row_count == 0) return 0;
-  with_type(args.type, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    constexpr int N = 16 / sizeof(T);
-    const bool vectors = args.width % N == 0 && args.stride % N == 0 && aligned({args.x, args.y});
-    const int64_t across = args.width / (vectors ? N : 1);
-    const int64_t parts = (across + 32 * SPAN - 1) / (32 * SPAN);
+  const int64_t size = args.type == Type::f32 ? 4 : 2, each = 16 / size;
+  const auto copy = [&](auto word, int64_t in_word) {
+    const int64_t stride = args.stride / in_word, width = args.width / in_word;
+    const int64_t parts = (width + 32 * SPAN - 1) / (32 * SPAN);
     const unsigned blocks = grid(args.tokens * parts, WARPS);
-    if (vectors) {
-      copy_kernel<T, N><<<blocks, THREADS, 0, stream>>>(args, parts);
-    } else {
-      copy_kernel<T, 1><<<blocks, THREADS, 0, stream>>>(args, parts);
+    for (int64_t first = 0; first < args.choices; first += 32) {
+      const int many = static_cast<int>(std::min<int64_t>(32, args.choices - first));
+      copy_kernel<decltype(word)><<<blocks, THREADS, 0, stream>>>(args, stride, width, parts, first, many);
     }
-  });
+  };
+  if (args.width % each == 0 && args.stride % each == 0 && aligned({args.x, args.y})) {
+    copy(int4{}, each);
+  } else if (size == 4) {
+    copy(uint32_t{}, 1);
+  } else {
+    copy(uint16_t{}, 1);
+  }
   return launched();
 }
 
