@@ -50,29 +50,30 @@ __device__ inline Vec<T, N> load_once(const T* from) {
   return result;
 }
 
-// Blocks for parts of rows, those of a row after each other. Loads and stores that keep nothing in the first level cache
-// are a few hundredths slower where launches follow each other.
-template <class T, int N>
-__global__ void __launch_bounds__(THREADS) rows_kernel(const EmbeddingRows args, uint32_t parts) {
+// Blocks for parts of rows, those of a row after each other. W: vectors of 16 bytes or single elements. Loads and
+// stores that keep nothing in the first level cache are a few hundredths slower where launches follow each other.
+template <class W>
+__global__ void __launch_bounds__(THREADS)
+    rows_kernel(const EmbeddingRows args, int64_t stride, int64_t width, uint32_t parts) {
   wait_for_previous();
   let_next_begin();
   const uint32_t token = blockIdx.x / parts, part = blockIdx.x % parts;
   const int64_t id = args.ids[token], row = id - args.first;
   const bool is_there = row >= 0 && row < args.rows;
-  const T* from = static_cast<const T*>(args.table) + row * args.stride;
-  T* to = static_cast<T*>(args.y) + token * args.width;
-  const int64_t first = (static_cast<int64_t>(part) * THREADS * LOOKUPS + threadIdx.x) * N;
-  Vec<T, N> values[LOOKUPS];
+  const W* from = static_cast<const W*>(args.table) + row * stride;
+  W* to = static_cast<W*>(args.y) + token * width;
+  const int64_t first = static_cast<int64_t>(part) * THREADS * LOOKUPS + threadIdx.x;
+  W values[LOOKUPS];
 #pragma unroll
   for (int i = 0; i < LOOKUPS; ++i) {
-    const int64_t column = first + i * THREADS * N;
-    values[i] = is_there && column < args.width ? load<N>(from + column) : zeros<T, N>();
+    const int64_t column = first + i * THREADS;
+    values[i] = is_there && column < width ? from[column] : W{};
   }
   assert(id >= 0 && id < args.total);
 #pragma unroll
   for (int i = 0; i < LOOKUPS; ++i) {
-    const int64_t column = first + i * THREADS * N;
-    if (column < args.width) store_whole(to + column, values[i]);
+    const int64_t column = first + i * THREADS;
+    if (column < width) to[column] = values[i];
   }
 }
 
@@ -293,15 +294,16 @@ __global__ void __launch_bounds__(THREADS)
 
 int embedding_rows(const EmbeddingRows& args, Stream stream) {
   if (args.count == 0 || args.width == 0) return 0;
-  return with_type(args.type, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    constexpr int N = 16 / sizeof(T);
-    const bool vectors = args.width % N == 0 && args.stride % N == 0 && aligned({args.table, args.y});
-    const int64_t each = (vectors ? N : 1) * THREADS * LOOKUPS, parts = (args.width + each - 1) / each;
-    const unsigned blocks = static_cast<unsigned>(args.count * parts);
-    const auto kernel = vectors ? rows_kernel<T, N> : rows_kernel<T, 1>;
-    return launch_early(kernel, blocks, THREADS, 0, stream, args, static_cast<uint32_t>(parts));
-  });
+  const int64_t size = args.type == Type::f32 ? 4 : 2, each = 16 / size;
+  const auto look_up = [&](auto word, int64_t in_word) {
+    const int64_t stride = args.stride / in_word, width = args.width / in_word;
+    const int64_t parts = (width + THREADS * LOOKUPS - 1) / (THREADS * LOOKUPS);
+    const auto blocks = static_cast<unsigned>(args.count * parts);
+    return launch_early(rows_kernel<decltype(word)>, blocks, THREADS, 0, stream, args, stride, width,
+                        static_cast<uint32_t>(parts));
+  };
+  if (args.width % each == 0 && args.stride % each == 0 && aligned({args.table, args.y})) return look_up(int4{}, each);
+  return size == 4 ? look_up(uint32_t{}, 1) : look_up(uint16_t{}, 1);
 }
 
 int64_t embedding_order_keys(int64_t count) { return (count + SORTED - 1) / SORTED * SORTED; }
