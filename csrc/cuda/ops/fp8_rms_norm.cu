@@ -132,17 +132,12 @@ int launch_rstd(const Normed<T>& source, const Fp8& out, Stream stream) {
 
 template <class Source>
 int launch_known_tiles(const Source& source, const Fp8RmsNorm& args, Stream stream) {
-  if (args.workspace != nullptr) return fp8::launch_norm_ring(source, args.out, args.workspace, stream);
+  if (const auto launched = fp8::launch_norm_ring(source, args.out, stream)) return *launched;
   if (const int error = launch_rstd<typename Source::Type>(source, args.out, stream)) return error;
   return fp8::launch_computed_tiles(source, args.out, stream);
 }
 
 }  // namespace
-
-int64_t fp8_rms_norm_workspace(Type type, const Fp8& out) {
-  if (type == Type::f32 || out.scaling != Scaling::blocks) return 0;
-  return fp8::ring_takes<KnownTiles<__nv_bfloat16, true>>(out) ? fp8::RingSums::bytes(out) : 0;
-}
 
 int fp8_rms_norm(const Fp8RmsNorm& args, Stream stream) {
   const Fp8& out = args.out;
