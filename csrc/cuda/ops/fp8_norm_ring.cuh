@@ -1,13 +1,13 @@
 // A norm to fp8 in blocks that reads each value once; for sm_90.
 //
-// A cluster of thread blocks, one on a multiprocessor, takes bands of 128 rows, each block a share of their tiles of 128
-// x 128 values, which pass through a ring in its shared memory. One warp fills the ring, as far ahead as there are free
-// slots; four sum the squares of a band's rows as its tiles come, send the sums to all blocks of the cluster, add up
-// what those have sent, and so know rstd; teams of eight quantise a tile each and give its slot back. None of these
+// A cluster of thread blocks, one on a multiprocessor, takes bands of 128 rows, each block a share of their tiles of
+// 128 x 128 values, which pass through a ring in its shared memory. One warp fills the ring, as far ahead as there are
+// free slots; four sum the squares of a band's rows as its tiles come, send the sums to all blocks of the cluster, add
+// up what those have sent, and so know rstd; teams of eight quantise a tile each and give its slot back. None of these
 // waits for the others to do the same, so that memory is busy while values are computed.
 //
-// A block sends a band's sums once it has added up those of the band before, for which it needed every other block's. So
-// when those of a band come, all blocks have read those of two bands before, in whose place they are put.
+// A block sends a band's sums once it has added up those of the band before, for which it needed every other block's.
+// So when those of a band come, all blocks have read those of two bands before, in whose place they are put.
 #pragma once
 
 #include <optional>
@@ -19,10 +19,10 @@
 namespace megatune::cuda::fp8 {
 
 struct RingPlan {
-  static constexpr int TEAMS = 2, SUMMERS = 4;      // teams, warps
-  static constexpr int SLOTS = 6, MOST_TILES = 4;   // of a band in a block, so that some of the next one's are on their way
-  static constexpr int MOST_BLOCKS = 16;            // of a cluster
-  static constexpr int TURNS = SLOTS;               // bands of which there can be tiles in the ring
+  static constexpr int TEAMS = 2, SUMMERS = 4;     // teams, warps
+  static constexpr int SLOTS = 6, MOST_TILES = 4;  // MOST_TILES: of a band in a block, some of the next one besides
+  static constexpr int MOST_BLOCKS = 16;           // of a cluster
+  static constexpr int TURNS = SLOTS;              // bands of which there can be tiles in the ring
   static constexpr int WARPS_OF_TEAMS = TEAMS * WARPS;
   static constexpr int RING_THREADS = 32 * (WARPS_OF_TEAMS + SUMMERS + 1);
 };
@@ -245,13 +245,13 @@ __global__ void __launch_bounds__(RingPlan::RING_THREADS, 1) norm_ring_kernel(co
 #endif
 }
 
-// Nothing where the ring is not worth its start, has no room for a band, or the device none for a cluster.
+// Nothing where the ring is not worth its start, has no room for a band, or the device too little for clusters. The
+// larger they are, the further ahead of a band the ring is; more multiprocessors are left over.
 template <class Source>
 std::optional<int> launch_norm_ring(const Source& source, const Fp8& out, Stream stream) {
   using P = RingPlan;
   const int64_t across = out.width / TILE, bands = out.padded / TILE;
-  if (out.codes == nullptr || out.codes_t == nullptr || out.rows == 0) return {};
-  if (across * bands < 2 * multiprocessors() || across > P::MOST_BLOCKS * P::MOST_TILES) return {};
+  if (out.codes == nullptr || out.codes_t == nullptr || across * bands < 2 * multiprocessors()) return {};
   const auto kernel = norm_ring_kernel<Source>;
   cudaFuncAttributes found;  // code that was made from PTX for sm_80 is empty
   if (const auto error = cudaFuncGetAttributes(&found, kernel)) return static_cast<int>(error);
@@ -262,23 +262,27 @@ std::optional<int> launch_norm_ring(const Source& source, const Fp8& out, Stream
   if (error != cudaSuccess) return static_cast<int>(error);
   unsigned blocks = 1;
   while (blocks < P::MOST_BLOCKS && blocks < across) blocks *= 2;
-  cudaLaunchAttribute attributes[2]{};
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim = {blocks, 1, 1};
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(blocks), config.blockDim = dim3(P::RING_THREADS);
-  config.dynamicSmemBytes = bytes, config.stream = stream;
-  config.attrs = attributes, config.numAttrs = 1;
-  int clusters = 0;  // that run at the same time
-  if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) != cudaSuccess || clusters == 0) {
-    cudaGetLastError();  // as a part of a device has too few multiprocessors side by side
-    return {};
+  for (; blocks * P::MOST_TILES >= across; blocks /= 2) {
+    cudaLaunchAttribute attributes[2]{};
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim = {blocks, 1, 1};
+    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[1].val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(blocks), config.blockDim = dim3(P::RING_THREADS);
+    config.dynamicSmemBytes = bytes, config.stream = stream;
+    config.attrs = attributes, config.numAttrs = 1;
+    int clusters = 0;  // that run at the same time
+    if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) != cudaSuccess) {
+      cudaGetLastError();  // a device without room for clusters of that size may say so by an error
+      continue;
+    }
+    if (static_cast<int>(4 * blocks) * clusters < 3 * multiprocessors()) continue;
+    config.gridDim.x *= static_cast<unsigned>(std::min<int64_t>(bands, clusters));
+    config.numAttrs = 2;
+    return static_cast<int>(cudaLaunchKernelEx(&config, kernel, source, out));
   }
-  config.gridDim.x *= static_cast<unsigned>(std::min<int64_t>(bands, clusters));
-  config.numAttrs = 2;
-  return static_cast<int>(cudaLaunchKernelEx(&config, kernel, source, out));
+  return {};
 }
 
 }  // namespace megatune::cuda::fp8
