@@ -58,6 +58,14 @@ Copies copies_of(const Tensor& like, int64_t rows, int64_t width, int64_t scalin
   return made;
 }
 
+// What a norm needs besides, in place of peaks, which it has none of.
+void* norm_workspace(Copies& made, const Tensor& x, const char* op) {
+  const int64_t bytes = cuda::fp8_rms_norm_workspace(type_of(x, op), made.out);
+  if (bytes == 0) return nullptr;
+  made.peaks = empty(x, {bytes}, ScalarType::Byte);
+  return mutable_data(*made.peaks);
+}
+
 void check_matrix(const Tensor& x, const char* op) {
   check(x.dim() == 2, op, "the input must be a matrix");
   check(x.stride(1) == 1 || x.size(1) <= 1, op, "the last dimension of the input must be contiguous");
@@ -93,6 +101,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fp8_rms_norm(const Tensor& x,
                               static_cast<float>(eps),
                               offset == 0.0,
                               static_cast<float*>(mutable_data(rstd)),
+                              norm_workspace(made, x, op),
                               made.out};
   const bool both = made.out.peaks != nullptr && made.out.codes != nullptr && cuda::fp8_rms_norm_fits(args);
   if (made.out.peaks != nullptr && !both) {

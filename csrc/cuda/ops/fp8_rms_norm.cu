@@ -3,7 +3,7 @@
 // One row-wise copy takes one pass, and so do large ones in blocks on sm_90. Of others the rows' rstd comes first, and
 // what follows is quantised as it is read.
 
-#include "fp8_norm_ring.cuh"
+#include "fp8_norm_cluster.cuh"
 
 namespace megatune::cuda {
 
@@ -132,12 +132,21 @@ int launch_rstd(const Normed<T>& source, const Fp8& out, Stream stream) {
 
 template <class Source>
 int launch_known_tiles(const Source& source, const Fp8RmsNorm& args, Stream stream) {
-  if (const auto launched = fp8::launch_norm_ring(source, args.out, stream)) return *launched;
+  fp8::ClusterLaunch<Source> clusters(args.out);
+  if (clusters.clusters > 0) return clusters.launch(source, stream);
+  if (args.workspace != nullptr) return fp8::launch_norm_ring(source, args.out, args.workspace, stream);
   if (const int error = launch_rstd<typename Source::Type>(source, args.out, stream)) return error;
   return fp8::launch_computed_tiles(source, args.out, stream);
 }
 
 }  // namespace
+
+int64_t fp8_rms_norm_workspace(Type type, const Fp8& out) {
+  if (type == Type::f32 || out.scaling != Scaling::blocks) return 0;
+  using Tiles = KnownTiles<__nv_bfloat16, true>;
+  if (fp8::ClusterLaunch<Tiles>(out).clusters > 0) return 0;
+  return fp8::ring_takes<Tiles>(out) ? fp8::RingSums::bytes(out) : 0;
+}
 
 int fp8_rms_norm(const Fp8RmsNorm& args, Stream stream) {
   const Fp8& out = args.out;

@@ -40,6 +40,9 @@ struct Fp8Quantise {
 };
 int fp8_quantise(const Fp8Quantise& args, Stream stream);
 
+// Bytes of workspace that a norm of rows of this type takes; 0: none.
+int64_t fp8_rms_norm_workspace(Type type, const Fp8& out);
+
 // What `rms_norm` makes of x, rounded to its type, then quantised: in blocks, or one row-wise copy by rows.
 struct Fp8RmsNorm {
   Type type, weight_type;
@@ -49,6 +52,7 @@ struct Fp8RmsNorm {
   float offset, eps;
   bool round_first;
   float* rstd;  // [rows]
+  void* workspace;
   Fp8 out;
 };
 int fp8_rms_norm(const Fp8RmsNorm& args, Stream stream);
