@@ -156,7 +156,7 @@ def eight_bits(dtype: torch.dtype) -> Iterator[Example]:
             for scaling in range(2):
                 yield "fp8_rms_norm", (x, torch.rand(width).to(dtype), 1e-5, 0.0, scaling, copies), dtype
                 yield "fp8_glu", (gate_up, 0, scaling, copies), dtype
-    # Enough tiles for a norm that reads each value once, some blocks without one, the last ones without full rows.
+    # Enough tiles for norms that read each value once: a block without one, one without a neighbour, rows that end.
     for rows, width, offset in ((7000, 640, 0.0), (600, 7552, 1.0)):
         x = torch.randn(rows, width).to(dtype)
         yield "fp8_rms_norm", (x, torch.rand(width).to(dtype), 1e-5, offset, 1, 3), dtype

@@ -168,7 +168,7 @@ def test_norms_to_fp8(body: str, device: str, dtype: torch.dtype) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_norms_to_fp8_of_many_rows(dtype: torch.dtype) -> None:
-    """Enough for the kernel that reads each value once: blocks without a tile, tiles that rows do not fill."""
+    """Enough for the kernels that read each value once: blocks without a tile, tiles that rows do not fill."""
     checked("fp8_rms_norm", "cuda", "cuda", dtype, "rms_norm")
     for rows, width in ((7000, 640), (2300, 2048), (2000, 2304), (600, 7552), (600, 16384)):
         x, weight = wild(rows, width + 8).to("cuda", dtype), (torch.randn(width) + 1).to("cuda", dtype)

@@ -75,7 +75,7 @@ struct ClusterRing : ClusterPlan {
         turns((static_cast<uint32_t>(out.padded / TILE) - first + clusters - 1) / clusters), tiles(turns * share) {}
 
   // Of this block's tile n. Of a band's last ones some blocks have none: a strip beyond the matrix.
-  __device__ uint32_t turn_of(uint32_t n) const { return n >> (share - 1); }  // the share is one tile or two
+  __device__ uint32_t turn_of(uint32_t n) const { return n >> (share - 1); }  // the share is 1 or 2
   __device__ uint32_t band_of(uint32_t n) const { return first + turn_of(n) * clusters; }
   __device__ uint32_t strip_of(uint32_t n) const { return (n & (share - 1)) * blocks + rank; }
 
