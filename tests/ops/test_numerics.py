@@ -226,6 +226,4 @@ def test_errors_are_at_most_those_of_plain_pytorch(
     found = results(case.ours, inputs, dtype, device)
     for number, (mine, other, exact) in enumerate(zip(found, plain, truth, strict=True)):
         mine_off, other_off = relative_error(mine, exact), relative_error(other, exact)
-        assert mine_off <= CHANCE * other_off + LAST_PLACES, (
-            f"result {number}: {mine_off}, plain {other_off}"
-        )
+        assert mine_off <= CHANCE * other_off + LAST_PLACES, f"result {number}: {mine_off}, plain {other_off}"
