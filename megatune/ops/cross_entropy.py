@@ -25,8 +25,8 @@ CHUNK_STEP = 128  # rows
 # 132: processes that share a vocabulary must agree, whatever they run on.
 TILES = ((256, 128), (192, 192), (320, 128), (128, 192))
 PROCESSORS = 132
-# A chunk's share of the weight's gradient takes as much longer as so many rows of another product (measured: 380 to
-# 400), however few rows it has.
+# A chunk's share of the weight's gradient takes about as much longer as so many rows more of another product, however
+# few rows it has: its fp32 sums are read and written whole.
 ADDING_ROWS = 400
 # Elements of a temporary: those of a product that is added to fp32, and those that are narrowed.
 PIECE = 2**24

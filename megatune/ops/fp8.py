@@ -45,9 +45,9 @@ class Fp8Recipe:
 
     fast_gradients: let the tensor cores add up rowwise products of gradients in fewer bits than fp32, as they always do
     in the forward product; False adds their parts in fp32. Fast is the default: forward and backward of an 8B model's
-    layers took 1/1.50 to 1/1.52 of bf16's time on an H200, without it 1/1.44 to 1/1.46. What it costs grows with the
-    numbers that are added up (in weight gradients, the tokens): tests hold a product to 0.6 % of its norm over 2048
-    numbers and to 3 % over 16384, where rounding the factors to 8 bits takes 3.7 %.
+    layers take 1/1.64 of bf16's time on an H200, without it 1/1.58 (benchmarks/results/fp8.json). What it costs grows
+    with the numbers that are added up (in weight gradients, the tokens): tests hold a product to 0.6 % of its norm over
+    2048 numbers and to 3 % over 16384, where rounding the factors to 8 bits takes 3.7 %.
     """
 
     scaling: Literal["rowwise", "blockwise"] = "rowwise"

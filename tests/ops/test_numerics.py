@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatune import ops
 from megatune.ops import moe
+from megatune.ops.checks import accumulate_dtype
 from tests.helpers.ops import need_body, relative_error
 from tests.ops.bodies import DTYPES, bodies
 
@@ -32,7 +33,7 @@ class Case(NamedTuple):
 
 
 def wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+    return x.to(accumulate_dtype(x.dtype))
 
 
 def plain_norm(x: Tensor, weight: Tensor) -> Tensor:

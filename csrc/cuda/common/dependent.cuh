@@ -20,8 +20,8 @@ __device__ inline void wait_for_previous() {
 }
 
 // For a kernel that calls wait_for_previous(): begins early where the code that the device runs has that instruction.
-// All of its blocks must call it: the launch after it counts on all launches before it. shared: bytes of dynamic shared
-// memory.
+// At least one of its blocks must call it, for the launch after it counts on all launches before it. shared: bytes of
+// dynamic shared memory.
 template <class... Parameters, class... Arguments>
 int launch_early(void (*kernel)(Parameters...), unsigned blocks, dim3 threads, size_t shared, cudaStream_t stream,
                  const Arguments&... arguments) {

@@ -86,7 +86,6 @@ struct ClusterRing : ClusterPlan {
 
 template <class Source>
 __device__ void ClusterRing<Source>::fill(int lane) const {
-  const int64_t two_rows = 2 * source.row_stride;
   for (uint32_t n = 0; n < tiles; ++n) {
     uint64_t* full = shared.full + n % SLOTS;
     wait(shared.empty + n % SLOTS, n / SLOTS % 2 ^ 1);
@@ -95,22 +94,11 @@ __device__ void ClusterRing<Source>::fill(int lane) const {
       arrive(full);
       continue;
     }
-    const int64_t row = int64_t{band_of(n)} * TILE;
-    const int rows = static_cast<int>(min(int64_t{TILE}, out.rows - row));
-    const T* from = source.from(row + lane / LANES, int64_t{strip} * TILE + lane % LANES * N);
-    uint32_t to = address(shared.slots[n % SLOTS] + lane);
-    if (rows == TILE) {
-#pragma unroll 8
-      for (int i = 0; i < TILE; i += 2, to += 2 * LANES * 16, from += two_rows) copy_vector(to, from);
-    } else {
-      for (int i = lane / LANES; i < rows; i += 2, to += 2 * LANES * 16, from += two_rows) copy_vector(to, from);
-    }
-    arrive_with_copies(full);
+    fetch_tile(source, out, int64_t{band_of(n)} * TILE, int64_t{strip} * TILE, lane, shared.slots[n % SLOTS], full);
   }
   asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
-// Half a warp has 16 rows. Those behind the last one are of what was there before: nobody takes their sums.
 template <class Source>
 __device__ void ClusterRing<Source>::sum(int warp, int lane) const {
   const int first_row = warp * 32 + lane / LANES * 16, at = lane % LANES, mine = warp * 32 + lane;
@@ -120,9 +108,7 @@ __device__ void ClusterRing<Source>::sum(int warp, int lane) const {
     for (const uint32_t end = n + share; n < end; ++n) {
       wait(shared.full + n % SLOTS, n / SLOTS % 2);
       if (strip_of(n) >= across) continue;
-      const uint4* from = shared.slots[n % SLOTS] + first_row * LANES + at;
-#pragma unroll
-      for (int i = 0; i < 2 * N; ++i) totals[i / N][i % N] += sum_of_squares<T>(from[i * LANES]);
+      add_squares<T>(shared.slots[n % SLOTS], first_row, at, totals);
     }
     auto& told = shared.told[turn % 2];
     uint64_t* all = shared.all[turn % 2] + warp;

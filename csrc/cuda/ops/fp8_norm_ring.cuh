@@ -73,6 +73,33 @@ __device__ float sum_of_squares(const uint4& values) {
   return low + high;
 }
 
+// A warp asks for a tile of a matrix that begins at a row and a column; `full` counts what comes. Rows behind the last
+// one are left as they are.
+template <class Source>
+__device__ void fetch_tile(const Source& source, const Fp8& out, int64_t row, int64_t column, int lane, uint4* slot,
+                           uint64_t* full) {
+  const int64_t two_rows = 2 * source.row_stride;
+  const int rows = static_cast<int>(min(int64_t{TILE}, out.rows - row));
+  const auto* from = source.from(row + lane / LANES, column + lane % LANES * N);
+  uint32_t to = address(slot + lane);
+  if (rows == TILE) {
+#pragma unroll 8
+    for (int i = 0; i < TILE; i += 2, to += 2 * LANES * 16, from += two_rows) copy_vector(to, from);
+  } else {
+    for (int i = lane / LANES; i < rows; i += 2, to += 2 * LANES * 16, from += two_rows) copy_vector(to, from);
+  }
+  arrive_with_copies(full);
+}
+
+// A warp adds the squares of 32 of a tile's rows, 16 for each half of it, to what the lanes have. Those behind the last
+// row are of what was there before: nobody takes their sums.
+template <class T>
+__device__ void add_squares(const uint4* slot, int first, int lane, float (&totals)[2][N]) {
+  const uint4* from = slot + first * LANES + lane;
+#pragma unroll
+  for (int i = 0; i < 2 * N; ++i) totals[i / N][i % N] += sum_of_squares<T>(from[i * LANES]);
+}
+
 // A team of a thread block; barrier 0 is that of the whole one.
 struct Team {
   int thread, barrier;
@@ -131,7 +158,6 @@ struct Ring : RingPlan {
 
 template <class Source>
 __device__ void Ring<Source>::fill(int lane) const {
-  const int64_t two_rows = 2 * source.row_stride;
   // Two pairs that are none, so that each team comes to the end.
   for (uint32_t n = 0, ends = 0; ends < 2; n += 2) {
     for (uint32_t at = n; at < n + 2; ++at) wait(shared.empty + at % SLOTS, at / SLOTS % 2 ^ 1);
@@ -143,7 +169,6 @@ __device__ void Ring<Source>::fill(int lane) const {
     if (pair >= pairs) ++ends;
     if (lane == 0) *const_cast<volatile uint32_t*>(shared.pair + n / 2 % TURNS) = pair;
     const int64_t row = int64_t{pair / pairs_across} * TILE;
-    const int rows = static_cast<int>(min(int64_t{TILE}, out.rows - row));
     for (uint32_t at = n; at < n + 2; ++at) {
       uint64_t* full = shared.full + at % SLOTS;
       if (lane == 0) arrive(full);  // what lane 0 wrote; all arrive once more, with what they copied
@@ -152,21 +177,12 @@ __device__ void Ring<Source>::fill(int lane) const {
         arrive(full);
         continue;
       }
-      const T* from = source.from(row + lane / LANES, int64_t{strip} * TILE + lane % LANES * N);
-      uint32_t to = address(shared.slots[at % SLOTS] + lane);
-      if (rows == TILE) {
-#pragma unroll 8
-        for (int i = 0; i < TILE; i += 2, to += 2 * LANES * 16, from += two_rows) copy_vector(to, from);
-      } else {
-        for (int i = lane / LANES; i < rows; i += 2, to += 2 * LANES * 16, from += two_rows) copy_vector(to, from);
-      }
-      arrive_with_copies(full);
+      fetch_tile(source, out, row, int64_t{strip} * TILE, lane, shared.slots[at % SLOTS], full);
     }
   }
   asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
-// Half a warp has 16 rows. Those behind the last one are of what was there before: nobody takes their sums.
 template <class Source>
 __device__ void Ring<Source>::sum(int warp, int lane) const {
   const int first = warp * 32 + lane / LANES * 16, at = lane % LANES;
@@ -178,9 +194,7 @@ __device__ void Ring<Source>::sum(int warp, int lane) const {
     for (uint32_t tile = n; tile < n + 2; ++tile) {
       wait(shared.full + tile % SLOTS, tile / SLOTS % 2);
       if (strip_of(pair, tile) >= across) break;
-      const uint4* from = shared.slots[tile % SLOTS] + first * LANES + at;
-#pragma unroll
-      for (int i = 0; i < 2 * N; ++i) totals[i / N][i % N] += sum_of_squares<T>(from[i * LANES]);
+      add_squares<T>(shared.slots[tile % SLOTS], first, at, totals);
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
