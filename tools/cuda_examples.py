@@ -98,7 +98,7 @@ def losses(dtype: torch.dtype) -> Iterator[Example]:
             sums = torch.rand(parts, rows, numbers) + 1
             more = (3 * columns, torch.rand(rows), 1e-3, smoothing, 0)
             yield "cross_entropy_join", (sums, elsewhere, *more), dtype
-        arguments = (logits, elsewhere, columns, 3 * columns, softcap, torch.full((rows,), 9.0))
+        arguments = (logits, elsewhere, columns, 3 * columns, softcap, torch.full((rows, 2), 9.0))
         yield "cross_entropy_grad", (*arguments, torch.rand(rows), 1e-3, 0.1, 0), dtype
         single, factor = torch.randn(rows, columns), torch.tensor(0.3)
         yield "scale_gradient", (logits, logits, factor), dtype

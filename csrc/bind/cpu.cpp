@@ -130,22 +130,25 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& x
   Tensor grad_weight = empty(weight, {weight_grad ? width : 0}, ScalarType::Float);
   // One share of the rows and one sum for each thread, so that the result depends on their number only.
   const int64_t shares = std::min<int64_t>(torch::stable::get_num_threads(), std::max<int64_t>(1, count / grain(width)));
-  std::vector<float> sums(weight_grad ? shares * width : 0);
+  std::vector<double> totals(weight_grad ? shares * width : 0);
+  std::vector<float> sums(totals.size());
   with_type(x, op, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     torch::stable::parallel_for(0, shares, 1, [&](int64_t first, int64_t last) {
       for (int64_t share = first; share < last; ++share) {
         const cpu::RmsNormBackward<T> args{data<T>(grad), data<T>(x), rows, width, scale.data(), data<float>(rstd),
-                                           mutable_data<T>(grad_x), weight_grad ? &sums[share * width] : nullptr};
+                                           mutable_data<T>(grad_x), weight_grad ? &totals[share * width] : nullptr,
+                                           weight_grad ? &sums[share * width] : nullptr};
         cpu::rms_norm_backward(args, count * share / shares, count * (share + 1) / shares);
       }
     });
   });
   if (weight_grad) {
-    float* total = mutable_data<float>(grad_weight);
+    float* to = mutable_data<float>(grad_weight);
     for (int64_t i = 0; i < width; ++i) {
-      total[i] = 0.0f;
-      for (int64_t share = 0; share < shares; ++share) total[i] += sums[share * width + i];
+      double total = 0.0;
+      for (int64_t share = 0; share < shares; ++share) total += totals[share * width + i];
+      to[i] = static_cast<float>(total);
     }
   }
   return {grad_x, torch::stable::to(grad_weight, weight.scalar_type())};

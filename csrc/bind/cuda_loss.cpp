@@ -57,8 +57,8 @@ Tensor cross_entropy_rows(Tensor logits, const Tensor& labels, double softcap, b
   const cuda::CrossEntropy args = arguments(logits, labels, 0, 0, softcap, weights, z_loss, smoothing, ignore, op);
   const OnDeviceOf device(logits);
   Tensor loss = empty(logits, {logits.size(0)}, ScalarType::Float);
-  Tensor log_sums = empty(loss, {logits.size(0)});
-  check_launch(cuda::cross_entropy(args, write_grad, floats(loss), floats(log_sums), device.stream()), op);
+  Tensor joined = empty(loss, {logits.size(0), 2});
+  check_launch(cuda::cross_entropy(args, write_grad, floats(loss), floats(joined), device.stream()), op);
   return loss;
 }
 
@@ -82,21 +82,24 @@ std::tuple<Tensor, Tensor> cross_entropy_join(const Tensor& sums, const Tensor& 
   cuda::CrossEntropy args = options(sums, sums.size(1), labels, weights, z_loss, smoothing, ignore, op);
   args.size = size;
   const OnDeviceOf device(sums);
-  Tensor loss = empty(sums, {args.rows}), log_sums = empty(sums, {args.rows});
+  Tensor loss = empty(sums, {args.rows}), joined = empty(sums, {args.rows, 2});
   const float* from = static_cast<const float*>(data(sums));
-  check_launch(cuda::cross_entropy_join(args, from, sums.size(0), floats(loss), floats(log_sums), device.stream()), op);
-  return {loss, log_sums};
+  check_launch(cuda::cross_entropy_join(args, from, sums.size(0), floats(loss), floats(joined), device.stream()), op);
+  return {loss, joined};
 }
 
 void cross_entropy_grad(Tensor logits, const Tensor& labels, int64_t first, int64_t size, double softcap,
-                        const Tensor& log_sum, std::optional<Tensor> weights, double z_loss, double smoothing,
+                        const Tensor& joined, std::optional<Tensor> weights, double z_loss, double smoothing,
                         int64_t ignore) {
   const char* op = "cross_entropy_grad";
   const cuda::CrossEntropy args =
       arguments(logits, labels, first, size, softcap, weights, z_loss, smoothing, ignore, op);
-  check_rows(log_sum, ScalarType::Float, logits, args.rows, op, "log_sum must be contiguous float32 [rows]");
+  check(joined.dim() == 2 && joined.is_contiguous() && joined.size(0) == args.rows && joined.size(1) == 2 &&
+            joined.scalar_type() == ScalarType::Float,
+        op, "joined must be contiguous float32 [rows, 2]");
+  check_devices(logits, {&joined}, op);
   const OnDeviceOf device(logits);
-  check_launch(cuda::cross_entropy_grad(args, static_cast<const float*>(data(log_sum)), device.stream()), op);
+  check_launch(cuda::cross_entropy_grad(args, static_cast<const float*>(data(joined)), device.stream()), op);
 }
 
 void scale_gradient(Tensor out, const Tensor& x, const Tensor& factor) {

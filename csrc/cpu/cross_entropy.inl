@@ -30,9 +30,9 @@ void cross_entropy(const CrossEntropy<T>& args, int64_t begin, int64_t end) {
     each_vector(args.vocab, [&](int64_t i, auto n) {
       sums += keep(exp(capped(load(logits + i, n), cap) - top), n, 0.0f);
     });
-    const float log_sum = top + std::log(sum(sums));
+    const float total = sum(sums), log_total = std::log(total), log_sum = top + log_total;
     const float target = capped(load(logits + label, 1), cap)[0];
-    float loss = log_sum - target;
+    float loss = log_total + (top - target);
     if (args.smoothing != 0.0f) {
       f32x16 below{};  // of the target, so that the sum stays small
       each_vector(args.vocab, [&](int64_t i, auto n) {
@@ -42,15 +42,15 @@ void cross_entropy(const CrossEntropy<T>& args, int64_t begin, int64_t end) {
     }
     args.loss[row] = weight * (loss + args.z_loss * log_sum * log_sum);
     if (!args.write_grad) continue;
-    const float of_softmax = weight * (1.0f + 2.0f * args.z_loss * log_sum), of_all = weight * even;
+    const float of_softmax = weight * (1.0f + 2.0f * args.z_loss * log_sum) / total, of_all = weight * even;
     each_vector(args.vocab, [&](int64_t i, auto n) {
       const f32x16 value = capped(load(logits + i, n), cap);
-      f32x16 grad = exp(value - log_sum) * of_softmax - of_all;
+      f32x16 grad = exp(value - top) * of_softmax - of_all;
       if (cap != 0.0f) grad *= cap_slope(value, cap);
       store(logits + i, grad, n);
     });
     // The label's own entry again, with full precision: probability - 1.
-    f32x16 grad = exp(splat(target - log_sum)) * of_softmax - (of_all + weight * (1.0f - args.smoothing));
+    f32x16 grad = exp(splat(target - top)) * of_softmax - (of_all + weight * (1.0f - args.smoothing));
     if (cap != 0.0f) grad *= cap_slope(splat(target), cap);
     store(logits + label, grad, 1);
   }

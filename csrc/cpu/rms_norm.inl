@@ -22,10 +22,14 @@ void rms_norm(const RmsNorm<T>& args, int64_t begin, int64_t end) {
   }
 }
 
-// With h = x * rstd and g = grad * scale: grad_x = rstd * (g - h * mean(g * h)), grad_weight = sum of grad * h.
+// With h = x * rstd and g = grad * scale: grad_x = rstd * (g - h * mean(g * h)), grad_weight = sum of grad * h, in fp32
+// for a few rows and in fp64 of those sums: thousands of fp32 numbers, added up one after the other, would be ten units
+// in the last place off.
 template <class T>
 void rms_norm_backward(const RmsNormBackward<T>& args, int64_t begin, int64_t end) {
+  constexpr int64_t few = 8;
   const float* scale = args.scale;
+  float* sums = args.sums;
   Walk walk(args.rows, begin);
   for (int64_t row = begin; row < end; ++row, walk.next()) {
     const T* x = args.x + walk.offset();
@@ -37,12 +41,13 @@ void rms_norm_backward(const RmsNormBackward<T>& args, int64_t begin, int64_t en
       products += load(grad + i, n) * load(scale + i, n) * load(x + i, n);
     });
     const float mean = sum(products) * rstd / static_cast<float>(args.width);
-    float* grad_weight = args.grad_weight;
     each_vector(args.width, [&](int64_t i, auto n) {
       const f32x16 normed = load(x + i, n) * rstd;
       const f32x16 g = load(grad + i, n);
       store(grad_x + i, (g * load(scale + i, n) - normed * mean) * rstd, n);
-      if (grad_weight != nullptr) store(grad_weight + i, load(grad_weight + i, n) + g * normed, n);
+      if (sums != nullptr) store(sums + i, load(sums + i, n) + g * normed, n);
     });
+    if (sums == nullptr || ((row + 1 - begin) % few != 0 && row + 1 != end)) continue;
+    for (int64_t i = 0; i < args.width; ++i) args.grad_weight[i] += sums[i], sums[i] = 0.0f;
   }
 }

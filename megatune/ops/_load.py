@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-CPU_ABI = "6"
-CUDA_ABI = "6"
+CPU_ABI = "7"
+CUDA_ABI = "7"
 TORCH_NEEDED = (2, 11)  # what the libraries are compiled for (setup.py); later versions run them too
 ISA_NAMES = ("plain", "avx2", "avx512")
 BUILD = "pip install --no-build-isolation -e ."

@@ -70,9 +70,9 @@ class _Loss:
         size = dist.get_world_size(cut.group)
         everyone = mine.new_empty(size * mine.shape[0], mine.shape[1])
         all_gather(everyone, mine, group=cut.group)
-        losses, log_sum = join(everyone.view(size, *mine.shape), labels, cut.size, *options)
+        losses, joined = join(everyone.view(size, *mine.shape), labels, cut.size, *options)
         if write_grad:
-            grad(logits, labels, *where, log_sum, *options)
+            grad(logits, labels, *where, joined, *options)
         return losses
 
 

@@ -24,7 +24,8 @@ OPTIONS = f"Tensor? weights=None, float z_loss=0.0, float smoothing=0.0, int ign
 
 
 def _row_losses(
-    log_sum: Tensor,
+    largest: Tensor,
+    total: Tensor,
     target: Tensor,
     mean: Tensor | None,
     labels: Tensor,
@@ -33,26 +34,28 @@ def _row_losses(
     smoothing: float,
     ignore: int,
 ) -> Tensor:
-    """Loss [rows] from logsumexp, the label's logit and (for smoothing) the mean of the logits."""
-    loss = log_sum - target
+    """Loss [rows] from the largest logit, the sum of exp(logit - largest), the label's logit and (for smoothing) the mean
+    of the logits. A difference of logits is exact where they are near each other, their logsumexp is rounded."""
+    log_total = torch.log(total)
+    loss = log_total + (largest - target)
     if mean is not None:
         loss = loss + smoothing * (target - mean)
     if z_loss:
-        loss = loss + z_loss * log_sum.square()
+        loss = loss + z_loss * (largest + log_total).square()
     if weights is not None:
         loss = loss * weights
     return torch.where(labels == ignore, 0.0, loss)
 
 
 def _factors(
-    log_sum: Tensor, labels: Tensor, weights: Tensor | None, z_loss: float, ignore: int
+    largest: Tensor, total: Tensor, labels: Tensor, weights: Tensor | None, z_loss: float, ignore: int
 ) -> tuple[Tensor, Tensor]:
-    """What a row's probabilities, and what its targets are multiplied by in the gradient: [rows, 1] each."""
-    of_targets = (labels != ignore).to(log_sum.dtype)
+    """What a row's exp(logit - largest), and what its targets are multiplied by in the gradient: [rows, 1] each."""
+    of_targets = (labels != ignore).to(total.dtype)
     if weights is not None:
         of_targets = of_targets * weights
-    of_softmax = of_targets * (1 + 2 * z_loss * log_sum) if z_loss else of_targets
-    return of_softmax[:, None], of_targets[:, None]
+    of_softmax = of_targets * (1 + 2 * z_loss * (largest + torch.log(total))) if z_loss else of_targets
+    return (of_softmax / total)[:, None], of_targets[:, None]
 
 
 def _capped(x: Tensor, softcap: float) -> Tensor:
@@ -86,18 +89,20 @@ def _reference(
     their gradient. softcap 0: none; else logits count as cap * tanh(logit / cap)."""
     capped = _capped(logits.to(accumulate_dtype(logits.dtype)), softcap)
     index = torch.where(labels == ignore, 0, labels)[:, None]
-    log_sum = torch.logsumexp(capped, 1)
+    largest = capped.amax(1)
+    powers = torch.exp(capped - largest[:, None])
+    total = powers.sum(1)
     mean = capped.mean(1) if smoothing else None
     target = capped.gather(1, index).squeeze(1)
     if write_grad:
-        of_softmax, of_targets = _factors(log_sum, labels, weights, z_loss, ignore)
+        of_softmax, of_targets = _factors(largest, total, labels, weights, z_loss, ignore)
         wanted = torch.full_like(capped, smoothing / logits.shape[1])
         wanted.scatter_add_(1, index, torch.full_like(of_targets, 1 - smoothing))
-        grad = torch.exp(capped - log_sum[:, None]) * of_softmax - wanted * of_targets
+        grad = powers * of_softmax - wanted * of_targets
         if softcap:
             grad = grad * _slope(capped, softcap)
         logits.copy_(torch.where(labels[:, None] == ignore, 0.0, grad))
-    return _row_losses(log_sum, target, mean, labels, weights, z_loss, smoothing, ignore)
+    return _row_losses(largest, total, target, mean, labels, weights, z_loss, smoothing, ignore)
 
 
 def _losses(
@@ -117,21 +122,21 @@ def _losses(
     capped = _capped(logits.to(wide), softcap)
     target = _capped(logits.gather(1, index).to(wide), softcap)
     largest = capped.amax(1)
-    log_sum = largest + torch.log(_row_sums(torch.exp(capped - largest[:, None])))
+    total = _row_sums(torch.exp(capped - largest[:, None]))
     mean = _row_sums(capped) / logits.shape[1] if smoothing else None
-    of_softmax, of_targets = _factors(log_sum, labels, weights, z_loss, ignore)
+    of_softmax, of_targets = _factors(largest, total, labels, weights, z_loss, ignore)
     even = smoothing / logits.shape[1]
-    own = torch.exp(target - log_sum[:, None]) * of_softmax - (1 - smoothing + even) * of_targets
+    own = torch.exp(target - largest[:, None]) * of_softmax - (1 - smoothing + even) * of_targets
     if softcap:
         own = own * _slope(target, softcap)
     if write_grad:
-        grad = torch.exp(capped - log_sum[:, None]) * of_softmax
+        grad = torch.exp(capped - largest[:, None]) * of_softmax
         if smoothing:
             grad = grad - even * of_targets
         if softcap:
             grad = grad * _slope(capped, softcap)
         logits.copy_(torch.where(labels[:, None] == ignore, 0.0, grad))
-    loss = _row_losses(log_sum, target.squeeze(1), mean, labels, weights, z_loss, smoothing, ignore)
+    loss = _row_losses(largest, total, target.squeeze(1), mean, labels, weights, z_loss, smoothing, ignore)
     return loss, torch.where(labels[:, None] == ignore, 0.0, own), index
 
 
@@ -228,12 +233,14 @@ def _split_join(
     smoothing: float = 0.0,
     ignore: int = IGNORED,
 ) -> tuple[Tensor, Tensor]:
-    """What all have sent [processes, rows, 3 or 4] -> losses [rows], logs of the sums over all columns [rows]."""
+    """What all have sent [processes, rows, 3 or 4] -> losses [rows]; over all columns, the largest logit and the sum of
+    exp(logit - largest) [rows, 2]."""
     largest, total, target, *plain = sums.unbind(2)
     top = largest.amax(0)
-    log_sum = top + torch.log((total * torch.exp(largest - top)).sum(0))
+    whole = (total * torch.exp(largest - top)).sum(0)
     mean = plain[0].sum(0) / size if plain else None
-    return _row_losses(log_sum, target.sum(0), mean, labels, weights, z_loss, smoothing, ignore), log_sum
+    losses = _row_losses(top, whole, target.sum(0), mean, labels, weights, z_loss, smoothing, ignore)
+    return losses, torch.stack((top, whole), 1)
 
 
 def _split_grad(
@@ -242,20 +249,21 @@ def _split_grad(
     first: int,
     size: int,
     softcap: float,
-    log_sum: Tensor,
+    joined: Tensor,
     weights: Tensor | None = None,
     z_loss: float = 0.0,
     smoothing: float = 0.0,
     ignore: int = IGNORED,
 ) -> None:
-    """The logits of these columns become their gradient, from the log of the sum over all columns [rows]."""
-    capped = _capped(logits.to(log_sum.dtype), softcap)
-    of_softmax, of_targets = _factors(log_sum, labels, weights, z_loss, ignore)
+    """The logits of these columns become their gradient; `joined`: of all columns, as `_split_join` gives it."""
+    largest, total = joined.unbind(1)
+    capped = _capped(logits.to(joined.dtype), softcap)
+    of_softmax, of_targets = _factors(largest, total, labels, weights, z_loss, ignore)
     columns = torch.arange(logits.shape[1], device=logits.device)
-    wanted = ((labels - first)[:, None] == columns).to(log_sum.dtype)
+    wanted = ((labels - first)[:, None] == columns).to(joined.dtype)
     if smoothing:
         wanted = wanted * (1 - smoothing) + smoothing / size
-    grad = torch.exp(capped - log_sum[:, None]) * of_softmax - wanted * of_targets
+    grad = torch.exp(capped - largest[:, None]) * of_softmax - wanted * of_targets
     if softcap:
         grad = grad * _slope(capped, softcap)
     logits.copy_(torch.where(labels[:, None] == ignore, 0.0, grad))
@@ -282,7 +290,7 @@ _SUMS = define(
 
 
 def _fake_join(sums: Tensor, labels: Tensor, size: int, *options: Any) -> tuple[Tensor, Tensor]:
-    return sums.new_empty(labels.shape), sums.new_empty(labels.shape)
+    return sums.new_empty(labels.shape), sums.new_empty(labels.shape[0], 2)
 
 
 _JOIN = define(
@@ -291,7 +299,7 @@ _JOIN = define(
     _fake_join,
 )
 _GRAD = define(
-    "cross_entropy_grad(Tensor(a!) logits, Tensor labels, int first, int size, float softcap, Tensor log_sum, "
+    "cross_entropy_grad(Tensor(a!) logits, Tensor labels, int first, int size, float softcap, Tensor joined, "
     f"{OPTIONS}) -> ()",
     _split_grad,
     nothing,

@@ -90,11 +90,11 @@ def operator_calls():
     yield calls.glu_backward, (torch.randn(6, 7), torch.randn(6, 14), 2)
     yield calls.cross_entropy_rows, (torch.randn(4, 11), torch.randint(11, (4,)), 0.0, True)
     yield calls.cross_entropy_rows, (torch.randn(4, 11).bfloat16(), torch.randint(11, (4,)), 3.0, False)
-    few, log_sum = torch.tensor([3, 12, -100, 20]), torch.randn(4)
+    few, joined = torch.tensor([3, 12, -100, 20]), torch.rand(4, 2)
     yield calls.cross_entropy_rows, (torch.randn(4, 30), few, 0.0, True, torch.rand(4), 0.1, 0.2)
     yield calls.cross_entropy_sums, (torch.randn(4, 11), few, 8, 30, 3.0, True)
     yield calls.cross_entropy_join, (torch.rand(3, 4, 4), few, 30, torch.rand(4), 0.1, 0.2)
-    yield calls.cross_entropy_grad, (torch.randn(4, 11), few, 8, 30, 3.0, log_sum, torch.rand(4), 0.1, 0.2)
+    yield calls.cross_entropy_grad, (torch.randn(4, 11), few, 8, 30, 3.0, joined, torch.rand(4), 0.1, 0.2)
     # The compiled attention takes bf16 only; without it (or its tiles) the operator is the reference.
     dtype = torch.bfloat16 if _load.cpu_problem() is None else torch.float32
     if dtype == torch.bfloat16 and not torch.ops.megatune.cpu_has_amx():

@@ -189,9 +189,11 @@ struct Row {
   }
 };
 
-// Losses of rows, and the logs of their sums, from which gradients are made; both or none.
+// Losses of rows, and what gradients are made from: largest logit and sum of exp(logit - largest). (Their logsumexp is
+// one number, but rounded; probabilities made from it would have that error times themselves.)
 struct Finished {
-  float *loss, *log_sums;  // [rows]
+  float* loss;    // [rows]
+  float* joined;  // [rows, 2]
 
   __device__ void operator()(const CrossEntropy& args, int64_t row, const Partial& sums, float target) const {
     const float log_total = logf(sums.total), log_sum = sums.most + log_total;
@@ -199,7 +201,7 @@ struct Finished {
     float value = log_total + (sums.most - target) + args.z_loss * log_sum * log_sum;
     if (args.smoothing != 0.0f) value += args.smoothing * (target - sums.plain / static_cast<float>(args.size));
     loss[row] = args.labels[row] == args.ignore ? 0.0f : weight * value;
-    log_sums[row] = log_sum;
+    joined[2 * row] = sums.most, joined[2 * row + 1] = sums.total;
   }
 };
 
@@ -270,7 +272,7 @@ __global__ void __launch_bounds__(THREADS)
 // `parts` blocks for each row.
 template <class T, bool CAP>
 __global__ void __launch_bounds__(THREADS)
-    grad_kernel(const CrossEntropy args, const float* log_sums, const unsigned parts) {
+    grad_kernel(const CrossEntropy args, const float* joined, const unsigned parts) {
   constexpr int N = 16 / sizeof(T);
   const int64_t number = args.rows - 1 - blockIdx.x / parts, label = args.labels[number], column = label - args.first;
   const Row<T, N> row(args, number);
@@ -289,8 +291,9 @@ __global__ void __launch_bounds__(THREADS)
     if (has_edge) row.logits[row.edge] = from_float<T>(0.0f);
     return;
   }
-  const float log_sum = log_sums[number], weight = args.weights == nullptr ? 1.0f : args.weights[number];
-  const Slopes slopes{shift_of<T>(log_sum), weight * (1.0f + 2.0f * args.z_loss * log_sum) * correction<T>(log_sum),
+  const float weight = args.weights == nullptr ? 1.0f : args.weights[number];
+  const float most = joined[2 * number], total = joined[2 * number + 1], log_sum = most + logf(total);
+  const Slopes slopes{shift_of<T>(most), weight * (1.0f + 2.0f * args.z_loss * log_sum) * correction<T>(most) / total,
                       weight * (args.smoothing / static_cast<float>(args.size)), weight * (1.0f - args.smoothing)};
   // The label's own entry is written by the thread that writes its vector, once more, rounded once.
   const int own = column >= 0 && column < args.vocab ? static_cast<int>(column) : -1;
@@ -337,28 +340,28 @@ int sum(const CrossEntropy& args, bool with_sum, const Result& result, Stream st
 
 }  // namespace
 
-int cross_entropy(const CrossEntropy& args, bool write_grad, float* loss, float* log_sums, Stream stream) {
+int cross_entropy(const CrossEntropy& args, bool write_grad, float* loss, float* joined, Stream stream) {
   if (write_grad && args.rows > 0 && cluster_takes(args)) return cross_entropy_cluster(args, loss, stream);
-  const int error = sum(args, args.smoothing != 0.0f, Finished{loss, log_sums}, stream);
-  return error != 0 || !write_grad ? error : cross_entropy_grad(args, log_sums, stream);
+  const int error = sum(args, args.smoothing != 0.0f, Finished{loss, joined}, stream);
+  return error != 0 || !write_grad ? error : cross_entropy_grad(args, joined, stream);
 }
 
 int cross_entropy_sums(const CrossEntropy& args, bool with_sum, float* sums, Stream stream) {
   return sum(args, with_sum, Sent{sums, with_sum}, stream);
 }
 
-int cross_entropy_join(const CrossEntropy& args, const float* sums, int64_t parts, float* loss, float* log_sums,
+int cross_entropy_join(const CrossEntropy& args, const float* sums, int64_t parts, float* loss, float* joined,
                        Stream stream) {
   if (args.rows == 0) return 0;
-  join_kernel<<<grid(args.rows, THREADS), THREADS, 0, stream>>>(args, sums, parts, {loss, log_sums});
+  join_kernel<<<grid(args.rows, THREADS), THREADS, 0, stream>>>(args, sums, parts, {loss, joined});
   return launched();
 }
 
-int cross_entropy_grad(const CrossEntropy& args, const float* log_sums, Stream stream) {
+int cross_entropy_grad(const CrossEntropy& args, const float* joined, Stream stream) {
   return with_kind(args, [&](auto* type, auto cap) {
     using T = std::remove_pointer_t<decltype(type)>;
     const unsigned parts = std::max(1u, grid(vectors_of(args), THREADS * GROUP<cap>));
-    grad_kernel<T, cap><<<static_cast<unsigned>(args.rows) * parts, THREADS, 0, stream>>>(args, log_sums, parts);
+    grad_kernel<T, cap><<<static_cast<unsigned>(args.rows) * parts, THREADS, 0, stream>>>(args, joined, parts);
     return launched();
   });
 }

@@ -10,6 +10,7 @@
 #include "../common/dependent.cuh"
 #include "../common/launch.cuh"
 #include "../common/reduce.cuh"
+#include "../common/running.cuh"
 #include "rms_norm.cuh"
 
 namespace megatune::cuda {
@@ -109,13 +110,11 @@ __global__ void __launch_bounds__(BACKWARD_THREADS) backward_kernel(const RmsNor
   const int threads = blockDim.x, lane = threadIdx.x;
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.y;
   float* partial = args.partials == nullptr ? nullptr : args.partials + blockIdx.x * args.width;
-  Vec<float, N> sums[KEPT];
+  Running<T, N> sums[KEPT];
   Vec<T, N> held[HELD ? KEPT : 1];
+  if constexpr (HELD) {
 #pragma unroll
-  for (int i = 0; i < KEPT; ++i) {
-#pragma unroll
-    for (int j = 0; j < N; ++j) sums[i].at[j] = 0.0f;
-    if constexpr (HELD) {
+    for (int i = 0; i < KEPT; ++i) {
       const int at = lane + i * threads;
       if (at < vectors) held[i] = load<N>(static_cast<const T*>(args.weight) + at * N);
     }
@@ -156,7 +155,7 @@ __global__ void __launch_bounds__(BACKWARD_THREADS) backward_kernel(const RmsNor
 #pragma unroll
         for (int j = 0; j < N; ++j) {
           const float product = wide_grad.at[j] * (wide_x.at[j] * rstd);
-          sums[i].at[j] += product;
+          sums[i].add(j, product);
           total += product * factor.at[j];
         }
       }
@@ -181,7 +180,7 @@ __global__ void __launch_bounds__(BACKWARD_THREADS) backward_kernel(const RmsNor
     const int at = lane + i * threads;
     if (at < vectors) {
 #pragma unroll
-      for (int j = 0; j < N; ++j) to[at * N + j] = sums[i].at[j];
+      for (int j = 0; j < N; ++j) to[at * N + j] = sums[i].sums.at[j];
     }
   }
   if (blockDim.y == 1) return;
@@ -209,21 +208,21 @@ __device__ Vec<float, N> factor_of(const Vec<T, N>& weight, float offset) {
 // A row's part of the sum of grad * h for each column, h = x * rstd; of grad * factor * h over the columns.
 template <class T, int N>
 __device__ float add_row(const Vec<T, N>& x, const Vec<T, N>& grad, const Vec<T, N>& weight, float offset, float rstd,
-                         Vec<float, N>& sums) {
+                         Running<T, N>& sums) {
   const auto wide_x = widen(x), wide_grad = widen(grad), wide_weight = widen(weight);
   float total = 0.0f;
 #pragma unroll
   for (int j = 0; j < N; ++j) {
     const float product = wide_grad.at[j] * (wide_x.at[j] * rstd);
-    sums.at[j] += product;
+    sums.add(j, product);
     total += product * (offset + wide_weight.at[j]);
   }
   return total;
 }
 
 // What the threads of a group have added up goes to the block's row of `partials`. of_groups: [groups, width], free.
-template <int N, int KEPT>
-__device__ void leave_sums(const RmsNormBackward& args, const Vec<float, N> (&sums)[KEPT], float* of_groups) {
+template <class T, int N, int KEPT>
+__device__ void leave_sums(const RmsNormBackward& args, const Running<T, N> (&sums)[KEPT], float* of_groups) {
   if (args.partials == nullptr) return;
   const int vectors = static_cast<int>(args.width / N);
   float* partial = args.partials + blockIdx.x * args.width;
@@ -235,7 +234,7 @@ __device__ void leave_sums(const RmsNormBackward& args, const Vec<float, N> (&su
     if (at >= vectors) continue;
 #pragma unroll
     for (int j = 0; j < N; j += 4) {
-      const auto& sum = sums[i].at;
+      const auto& sum = sums[i].sums.at;
       *reinterpret_cast<float4*>(to + at * N + j) = make_float4(sum[j], sum[j + 1], sum[j + 2], sum[j + 3]);
     }
   }
@@ -264,7 +263,8 @@ __global__ void __launch_bounds__(MORE ? AHEAD_SUM_THREADS : AHEAD_THREADS, 1)
   };
   uint32_t row = blockIdx.x * blockDim.y + threadIdx.y;
   ask(row);
-  Vec<float, N> sums[1] = {}, factor = {};
+  Running<T, N> sums[1];
+  Vec<float, N> factor = {};
   if (within) factor = factor_of(load<N>(static_cast<const T*>(args.weight) + column), args.offset);
   const float inverse = 1.0f / static_cast<float>(args.width);
   for (uint32_t first = blockIdx.x * blockDim.y; first < rows; first += step, row += step) {
@@ -278,7 +278,7 @@ __global__ void __launch_bounds__(MORE ? AHEAD_SUM_THREADS : AHEAD_THREADS, 1)
 #pragma unroll
       for (int j = 0; j < N; ++j) {
         h.at[j] *= rstd;
-        sums[0].at[j] += g.at[j] * h.at[j];
+        sums[0].add(j, g.at[j] * h.at[j]);
         g.at[j] *= factor.at[j];
         total += g.at[j] * h.at[j];
       }
@@ -333,10 +333,9 @@ __global__ void __launch_bounds__(RING_THREADS, 1)
   wait_for_previous();
   for (int stage = 0; stage < STAGES - 1; ++stage) fill(row + stage * step, stage);
   Vec<T, N> weight[KEPT];
-  Vec<float, N> sums[KEPT];
+  Running<T, N> sums[KEPT];
 #pragma unroll
   for (int i = 0; i < KEPT; ++i) {
-    sums[i] = {};
     const int at = lane + i * threads;
     if (at < vectors) weight[i] = load<N>(static_cast<const T*>(args.weight) + at * N);
   }

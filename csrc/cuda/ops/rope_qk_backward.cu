@@ -1,5 +1,6 @@
 // Backward of rope_qk.cu: the gradient of the whole product, the values' part included, in one pass.
 
+#include "../common/running.cuh"
 #include "rope_qk.cuh"
 
 namespace megatune::cuda {
@@ -90,13 +91,13 @@ __device__ inline void add_threads(const float* of_threads, int64_t width, float
 // of x is g * rstd * factor - x * rstd^2 * mean(g * rstd * factor * x).
 template <class T, int N>
 __device__ inline float begin_part(Vec<float, N>& grad, const Vec<T, N>& x, float rstd, const Vec<float, N>& factor,
-                                   Vec<float, N>& sum) {
+                                   Running<T, N>& sum) {
   const auto wide = widen(x);
   float total = 0.0f;
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     grad.at[i] *= rstd;
-    sum.at[i] += grad.at[i] * wide.at[i];
+    sum.add(i, grad.at[i] * wide.at[i]);
     grad.at[i] *= factor.at[i];
     total += grad.at[i] * wide.at[i];
   }
@@ -122,7 +123,8 @@ __global__ void __launch_bounds__(THREADS) any_norm_backward_kernel(const Joined
   const bool is_query = threadIdx.z < query_rows;
   const int begin = is_query ? threadIdx.z : queries, end = is_query ? queries : queries + 2;
   const auto each = [&](auto&& body) { each_part<N, PARTS>(half, width, body); };
-  Vec<float, N> sums[PARTS][3]{}, factors[PARTS][3]{};
+  Running<T, N> sums[PARTS][3];
+  Vec<float, N> factors[PARTS][3]{};
   each([&](int i, int kind, int64_t column) { factors[i][kind] = weights.at<N>(!is_query, column); });
 
   // All threads of a warp go through both loops together: lanes add up.
@@ -167,7 +169,7 @@ __global__ void __launch_bounds__(THREADS) any_norm_backward_kernel(const Joined
   }
   if (normed.partials == nullptr) return;
   float* mine = of_threads + (threadIdx.z * blockDim.y + threadIdx.y) * width;
-  each([&](int i, int kind, int64_t column) { store(mine + column, sums[i][kind]); });
+  each([&](int i, int kind, int64_t column) { store(mine + column, sums[i][kind].sums); });
   add_threads(of_threads, width, normed.partials);
 }
 
@@ -245,7 +247,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_BACK)
   const int step = is_query ? query_rows : 1;
   const int64_t item_step = static_cast<int64_t>(gridDim.x) * blockDim.y;
   const float share = 1.0f / static_cast<float>(route.width);
-  Vec<float, N> sums[2]{}, factors[2]{};
+  Running<T, N> sums[2];
+  Vec<float, N> factors[2]{};
   if (has) factors[0] = weights.at<N>(!is_query, column), factors[1] = weights.at<N>(!is_query, half + column);
 
   int64_t next_item = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
@@ -312,7 +315,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_BACK)
   __syncthreads();
   float* of_threads = reinterpret_cast<float*>(stages);
   float* mine = of_threads + (threadIdx.z * blockDim.y + threadIdx.y) * route.width + column;
-  if (has) store(mine, sums[0]), store(mine + half, sums[1]);
+  if (has) store(mine, sums[0].sums), store(mine + half, sums[1].sums);
   add_threads(of_threads, route.width, normed.partials);
 }
 

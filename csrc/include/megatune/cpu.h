@@ -42,8 +42,10 @@ struct RmsNormBackward {
   int64_t width;
   const float* scale;
   const float* rstd;
-  T* grad_x;           // [rows, width]
-  float* grad_weight;  // [width], added to by the calling thread alone; null: not wanted
+  T* grad_x;  // [rows, width]
+  // [width], of the calling thread alone: what is added to, and zeros that are zeros afterwards; null: not wanted.
+  double* grad_weight;
+  float* sums;
 };
 
 template <class T>

@@ -22,20 +22,21 @@ struct CrossEntropy {
   float z_loss, smoothing;
 };
 
-// The whole vocabulary is here. loss, log_sums (room for l): [rows]. The logits become their gradient if write_grad.
-int cross_entropy(const CrossEntropy& args, bool write_grad, float* loss, float* log_sums, Stream stream);
+// The whole vocabulary is here. loss: [rows]; joined: room for [rows, 2]. The logits become their gradient if write_grad.
+int cross_entropy(const CrossEntropy& args, bool write_grad, float* loss, float* joined, Stream stream);
 
 // sums: [rows, 3], largest logit here, sum of exp(logit - largest), the label's logit (0: it is not here); with_sum:
 // [rows, 4], the sum of the logits too. Weights, z_loss and smoothing play no part.
 int cross_entropy_sums(const CrossEntropy& args, bool with_sum, float* sums, Stream stream);
 
-// sums: of all `parts` of a vocabulary, one after the other, [parts, rows, 3], with smoothing [parts, rows, 4]. loss, and
-// l over the whole vocabulary: [rows]. The logits play no part.
-int cross_entropy_join(const CrossEntropy& args, const float* sums, int64_t parts, float* loss, float* log_sums,
+// sums: of all `parts` of a vocabulary, one after the other, [parts, rows, 3], with smoothing [parts, rows, 4]. loss:
+// [rows]; joined: [rows, 2], over the whole vocabulary the largest logit and the sum of exp(logit - largest). The logits
+// play no part.
+int cross_entropy_join(const CrossEntropy& args, const float* sums, int64_t parts, float* loss, float* joined,
                        Stream stream);
 
-// The logits become their gradient. log_sums: [rows], l over the whole vocabulary.
-int cross_entropy_grad(const CrossEntropy& args, const float* log_sums, Stream stream);
+// The logits become their gradient. joined: [rows, 2], as above.
+int cross_entropy_grad(const CrossEntropy& args, const float* joined, Stream stream);
 
 // Rows of a tensor times a number: what backward does with gradients that forward has made.
 struct Scale {
