@@ -113,7 +113,7 @@ class _CrossEntropy(torch.autograd.Function):
         if wanted:
             torch.autograd.graph.increment_version(logits)  # whoever saved the logits for backward is told
             ctx.save_for_backward(logits.detach())
-        return losses.sum()
+        return _total(losses)
 
     @staticmethod
     @once_differentiable
@@ -166,15 +166,14 @@ def _forward(
     head = weight.to(hidden.dtype)
     grad_hidden = torch.empty_like(hidden) if hidden_grad else None
     total = None  # gradient of the weight, summed over chunks in fp32
-    result = hidden.new_zeros((), dtype=accumulate_dtype(hidden.dtype))
+    losses = hidden.new_empty(hidden.shape[0], dtype=accumulate_dtype(hidden.dtype))
     buffer = hidden.new_empty(min(chunk, hidden.shape[0]), weight.shape[0])
     for start in range(0, hidden.shape[0], chunk):
         part = slice(start, start + chunk)
         rows = hidden[part]
         logits = torch.mm(rows, head.t(), out=buffer[: rows.shape[0]])
         some = None if weights is None else weights[part]
-        losses = loss.rows(logits, labels[part], some, hidden_grad or weight_grad)
-        result = result + losses.sum()
+        losses[part] = loss.rows(logits, labels[part], some, hidden_grad or weight_grad)
         if grad_hidden is not None:
             torch.mm(logits, head, out=grad_hidden[part])
         if (
@@ -187,7 +186,12 @@ def _forward(
             total = _add_product(total, logits, rows)
     if weight_grad and total is None:
         total = torch.zeros_like(weight)
-    return result, grad_hidden, total
+    return _total(losses), grad_hidden, total
+
+
+def _total(losses: Tensor) -> Tensor:
+    """Losses of rows [rows] -> their sum, in their dtype: one number of which nothing averages the error away."""
+    return losses.sum(dtype=torch.float64).to(losses.dtype)
 
 
 def _adds_to_fp32(rows: Tensor) -> bool:

@@ -96,13 +96,14 @@ class LoraLayout:
 
 
 class _LoraLinear(torch.autograd.Function):
-    """out = x @ weight^T + bias + dropped @ a^T @ block^T, with block = scale * scatter(b) [out, adapters * r].
+    """out = x @ weight^T + bias + scale * dropped @ a^T @ block^T, with block = scatter(b) [out, adapters * r]. The
+    products multiply by `scale` before they round.
 
     | tensor | shape | |
     | --- | --- | --- |
     | x, dropped | [T, in] | dropped is x itself where there is no dropout |
     | low = dropped @ a^T | [T, adapters * r] | saved |
-    | grad_low = grad @ block | [T, adapters * r] | |
+    | grad_low = scale * grad @ block | [T, adapters * r] | |
     | grad_x = grad @ weight (+ grad_low @ a if x is dropped) | [T, in] | one buffer |
     """
 
@@ -122,12 +123,12 @@ class _LoraLinear(torch.autograd.Function):
         dropped = x if x_dropped is None else x_dropped
         low = F.linear(dropped, a.to(x.dtype))
         out = F.linear(x, dense(weight, x.dtype), bias)
-        block = layout.scatter(b.to(x.dtype) * scale)
+        block = layout.scatter(b.to(x.dtype))
         if torch.compiler.is_compiling():
             # torch 2.11 traces an output changed in place as one without a gradient: all gradients came out zero.
-            out = torch.addmm(out, low, block.t())
+            out = torch.addmm(out, low, block.t(), alpha=scale)
         else:
-            out.addmm_(low, block.t())
+            out.addmm_(low, block.t(), alpha=scale)
         # x itself is needed only for the gradient of a weight that is trained beside its adapter.
         ctx.frozen, weight_or_none = saved(weight)
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, dropped, low, weight_or_none, a, b)
@@ -146,7 +147,7 @@ class _LoraLinear(torch.autograd.Function):
         if need_x:
             grad_x = grad @ dense(ctx.frozen or weight, grad.dtype)
         if need_a or need_dropped or (need_x and not ctx.has_dropped):
-            grad_low = grad @ layout.scatter(b.to(grad.dtype) * scale)
+            grad_low = _scaled_product(grad, layout.scatter(b.to(grad.dtype)), scale)
             if need_dropped:
                 grad_dropped = grad_low @ a.to(grad.dtype)
             elif need_x and not ctx.has_dropped:
@@ -154,11 +155,18 @@ class _LoraLinear(torch.autograd.Function):
         if need_a:
             grad_a = _now_or_later(ctx, 1, lambda: (grad_low.t() @ dropped).to(a.dtype))
         if need_b:  # faster than grad^T @ low
-            grad_b = _now_or_later(ctx, 2, lambda: layout.gather((low.t() @ grad).t()).to(b.dtype) * scale)
+            grad_b = _now_or_later(
+                ctx, 2, lambda: layout.gather(_scaled_product(low.t(), grad, scale).t()).to(b.dtype)
+            )
         if need_weight:
             grad_weight = _now_or_later(ctx, 0, lambda: grad.t() @ x)
         grad_bias = grad.sum(0) if need_bias else None
         return grad_x, grad_weight, grad_bias, grad_a, grad_b, grad_dropped, None, None, None
+
+
+def _scaled_product(x: Tensor, y: Tensor, scale: float) -> Tensor:
+    """scale * x @ y, rounded once."""
+    return torch.addmm(x.new_empty(1, 1), x, y, beta=0, alpha=scale)
 
 
 def _now_or_later(ctx: Any, which: int, compute: Callable[[], Tensor]) -> Tensor | None:
