@@ -261,6 +261,12 @@ def without(rows: list[Row], model: str, op: str) -> list[Row]:
     return [row for row in rows if (row["model"], row["op"]) != (model, op)]
 
 
+def place_of(rows: list[Row], model: str, op: str) -> int:
+    """Where that case's rows begin; behind all others, if it has none."""
+    found = (number for number, row in enumerate(rows) if (row["model"], row["op"]) == (model, op))
+    return next(found, len(rows))
+
+
 def run(options: argparse.Namespace, path: Path) -> Row:
     """Measures what was asked for; the file has all of it after each case."""
     began = time.monotonic()
@@ -285,6 +291,7 @@ def run(options: argparse.Namespace, path: Path) -> Row:
             continue
         case = make()
         same = seen.setdefault((op, case.shape), model)
+        place = place_of(content["rows"], model, op)
         content["rows"] = without(content["rows"], model, op)
         content["left_out"] = without(content["left_out"], model, op)
         if same != model:
@@ -294,7 +301,8 @@ def run(options: argparse.Namespace, path: Path) -> Row:
         what = {"model": model, "op": op, "shape": case.shape}
         try:
             for row in rows_of(case, device, dtype, extent):
-                content["rows"].append(what | row)
+                content["rows"].insert(place, what | row)
+                place += 1
                 print(line_of(row), flush=True)
         except Exception as error:  # the other ops still have their turn
             content["left_out"].append({"model": model, "op": op, "why": _said(error)})

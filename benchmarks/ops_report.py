@@ -147,6 +147,10 @@ def _table(rows: list[Row]) -> list[str]:
     return lines
 
 
+def _span(rates: list[float]) -> str:
+    return " to ".join(dict.fromkeys(f"{rate:.2f}" for rate in (min(rates), max(rates))))
+
+
 def page(content: Row, file: str) -> str:
     """docs/ops.md and its like for other GPUs."""
     versions, rivals = content["versions"], content["rivals"]
@@ -158,7 +162,7 @@ def page(content: Row, file: str) -> str:
         dtype=content["dtype"],
         file=file,
         launch=content["empty_kernel_us"],
-        copies=" and ".join(f"{run['copy_gbytes_per_s'] / 1e3:.2f}" for run in content["runs"]),
+        copies=_span([run["copy_gbytes_per_s"] / 1e3 for run in content["runs"]]),
         rivals=", ".join(f"{name} {version}" for name, version in rivals.items() if name != "torch")
         or "no library",
         absent="; ".join(f"{name} ({reason})" for name, reason in content["rivals_absent"].items()),
