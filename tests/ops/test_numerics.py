@@ -14,6 +14,7 @@ from torch import Tensor
 from megatune import ops
 from megatune.ops import moe
 from megatune.ops.checks import accumulate_dtype
+from megatune.ops.cross_entropy_rows import SPLIT_OP
 from megatune.ops.router import SCORES
 from tests.helpers.ops import need_body, relative_error
 from tests.ops.bodies import DTYPES, bodies
@@ -49,6 +50,26 @@ class GroupedLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         input_grad = moe.grouped_input_grad(grad, weight, ctx.groups)
         return input_grad, moe.grouped_weight_grad(grad, x, ctx.groups), None
+
+
+class SplitCrossEntropy(torch.autograd.Function):
+    """What two processes with a part of the vocabulary each compute."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, labels: Tensor) -> Tensor:
+        sums, join, grad = SPLIT_OP.pick(logits.device.type, logits.dtype).run
+        cut, size = logits.shape[1] // 3, logits.shape[1]
+        parts = {0: logits[:, :cut].clone(), cut: logits[:, cut:].clone()}
+        both = torch.stack([sums(part, labels, first, size, 0.0) for first, part in parts.items()])
+        losses, joined = join(both, labels, size)
+        for first, part in parts.items():
+            grad(part, labels, first, size, 0.0, joined)
+        ctx.save_for_backward(torch.cat(tuple(parts.values()), 1))
+        return losses.double().sum().to(losses.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.saved_tensors[0] * grad, None
 
 
 def wide(x: Tensor) -> Tensor:
@@ -166,6 +187,12 @@ def heads() -> dict[str, Case]:
         return (ops.linear_cross_entropy(hidden, weight, labels.to(hidden.device), chunk=chunk),)
 
     return {
+        "split_cross_entropy": Case(
+            "split_cross_entropy",
+            (3 * torch.randn(ROWS, VOCAB),),
+            lambda logits: (SplitCrossEntropy.apply(logits, labels.to(logits.device)),),
+            plain,
+        ),
         "cross_entropy": Case(
             "linear_cross_entropy",
             (3 * torch.randn(ROWS, VOCAB),),

@@ -90,13 +90,14 @@ __device__ void far_grads(const RmsNormBackward& args, int64_t row, int first, i
 }
 
 // What the groups of a block have added up, [blockDim.y, width], to one row.
+template <class T>
 __device__ void sum_of_groups(const float* of_groups, int64_t width, float* partial) {
   __syncthreads();
   const int all = blockDim.x * blockDim.y;
   for (int64_t column = threadIdx.y * blockDim.x + threadIdx.x; column < width; column += all) {
-    float sum = 0.0f;
-    for (int group = 0; group < blockDim.y; ++group) sum += of_groups[group * width + column];
-    partial[column] = sum;
+    Running<T, 1> total;
+    for (int group = 0; group < blockDim.y; ++group) total.add(0, of_groups[group * width + column]);
+    partial[column] = total.sums.at[0];
   }
 }
 
@@ -184,7 +185,7 @@ __global__ void __launch_bounds__(BACKWARD_THREADS) backward_kernel(const RmsNor
     }
   }
   if (blockDim.y == 1) return;
-  sum_of_groups(of_groups, args.width, partial);
+  sum_of_groups<T>(of_groups, args.width, partial);
 }
 
 // Makes the compiler take a vector for another one: it would else keep what was made of the first in registers.
@@ -238,7 +239,7 @@ __device__ void leave_sums(const RmsNormBackward& args, const Running<T, N> (&su
       *reinterpret_cast<float4*>(to + at * N + j) = make_float4(sum[j], sum[j + 1], sum[j + 2], sum[j + 3]);
     }
   }
-  if (blockDim.y > 1) sum_of_groups(of_groups, args.width, partial);
+  if (blockDim.y > 1) sum_of_groups<T>(of_groups, args.width, partial);
 }
 
 // For rows of at most 32 vectors, of which each thread has one, and a weight of their type. The rows after those at
@@ -392,17 +393,17 @@ __global__ void __launch_bounds__(COLUMNS * SLICES) columns_kernel(const float* 
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * COLUMNS; first < width;
        first += static_cast<int64_t>(gridDim.x) * COLUMNS) {
     const int64_t column = first + threadIdx.x;
-    float sum = 0.0f;
+    Running<W, 1> total;
     if (column < width) {
 #pragma unroll 8
-      for (int64_t row = threadIdx.y; row < count; row += SLICES) sum += partials[row * width + column];
+      for (int64_t row = threadIdx.y; row < count; row += SLICES) total.add(0, partials[row * width + column]);
     }
     __syncthreads();
-    shared[threadIdx.y][threadIdx.x] = sum;
+    shared[threadIdx.y][threadIdx.x] = total.sums.at[0];
     __syncthreads();
     if (threadIdx.y == 0 && column < width) {
-      for (int slice = 1; slice < SLICES; ++slice) sum += shared[slice][threadIdx.x];
-      sums[column] = from_float<W>(sum);
+      for (int slice = 1; slice < SLICES; ++slice) total.add(0, shared[slice][threadIdx.x]);
+      sums[column] = from_float<W>(total.sums.at[0]);
     }
   }
 }

@@ -71,16 +71,17 @@ struct Normed {
 
 // The sums of a block's threads for the gradients of both weights, as one row of `partials`. of_threads: [blockDim.z,
 // blockDim.y, width], of which each thread has written its columns; the last of the threadIdx.z has those of keys.
+template <class T>
 __device__ inline void add_threads(const float* of_threads, int64_t width, float* partials) {
   const int query_rows = (blockDim.z - 1) * blockDim.y, rows = blockDim.z * blockDim.y;
   const int thread = (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
   __syncthreads();
   for (int64_t column = thread; column < 2 * width; column += rows * blockDim.x) {
     const bool key = column >= width;
-    float sum = 0.0f;
+    Running<T, 1> total;
     for (int row = key ? query_rows : 0; row < (key ? rows : query_rows); ++row)
-      sum += of_threads[row * width + (key ? column - width : column)];
-    partials[blockIdx.x * 2 * width + column] = sum;
+      total.add(0, of_threads[row * width + (key ? column - width : column)]);
+    partials[blockIdx.x * 2 * width + column] = total.sums.at[0];
   }
 }
 
@@ -170,7 +171,7 @@ __global__ void __launch_bounds__(THREADS) any_norm_backward_kernel(const Joined
   if (normed.partials == nullptr) return;
   float* mine = of_threads + (threadIdx.z * blockDim.y + threadIdx.y) * width;
   each([&](int i, int kind, int64_t column) { store(mine + column, sums[i][kind].sums); });
-  add_threads(of_threads, width, normed.partials);
+  add_threads<T>(of_threads, width, normed.partials);
 }
 
 // Fetching ahead, for heads that are turned whole, of which a lane has one pair of vectors: what a thread computes next
@@ -316,27 +317,28 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_BACK)
   float* of_threads = reinterpret_cast<float*>(stages);
   float* mine = of_threads + (threadIdx.z * blockDim.y + threadIdx.y) * route.width + column;
   if (has) store(mine, sums[0].sums), store(mine + half, sums[1].sums);
-  add_threads(of_threads, route.width, normed.partials);
+  add_threads<T>(of_threads, route.width, normed.partials);
 }
 
 constexpr int COLUMNS = 16, SLICES = 32;
 
-// Sum over the rows of `partials`, for 16 columns in a block; 32 threads share a column.
+// Sum over the rows of `partials`, of heads of T, for 16 columns in a block; 32 threads share a column.
+template <class T>
 __global__ void __launch_bounds__(COLUMNS * SLICES) columns_kernel(const float* partials, int64_t count, int64_t width,
                                                                    float* sums) {
   __shared__ float shared[SLICES][COLUMNS + 1];
   wait_for_previous();
   const int64_t column = static_cast<int64_t>(blockIdx.x) * COLUMNS + threadIdx.x;
-  float sum = 0.0f;
+  Running<T, 1> total;
   if (column < width) {
 #pragma unroll 8
-    for (int64_t row = threadIdx.y; row < count; row += SLICES) sum += partials[row * width + column];
+    for (int64_t row = threadIdx.y; row < count; row += SLICES) total.add(0, partials[row * width + column]);
   }
-  shared[threadIdx.y][threadIdx.x] = sum;
+  shared[threadIdx.y][threadIdx.x] = total.sums.at[0];
   __syncthreads();
   if (threadIdx.y != 0 || column >= width) return;
-  for (int slice = 1; slice < SLICES; ++slice) sum += shared[slice][threadIdx.x];
-  sums[column] = sum;
+  for (int slice = 1; slice < SLICES; ++slice) total.add(0, shared[slice][threadIdx.x]);
+  sums[column] = total.sums.at[0];
 }
 
 struct Shape {
@@ -416,8 +418,9 @@ int rope_qk_backward(const RopeQkBackward& args, Stream stream) {
   }
   if (args.partials == nullptr || packed.width == 0) return 0;
   const int64_t columns = 2 * packed.width;
-  return launch_early(columns_kernel, grid(columns, COLUMNS), dim3(COLUMNS, SLICES), 0, stream, args.partials,
-                      any ? most : 0, columns, args.grad_weight);
+  const auto add_up = args.type == Type::f32 ? columns_kernel<float> : columns_kernel<__nv_bfloat16>;
+  return launch_early(add_up, grid(columns, COLUMNS), dim3(COLUMNS, SLICES), 0, stream, args.partials, any ? most : 0,
+                      columns, args.grad_weight);
 }
 
 }  // namespace megatune::cuda
