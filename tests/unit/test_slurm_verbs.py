@@ -55,6 +55,7 @@ class FakeSlurm:
 def slurm(monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
     fake = FakeSlurm()
     monkeypatch.setattr(client, "call", fake)
+    monkeypatch.setattr(client.shutil, "which", lambda name, **_: f"/usr/bin/{name}")  # also where no Slurm is installed
     return fake
 
 
