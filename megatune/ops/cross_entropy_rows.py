@@ -34,8 +34,8 @@ def _row_losses(
     smoothing: float,
     ignore: int,
 ) -> Tensor:
-    """Loss [rows] from the largest logit, the sum of exp(logit - largest), the label's logit and (for smoothing) the mean
-    of the logits. A difference of logits is exact where they are near each other, their logsumexp is rounded."""
+    """Loss [rows] from the largest logit, the sum of exp(logit - largest), the label's logit and (for smoothing) the
+    mean of the logits. A difference of logits is exact where they are near each other, their logsumexp is rounded."""
     log_total = torch.log(total)
     loss = log_total + (largest - target)
     if mean is not None:

@@ -55,7 +55,8 @@ class FakeSlurm:
 def slurm(monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
     fake = FakeSlurm()
     monkeypatch.setattr(client, "call", fake)
-    monkeypatch.setattr(client.shutil, "which", lambda name, **_: f"/usr/bin/{name}")  # also where no Slurm is installed
+    # No Slurm need be installed.
+    monkeypatch.setattr(client.shutil, "which", lambda name, **_: f"/usr/bin/{name}")
     return fake
 
 
