@@ -133,10 +133,23 @@ INLINE f32x16 sigmoid(f32x16 x, f32x16& complement) {
   return s;
 }
 
+// 1 - 2 / (exp(2 |x|) + 1) with the sign of x, near 0, where that would lose places, a polynomial of the Cephes library.
+// `slope`: the derivative, of which 1 - tanh^2 would keep few places far from 0.
+INLINE f32x16 tanh(f32x16 x, f32x16& slope) {
+  const f32x16 size = x < 0.0f ? -x : x, square = x * x;
+  const f32x16 e = exp(size > 40.0f ? splat(80.0f) : size + size), rest = 1.0f / (1.0f + e), far = 1.0f - 2.0f * rest;
+  f32x16 p = splat(-5.70498872745e-3f);
+  p = p * square + 2.06390887954e-2f;
+  p = p * square - 5.37397155531e-2f;
+  p = p * square + 1.33314422036e-1f;
+  p = p * square - 3.33332819422e-1f;
+  slope = 4.0f * rest * (e * rest);
+  return square < 0.390625f ? x + x * square * p : x < 0.0f ? -far : far;
+}
+
 INLINE f32x16 tanh(f32x16 x) {
-  f32x16 complement;
-  const f32x16 s = sigmoid(x + x, complement);
-  return s - complement;
+  f32x16 slope;
+  return tanh(x, slope);
 }
 
 // Walks over the rows of a tensor with strides, from row `begin` on.

@@ -319,9 +319,10 @@ def cross_entropy(
     [S, V here]. ValueError where shapes, dtypes, devices or layouts do not fit.
     """
     op = "cross_entropy"
-    if logits.dim() != 2 or (logits.shape[1] > 1 and logits.stride(1) != 1):
+    if logits.dim() != 2 or logits.shape[1] == 0 or (logits.shape[1] > 1 and logits.stride(1) != 1):
         raise ValueError(
-            f"{op}: logits {tuple(logits.shape)} with strides {logits.stride()} must be [S, V], each row contiguous"
+            f"{op}: logits {tuple(logits.shape)} with strides {logits.stride()} must be [S, V], V at least 1, each row "
+            "contiguous"
         )
     loss = _checked(
         op, labels, logits.shape[0], softcap, z_loss, label_smoothing, ignore_index, token_weights, cut
@@ -364,9 +365,9 @@ def linear_cross_entropy(
     and logits are never gathered. ValueError where shapes, dtypes or devices do not fit.
     """
     op = "linear_cross_entropy"
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or weight.shape[0] == 0:
         raise ValueError(
-            f"{op}: hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be [S, H], [V, H]"
+            f"{op}: hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be [S, H], [V, H], V at least 1"
         )
     if chunk is not None and chunk < 1:
         raise ValueError(f"{op}: chunk ({chunk}) must be positive")

@@ -58,13 +58,18 @@ def _factors(
     return (of_softmax / total)[:, None], of_targets[:, None]
 
 
-def _capped(x: Tensor, softcap: float) -> Tensor:
-    return softcap * torch.tanh(x / softcap) if softcap else x
+def _capped(x: Tensor, softcap: float) -> tuple[Tensor, Tensor | None]:
+    """(cap * tanh(x / cap), that tanh); without a cap (x, None)."""
+    if not softcap:
+        return x, None
+    part = torch.tanh(x / softcap)
+    return softcap * part, part
 
 
-def _slope(capped: Tensor, softcap: float) -> Tensor:
-    """Derivative of `_capped`, from its value."""
-    return 1 - (capped / softcap).square()
+def _times_slope(grad: Tensor, part: Tensor | None) -> Tensor:
+    """grad times the derivative of `_capped`, from its tanh. (Of 1 - tanh^2, the square would be rounded before the
+    difference, which shows it near 1.)"""
+    return grad if part is None else grad * ((1 - part) * (1 + part))
 
 
 def _row_sums(x: Tensor) -> Tensor:
@@ -87,7 +92,7 @@ def _reference(
 ) -> Tensor:
     """logits [rows, V], labels int64 [rows], weights fp32 [rows] -> loss fp32 [rows]; with write_grad the logits become
     their gradient. softcap 0: none; else logits count as cap * tanh(logit / cap)."""
-    capped = _capped(logits.to(accumulate_dtype(logits.dtype)), softcap)
+    capped, part = _capped(logits.to(accumulate_dtype(logits.dtype)), softcap)
     index = torch.where(labels == ignore, 0, labels)[:, None]
     largest = capped.amax(1)
     powers = torch.exp(capped - largest[:, None])
@@ -98,9 +103,7 @@ def _reference(
         of_softmax, of_targets = _factors(largest, total, labels, weights, z_loss, ignore)
         wanted = torch.full_like(capped, smoothing / logits.shape[1])
         wanted.scatter_add_(1, index, torch.full_like(of_targets, 1 - smoothing))
-        grad = powers * of_softmax - wanted * of_targets
-        if softcap:
-            grad = grad * _slope(capped, softcap)
+        grad = _times_slope(powers.mul_(of_softmax).sub_(wanted.mul_(of_targets)), part)
         logits.copy_(torch.where(labels[:, None] == ignore, 0.0, grad))
     return _row_losses(largest, total, target, mean, labels, weights, z_loss, smoothing, ignore)
 
@@ -119,23 +122,20 @@ def _losses(
     become the gradient that they would have if they were not the label's: two passes over the logits and no more."""
     wide = accumulate_dtype(logits.dtype)
     index = torch.where(labels == ignore, 0, labels)[:, None]
-    capped = _capped(logits.to(wide), softcap)
-    target = _capped(logits.gather(1, index).to(wide), softcap)
+    capped, part = _capped(logits.to(wide), softcap)
+    target, target_part = _capped(logits.gather(1, index).to(wide), softcap)
     largest = capped.amax(1)
     total = _row_sums(torch.exp(capped - largest[:, None]))
     mean = _row_sums(capped) / logits.shape[1] if smoothing else None
     of_softmax, of_targets = _factors(largest, total, labels, weights, z_loss, ignore)
     even = smoothing / logits.shape[1]
     own = torch.exp(target - largest[:, None]) * of_softmax - (1 - smoothing + even) * of_targets
-    if softcap:
-        own = own * _slope(target, softcap)
+    own = _times_slope(own, target_part)
     if write_grad:
         grad = torch.exp(capped - largest[:, None]) * of_softmax
         if smoothing:
             grad = grad - even * of_targets
-        if softcap:
-            grad = grad * _slope(capped, softcap)
-        logits.copy_(torch.where(labels[:, None] == ignore, 0.0, grad))
+        logits.copy_(torch.where(labels[:, None] == ignore, 0.0, _times_slope(grad, part)))
     loss = _row_losses(largest, total, target.squeeze(1), mean, labels, weights, z_loss, smoothing, ignore)
     return loss, torch.where(labels[:, None] == ignore, 0.0, own), index
 
@@ -214,11 +214,13 @@ def _split_sums(
     3], largest logit, sum of exp(logit - largest), the label's logit (0 where it is not here), and `with_sum` also the
     sum of the logits [rows, 4]. A label that no process has is an index out of range, as on one process."""
     wide = accumulate_dtype(logits.dtype)
-    capped, here = _capped(logits.to(wide), softcap), labels - first
+    capped, here = _capped(logits.to(wide), softcap)[0], labels - first
     mine = (here >= 0) & (here < logits.shape[1])
     elsewhere = ~mine & (labels >= 0) & (labels < size) | (labels == ignore)
-    target = _capped(logits.gather(1, torch.where(elsewhere, 0, here)[:, None]).squeeze(1).to(wide), softcap)
-    largest = capped.amax(1)
+    own = logits.gather(1, torch.where(elsewhere, 0, here)[:, None]).squeeze(1)
+    target, _ = _capped(own.to(wide), softcap)
+    # Finite, so that columns that are all -infinity here add 0 to those elsewhere.
+    largest = capped.amax(1).clamp_min(torch.finfo(wide).min)
     total = _row_sums(torch.exp(capped - largest[:, None]))
     found = [largest, total, torch.where(mine, target, 0.0)]
     return torch.stack([*found, _row_sums(capped)] if with_sum else found, 1)
@@ -257,16 +259,14 @@ def _split_grad(
 ) -> None:
     """The logits of these columns become their gradient; `joined`: of all columns, as `_split_join` gives it."""
     largest, total = joined.unbind(1)
-    capped = _capped(logits.to(joined.dtype), softcap)
+    capped, part = _capped(logits.to(joined.dtype), softcap)
     of_softmax, of_targets = _factors(largest, total, labels, weights, z_loss, ignore)
     columns = torch.arange(logits.shape[1], device=logits.device)
     wanted = ((labels - first)[:, None] == columns).to(joined.dtype)
     if smoothing:
         wanted = wanted * (1 - smoothing) + smoothing / size
     grad = torch.exp(capped - largest[:, None]) * of_softmax - wanted * of_targets
-    if softcap:
-        grad = grad * _slope(capped, softcap)
-    logits.copy_(torch.where(labels[:, None] == ignore, 0.0, grad))
+    logits.copy_(torch.where(labels[:, None] == ignore, 0.0, _times_slope(grad, part)))
 
 
 def _fake_sums(

@@ -147,7 +147,7 @@ class _LoraLinear(torch.autograd.Function):
         if need_x:
             grad_x = grad @ dense(ctx.frozen or weight, grad.dtype)
         if need_a or need_dropped or (need_x and not ctx.has_dropped):
-            grad_low = _scaled_product(grad, layout.scatter(b.to(grad.dtype)), scale)
+            grad_low = scaled_product(grad, layout.scatter(b.to(grad.dtype)), scale)
             if need_dropped:
                 grad_dropped = grad_low @ a.to(grad.dtype)
             elif need_x and not ctx.has_dropped:
@@ -156,7 +156,7 @@ class _LoraLinear(torch.autograd.Function):
             grad_a = _now_or_later(ctx, 1, lambda: (grad_low.t() @ dropped).to(a.dtype))
         if need_b:  # faster than grad^T @ low
             grad_b = _now_or_later(
-                ctx, 2, lambda: layout.gather(_scaled_product(low.t(), grad, scale).t()).to(b.dtype)
+                ctx, 2, lambda: layout.gather(scaled_product(low.t(), grad, scale).t()).to(b.dtype)
             )
         if need_weight:
             grad_weight = _now_or_later(ctx, 0, lambda: grad.t() @ x)
@@ -164,9 +164,12 @@ class _LoraLinear(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, grad_a, grad_b, grad_dropped, None, None, None
 
 
-def _scaled_product(x: Tensor, y: Tensor, scale: float) -> Tensor:
-    """scale * x @ y, rounded once."""
-    return torch.addmm(x.new_empty(1, 1), x, y, beta=0, alpha=scale)
+def scaled_product(x: Tensor, y: Tensor, scale: float) -> Tensor:
+    """scale * x @ y [n, k] [k, m], rounded once. (The factor rounded into a matrix, where it is no power of two, would
+    be a second rounding.)"""
+    # A product that torch.compile makes itself reads what it multiplies by 0.
+    nothing = x.new_zeros(1, 1) if torch.compiler.is_compiling() else x.new_empty(1, 1)
+    return torch.addmm(nothing, x, y, beta=0, alpha=scale)
 
 
 def _now_or_later(ctx: Any, which: int, compute: Callable[[], Tensor]) -> Tensor | None:

@@ -182,7 +182,8 @@ class _Grouped(torch.autograd.Function):
 
 
 def _block(b: Tensor, layout: ops.LoraLayout, scale: float, dtype: torch.dtype) -> Tensor:
-    """[E, adapted rows, r] -> [E, rows, adapters * r], the scale in it. `layout`: of all experts' rows."""
+    """[E, adapted rows, r] -> [E, rows, adapters * r], the scale in it: grouped products take no factor. `layout`: of
+    all experts' rows."""
     return layout.scatter((b.to(dtype) * scale).flatten(0, 1)).unflatten(0, (b.shape[0], -1))
 
 

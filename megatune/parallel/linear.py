@@ -165,7 +165,7 @@ class _Column(torch.autograd.Function):
             out = F.linear(whole, weight, bias)
         _wait(low_arrived)
         if a is not None:
-            out.addmm_(low, layout.scatter(b.to(x.dtype) * scale).t())
+            out.addmm_(low, layout.scatter(b.to(x.dtype)).t(), alpha=scale)
         need_weight, need_a = ctx.needs_input_grad[1], ctx.needs_input_grad[3]
         ctx.save_for_backward(x if need_weight else None, dropped if need_a else None, low, kept, a, b)
         ctx.parameters = kept, a, b
@@ -183,8 +183,8 @@ class _Column(torch.autograd.Function):
         if need_weight and not deferred.active():
             whole, arrived = gather_rows(x, axis, async_op=overlap)
         if a is not None and (need_a or need_dropped or need_x):
-            block = ctx.layout.scatter(b.to(grad.dtype) * ctx.scale)
-            grad_low, low_summed = scatter_sum_rows(grad @ block, axis, async_op=overlap)
+            part = ops.scaled_product(grad, ctx.layout.scatter(b.to(grad.dtype)), ctx.scale)
+            grad_low, low_summed = scatter_sum_rows(part, axis, async_op=overlap)
         if need_x:
             grad_x, summed = scatter_sum_rows(
                 grad @ ops.dense(ctx.frozen or weight, grad.dtype), axis, async_op=overlap
@@ -223,7 +223,11 @@ def _grad_weight(
 
 def _grad_b(ctx: Any, grad: Tensor, low: Tensor, dtype: torch.dtype) -> Tensor | None:
     layout, scale = ctx.layout, ctx.scale
-    return deferred.defer(ctx.parameters[2], lambda: layout.gather((low.t() @ grad).t()).to(dtype) * scale)
+
+    def compute() -> Tensor:
+        return layout.gather(ops.scaled_product(low.t(), grad, scale).t()).to(dtype)
+
+    return deferred.defer(ctx.parameters[2], compute)
 
 
 class _Row(torch.autograd.Function):
@@ -255,12 +259,12 @@ class _Row(torch.autograd.Function):
         weight = ops.dense(weight, x.dtype)
         low = block = None
         if a is not None:
-            low, block = F.linear(dropped, a.to(x.dtype)), layout.scatter(b.to(x.dtype) * scale)
+            low, block = F.linear(dropped, a.to(x.dtype)), layout.scatter(b.to(x.dtype))
 
         def produce(process: int, out: Tensor) -> None:
             _product_to(out, _rows_of(x, process, axis), weight, None)
             if a is not None:
-                out.addmm_(_rows_of(low, process, axis), block.t())
+                out.addmm_(_rows_of(low, process, axis), block.t(), alpha=scale)
 
         need_weight, need_a = ctx.needs_input_grad[1:3]
         ctx.save_for_backward(x if need_weight else None, dropped if need_a else None, low, kept, a, b)
@@ -283,7 +287,7 @@ class _Row(torch.autograd.Function):
                 torch.mm(rows, weight, out=_rows_of(grad_x, process, axis))
         grad_low = grad_dropped = grad_weight = grad_a = grad_b = None
         if a is not None and (need_a or need_dropped or (need_x and not ctx.has_dropped)):
-            grad_low = whole @ ctx.layout.scatter(b.to(grad.dtype) * ctx.scale)
+            grad_low = ops.scaled_product(whole, ctx.layout.scatter(b.to(grad.dtype)), ctx.scale)
             if need_dropped:
                 grad_dropped = grad_low @ a.to(grad.dtype)
             elif need_x and not ctx.has_dropped:

@@ -3,7 +3,7 @@ models, which round between their steps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import pytest
@@ -25,6 +25,8 @@ EXPERTS, CHOICES = 8, 4
 # much as one correctly rounded number is off at most: half a unit in the last place.
 CHANCE, HALF_UNIT = 1.02, 2.0**-24
 MANY = 16384  # rows: of sums over them, the longest here
+# Ops whose body "compiled" is not the formulas of "reference", which have a turn here.
+OWN_FORMULAS = ("linear_cross_entropy", "glu", "rope")
 Function = Callable[..., tuple[Tensor, ...]]
 
 
@@ -175,37 +177,67 @@ def units() -> dict[str, Case]:
     }
 
 
-def heads() -> dict[str, Case]:
-    labels = torch.randint(VOCAB, (ROWS,))
+def losses() -> dict[str, Case]:
+    labels, few = torch.randint(VOCAB, (ROWS,)), 16
 
-    def plain(logits: Tensor) -> tuple[Tensor]:
-        return (F.cross_entropy(wide(logits), labels.to(logits.device), reduction="sum"),)
+    def capped(x: Tensor) -> Tensor:
+        return 30 * torch.tanh(x / 30)
+
+    def plain(
+        logits: Tensor, cap: bool = False, z_loss: float = 0.0, smoothing: float = 0.0
+    ) -> tuple[Tensor]:
+        scores, target = wide(logits), labels[: logits.shape[0]].to(logits.device)
+        if cap:
+            scores = capped(scores)
+        loss = F.cross_entropy(scores, target, reduction="sum", label_smoothing=smoothing)
+        return (loss + z_loss * scores.logsumexp(1).square().sum() if z_loss else loss,)
+
+    def case(logits: Tensor, cap: bool = False, z_loss: float = 0.0, smoothing: float = 0.0) -> Case:
+        def ours(logits: Tensor) -> tuple[Tensor]:
+            target = labels[: logits.shape[0]].to(logits.device)
+            more = {"softcap": 30.0 if cap else None, "z_loss": z_loss, "label_smoothing": smoothing}
+            return (ops.cross_entropy(logits.view_as(logits), target, **more),)
+
+        return Case(
+            "linear_cross_entropy", (logits,), ours, lambda logits: plain(logits, cap, z_loss, smoothing)
+        )
+
+    def split(logits: Tensor) -> Case:
+        return Case(
+            "split_cross_entropy",
+            (logits,),
+            lambda logits: (SplitCrossEntropy.apply(logits, labels.to(logits.device)),),
+            plain,
+        )
+
+    logits = torch.randn(ROWS, VOCAB)
+    return {
+        "cross_entropy": case(3 * logits),
+        "cross_entropy, far apart": case(10 * logits),
+        "cross_entropy, far from 0": case(3 * logits + 50),
+        "cross_entropy, capped": case(10 * logits, cap=True),
+        "cross_entropy, capped all": case(logits + 100, cap=True),
+        "cross_entropy, smoothing": case(3 * logits, smoothing=0.1),
+        "cross_entropy, z-loss": case(5 * torch.randn(few, 2**15), z_loss=1e-2),
+        "split_cross_entropy": split(3 * logits),
+        "split_cross_entropy, far apart": split(10 * logits),
+        "split_cross_entropy, far from 0": split(3 * logits + 50),
+    }
+
+
+def heads(rows: int = ROWS, width: int = WIDTH, vocab: int = VOCAB, chunk: int = 32) -> dict[str, Case]:
+    labels = torch.randint(vocab, (rows,))
+
+    def plain(hidden: Tensor, weight: Tensor) -> tuple[Tensor]:
+        return (F.cross_entropy(wide(hidden @ weight.t()), labels.to(hidden.device), reduction="sum"),)
 
     def fused(hidden: Tensor, weight: Tensor) -> tuple[Tensor]:
         # On a CPU, PyTorch has no product of 16 bit numbers that is added to fp32: each chunk's is rounded.
-        chunk = 32 if hidden.is_cuda else None
-        return (ops.linear_cross_entropy(hidden, weight, labels.to(hidden.device), chunk=chunk),)
+        part = chunk if hidden.is_cuda or hidden.dtype == torch.float32 else None
+        return (ops.linear_cross_entropy(hidden, weight, labels.to(hidden.device), chunk=part),)
 
-    return {
-        "split_cross_entropy": Case(
-            "split_cross_entropy",
-            (3 * torch.randn(ROWS, VOCAB),),
-            lambda logits: (SplitCrossEntropy.apply(logits, labels.to(logits.device)),),
-            plain,
-        ),
-        "cross_entropy": Case(
-            "linear_cross_entropy",
-            (3 * torch.randn(ROWS, VOCAB),),
-            lambda logits: (ops.cross_entropy(logits.view_as(logits), labels.to(logits.device)),),
-            plain,
-        ),
-        "linear_cross_entropy": Case(
-            "linear_cross_entropy",
-            (torch.randn(ROWS, WIDTH), 0.05 * torch.randn(VOCAB, WIDTH)),
-            fused,
-            lambda hidden, weight: plain(hidden @ weight.t()),
-        ),
-    }
+    inputs = torch.randn(rows, width), 0.05 * torch.randn(vocab, width)
+    return {"linear_cross_entropy": Case("linear_cross_entropy", inputs, fused, plain)}
 
 
 def rows_of_tables() -> dict[str, Case]:
@@ -290,31 +322,33 @@ def products() -> dict[str, Case]:
 
 def all_cases() -> dict[str, Case]:
     torch.manual_seed(0)
-    parts = norms, rotations, units, heads, rows_of_tables, routers, products
+    parts = norms, rotations, units, losses, heads, rows_of_tables, routers, products
     return {name: case for part in parts for name, case in part().items()}
 
 
 def cases_of_many_rows() -> dict[str, Case]:
     torch.manual_seed(0)
-    few = "rms_norm", "add_rms_norm", "rope_qk with norms"
-    return {name: case for name, case in {**norms(MANY), **rotations(MANY // 4)}.items() if name in few}
+    cases = {**norms(MANY), **rotations(MANY // 4), **heads(MANY, 64, 256, 128)}
+    few = "rms_norm", "add_rms_norm", "rope_qk with norms", "linear_cross_entropy"
+    return {name: cases[name] for name in few}
 
 
-def each_body(cases: dict[str, Case]) -> Iterator:
-    """(case, body, device, dtype). "compiled" has the formulas of "reference"."""
-    for name, case in cases.items():
-        found = bodies(case.op or "glu")
-        for one in found:
-            body, device = one.values
-            if body == "compiled" or (case.op is None and body not in ("reference", "cuda")):
-                continue
-            for dtype in case.dtypes:
-                yield pytest.param(name, body, device, dtype, id=f"{name}-{one.id}-{dtype}", marks=one.marks)
+def each_body(cases: dict[str, Case]) -> list:
+    """(case, body, device, dtype)."""
+    plain = [pytest.param("", "cpu", id="cpu"), pytest.param("", "cuda", id="cuda", marks=pytest.mark.gpu)]
+    return [
+        pytest.param(name, body, device, dtype, id=f"{name}-{found.id}-{str(dtype)[6:]}", marks=found.marks)
+        for name, case in cases.items()
+        for found in (plain if case.op is None else bodies(case.op))
+        for body, device in [found.values]
+        if body != "compiled" or case.op in OWN_FORMULAS
+        for dtype in case.dtypes
+    ]
 
 
 def results(function: Function, inputs: tuple[Tensor, ...], dtype: torch.dtype, device: str) -> list[Tensor]:
     """Outputs, and the inputs' gradients for numbers of 16 bits that are always the same (of a loss: 1)."""
-    leaves = [x.to(device, dtype).requires_grad_() for x in inputs]
+    leaves = [x.to(device, dtype, copy=True).requires_grad_() for x in inputs]
     outputs = function(*leaves)
     seed = torch.Generator().manual_seed(1)
     grads = [

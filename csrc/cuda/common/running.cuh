@@ -5,9 +5,9 @@
 
 namespace megatune::cuda {
 
-// N sums for a result that has the precision of T. For fp32 what rounding drops goes into the next addition (Kahan,
-// CACM 1965): else a hundred rows, one after the other, would cost twice what PyTorch's tree of sums costs. A result of
-// 16 bits does not show it.
+// N sums of numbers made from T. For fp32 what rounding drops goes into the next addition (Kahan, CACM 1965): else a
+// hundred rows, one after the other, would cost twice what PyTorch's tree of sums costs. Beside the error that numbers
+// of 16 bits bring along it does not show. (A sum that has become infinite is NaN with the next number.)
 template <class T, int N>
 struct Running {
   static constexpr bool EXACT = sizeof(T) == 4;

@@ -138,11 +138,14 @@ struct Slopes {
   float shift, of_softmax, of_all, of_label;
 };
 
+// The derivative of tanh, from its value; the square would be rounded before the difference, which shows it near 1.
+__device__ inline float slope_of(float part) { return (1.0f - part) * (1.0f + part); }
+
 template <class T, bool CAP>
 __device__ inline float gradient(float x, const Slopes& slopes, float cap) {
   if constexpr (CAP) {
     const float part = tanh_of<T>(x * (1.0f / cap));
-    return (power<T>(cap * part, slopes.shift) * slopes.of_softmax - slopes.of_all) * (1.0f - part * part);
+    return (power<T>(cap * part, slopes.shift) * slopes.of_softmax - slopes.of_all) * slope_of(part);
   }
   return power<T>(x, slopes.shift) * slopes.of_softmax - slopes.of_all;
 }
@@ -160,10 +163,10 @@ __device__ inline Vec<T, N> gradients(const Vec<T, N>& x, const Slopes& slopes, 
 // Of the label's own logit.
 template <class T, bool CAP>
 __device__ inline T label_gradient(T logit, const Slopes& slopes, float cap) {
-  const float x = capped<T, CAP>(to_float(logit), cap);
-  float grad = power<T>(x, slopes.shift) * slopes.of_softmax - slopes.of_all - slopes.of_label;
-  if (CAP) grad *= 1.0f - (x / cap) * (x / cap);
-  return from_float<T>(grad);
+  const float part = CAP ? tanh_of<T>(to_float(logit) * (1.0f / cap)) : 0.0f;
+  const float x = CAP ? cap * part : to_float(logit);
+  const float grad = power<T>(x, slopes.shift) * slopes.of_softmax - slopes.of_all - slopes.of_label;
+  return from_float<T>(CAP ? grad * slope_of(part) : grad);
 }
 
 // A row in 16-byte vectors, with what is before the first and after the last: less than a vector each, an element for

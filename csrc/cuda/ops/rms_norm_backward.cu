@@ -66,10 +66,11 @@ __device__ float far_total(const RmsNormBackward& args, int64_t row, int first, 
   return total;
 }
 
-// Their gradients. The sums for the weight do not fit into registers; the thread has them to itself in the block's row.
+// Their gradients. The sums for the weight do not fit into registers; the thread has them to itself in the block's row,
+// and for fp32 in another one by how much they are too large (see Running), `excess` further on.
 template <class T, int N, bool MORE>
 __device__ void far_grads(const RmsNormBackward& args, int64_t row, int first, int mine, float rstd, float mean,
-                          float* partial, bool begun) {
+                          float* partial, int64_t excess, bool begun) {
   if (first >= mine) return;
   const T* x = static_cast<const T*>(args.x) + offset_of(args.rows, row);
   const int64_t begin = row * args.width;
@@ -84,7 +85,14 @@ __device__ void far_grads(const RmsNormBackward& args, int64_t row, int first, i
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       const float product = wide_grad.at[j] * (wide_x.at[j] * rstd);
-      partial[at * N + j] = begun ? partial[at * N + j] + product : product;
+      float* to = partial + at * N + j;
+      Running<T, 1> sum;
+      if (begun) sum.sums.at[0] = *to;
+      if constexpr (sum.EXACT)
+        if (begun) sum.excess.at[0] = to[excess];
+      sum.add(0, product);
+      *to = sum.sums.at[0];
+      if constexpr (sum.EXACT) to[excess] = sum.excess.at[0];
     }
   }
 }
@@ -171,7 +179,7 @@ __global__ void __launch_bounds__(BACKWARD_THREADS) backward_kernel(const RmsNor
             input_grad<T, N, MORE>(near_grad[i], near_x[i], more[MORE ? i : 0], factor_of(i), rstd, mean));
     }
     if constexpr (!HELD)
-      far_grads<T, N, MORE>(args, row, lane + KEPT * threads, mine, rstd, mean, partial, turn > 0);
+      far_grads<T, N, MORE>(args, row, lane + KEPT * threads, mine, rstd, mean, partial, gridDim.x * args.width, turn > 0);
     ++turn;
   }
   if (partial == nullptr) return;
@@ -455,6 +463,11 @@ Shape backward_shape(const RmsNormBackward& args) {
           std::max<int64_t>(1, BACKWARD_THREADS / (block.x * block.y))};
 }
 
+int64_t blocks_of(const RmsNormBackward& args, const Shape& shape) {
+  const int64_t groups = (count(args.rows) + shape.block.y - 1) / shape.block.y;
+  return std::min<int64_t>(groups, multiprocessors() * shape.per_multiprocessor);
+}
+
 template <class T, bool MORE>
 int launch_backward(const Shape& shape, const RmsNormBackward& args, int64_t rows, unsigned blocks, Stream stream) {
   constexpr int N = 16 / sizeof(T);
@@ -487,15 +500,14 @@ int launch_backward(const Shape& shape, const RmsNormBackward& args, int64_t row
 
 int64_t rms_norm_partials(const RmsNormBackward& args) {
   const Shape shape = backward_shape(args);
-  const int64_t groups = (count(args.rows) + shape.block.y - 1) / shape.block.y;
-  return std::min<int64_t>(groups, multiprocessors() * shape.per_multiprocessor);
+  return blocks_of(args, shape) * (args.type == Type::f32 && !shape.whole ? 2 : 1);
 }
 
 int rms_norm_backward(const RmsNormBackward& given, Stream stream) {
   RmsNormBackward args = given;
   const int64_t rows = count(args.rows);
   if (args.width == 0) return 0;
-  const int64_t blocks = rms_norm_partials(args);
+  const int64_t blocks = blocks_of(args, backward_shape(args));
   args.rows = collapsed(args.rows);
   if (rows > 0) {
     const Shape shape = backward_shape(args);

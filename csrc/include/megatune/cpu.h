@@ -42,10 +42,9 @@ struct RmsNormBackward {
   int64_t width;
   const float* scale;
   const float* rstd;
-  T* grad_x;  // [rows, width]
-  // [width], of the calling thread alone: what is added to, and zeros that are zeros afterwards; null: not wanted.
-  double* grad_weight;
-  float* sums;
+  T* grad_x;            // [rows, width]
+  double* grad_weight;  // [width], of the calling thread alone, what is added to; null: not wanted
+  float* sums;          // [width], of the calling thread alone, zeros, which they are afterwards too
 };
 
 template <class T>
