@@ -24,6 +24,9 @@ EXPERTS, CHOICES = 8, 4
 # Two that round equally often differ by chance; and in fp32, where sums are made in another order than PyTorch's, by as
 # much as one correctly rounded number is off at most: half a unit in the last place.
 CHANCE, HALF_UNIT = 1.02, 2.0**-24
+# A loss of logits of 16 bits, of which a product in chunks rounds some otherwise than one product of all: that is one
+# number, in which chance has nothing to average over. PyTorch's own is off by 1e-6 to 6e-6.
+CHANCE_OF_ONE = 5e-7
 MANY = 16384  # rows: of sums over them, the longest here
 # Ops whose body "compiled" is not the formulas of "reference", which have a turn here.
 OWN_FORMULAS = ("linear_cross_entropy", "glu", "rope")
@@ -368,7 +371,10 @@ def compare(case: Case, body: str, device: str, dtype: torch.dtype) -> None:
     found = results(case.ours, inputs, dtype, device)
     for number, (mine, other, exact) in enumerate(zip(found, plain, truth, strict=True)):
         mine_off, other_off = relative_error(mine, exact), relative_error(other, exact)
-        most = CHANCE * other_off + (HALF_UNIT if dtype == torch.float32 or mine.dim() == 0 else 0)
+        more = HALF_UNIT if dtype == torch.float32 or mine.dim() == 0 else 0.0
+        if mine.dim() == 0 and dtype != torch.float32 and len(inputs) == 2:  # of a head, not of given logits
+            more = CHANCE_OF_ONE
+        most = CHANCE * other_off + more
         assert mine_off <= most, f"result {number}: {mine_off}, plain {other_off}"
 
 
