@@ -119,14 +119,14 @@ class _Split(torch.autograd.Function):
 
 
 class _Column(torch.autograd.Function):
-    """out = gather(x) @ weight^T + bias + gather(low) @ block^T, with low = dropped @ a^T and block = scale *
+    """out = gather(x) @ weight^T + bias + scale * gather(low) @ block^T, with low = dropped @ a^T and block =
     scatter(b); without an adapter the first two terms.
 
     | tensor | shape | |
     | --- | --- | --- |
     | x, dropped | [T / n, in] | saved as far as a weight's gradient needs them; x is gathered again in backward |
     | low | [T, adapters * r] | saved gathered |
-    | grad_low = scatter_sum(grad @ block) | [T / n, adapters * r] | |
+    | grad_low = scatter_sum(scale * grad @ block) | [T / n, adapters * r] | |
     | grad_x = scatter_sum(grad @ weight) (+ grad_low @ a if x is dropped) | [T / n, in] | |
 
     In backward x is gathered behind grad @ weight, and grad_x summed behind the weight's gradient.
@@ -231,8 +231,8 @@ def _grad_b(ctx: Any, grad: Tensor, low: Tensor, dtype: torch.dtype) -> Tensor |
 
 
 class _Row(torch.autograd.Function):
-    """out = sum over the processes of (x @ weight^T + low @ block^T), with low = dropped @ a^T and block as in
-    `_Column`; without an adapter the first term. In pieces: forward each part is sent behind the product of the next,
+    """out = sum over the processes of (x @ weight^T + scale * low @ block^T), with low = dropped @ a^T and block as
+    in `_Column`; without an adapter the first term. In pieces: forward each part is sent behind the product of the next,
     backward grad_x is computed of each part as it arrives.
 
     | tensor | shape | |

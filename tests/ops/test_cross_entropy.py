@@ -20,8 +20,8 @@ from tests.ops.bodies import DTYPES, TOLERANCE, bodies, repeats_bitwise
 
 OP = "linear_cross_entropy"
 module = sys.modules["megatune.ops.cross_entropy"]  # the name is the function's too
-# Rows shorter than a vector, of a block's first vectors, of odd lengths and so of any alignment.
-WIDTHS = [3, 8, 117, 1000]
+# Rows shorter than a vector, of a block's first vectors, of odd lengths and so of any alignment, of several sums.
+WIDTHS = [3, 8, 117, 1000, 1107]
 # Rows of one part or several, of clusters of two blocks and of four, and longer than that; aligned and not.
 LONG = [4096, 16384, 32000, 50257, 65536, 128256, 151936, 262145]
 OPTIONS: list[dict[str, Any]] = [
@@ -255,6 +255,25 @@ def test_a_split_vocabulary(
         for loss in losses:
             assert relative_error(loss, truth) <= TOLERANCE[dtype]
         assert relative_error(grad, expected) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("body", "device"), bodies("split_cross_entropy"))
+def test_a_part_of_a_vocabulary_that_is_ruled_out(
+    body: str, device: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need_body("split_cross_entropy", body, dtype, device)
+    ranks = Ranks([(0, 100), (100, 301)], monkeypatch)
+    logits, labels = (torch.randn(4, 301) * 3).to(dtype), torch.tensor([200, 3, 100, 300])
+    logits[0, :100] = logits[3, :100] = logits[1, 100:] = -float("inf")
+    whole = logits.double().requires_grad_()
+    truth = F.cross_entropy(whole, labels, reduction="sum")
+    (expected,) = torch.autograd.grad(truth, whole)
+    ops.configure({"split_cross_entropy": body}, device)
+    losses, grad = ranks.run(logits.to(device), labels.to(device))
+    for loss in losses:
+        assert relative_error(loss, truth) <= TOLERANCE[dtype]
+    assert relative_error(grad, expected) <= TOLERANCE[dtype]
 
 
 def test_the_head_of_a_split_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,8 +91,8 @@ def plain_gemma_norm(x: Tensor, weight: Tensor) -> Tensor:
     return (high * torch.rsqrt(high.square().mean(-1, keepdim=True) + 1e-5) * (1 + wide(weight))).to(x.dtype)
 
 
-def norms(rows: int = ROWS) -> dict[str, Case]:
-    x, weight, other = torch.randn(rows, WIDTH), torch.randn(WIDTH), torch.randn(rows, WIDTH)
+def norms(rows: int = ROWS, width: int = WIDTH) -> dict[str, Case]:
+    x, weight, other = torch.randn(rows, width), torch.randn(width), torch.randn(rows, width)
     return {
         "rms_norm": Case(
             "rms_norm",
@@ -388,3 +388,12 @@ def test_errors_are_at_most_those_of_plain_pytorch(
 @pytest.mark.parametrize(("name", "body", "device", "dtype"), each_body(cases_of_many_rows()))
 def test_sums_of_many_rows(name: str, body: str, device: str, dtype: torch.dtype) -> None:
     compare(cases_of_many_rows()[name], body, device, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [2051, 12288])
+@pytest.mark.parametrize("name", ["rms_norm", "add_rms_norm"])
+def test_rows_that_threads_do_not_keep(name: str, width: int) -> None:
+    """In fp32, whose sums a block then has in memory: several rows of each block."""
+    torch.manual_seed(0)
+    compare(norms(3000, width)[name], "cuda", "cuda", torch.float32)

@@ -179,7 +179,8 @@ __global__ void __launch_bounds__(BACKWARD_THREADS) backward_kernel(const RmsNor
             input_grad<T, N, MORE>(near_grad[i], near_x[i], more[MORE ? i : 0], factor_of(i), rstd, mean));
     }
     if constexpr (!HELD)
-      far_grads<T, N, MORE>(args, row, lane + KEPT * threads, mine, rstd, mean, partial, gridDim.x * args.width, turn > 0);
+      far_grads<T, N, MORE>(args, row, lane + KEPT * threads, mine, rstd, mean, partial, gridDim.x * args.width,
+                            turn > 0);
     ++turn;
   }
   if (partial == nullptr) return;

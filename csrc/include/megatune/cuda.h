@@ -58,7 +58,8 @@ struct RmsNormBackward {
   float* partials;    // [rms_norm_partials(..), width]; null: no gradient of the weight
   void* grad_weight;  // [width], of the weight's type
 };
-// Rows of workspace for the gradient of the weight; the order of its sum depends on this number (and so on the device).
+// Rows of workspace for the gradient of the weight: one for each block, two where rows are long and fp32. The order of
+// its sum depends on the number of blocks (and so on the device).
 int64_t rms_norm_partials(const RmsNormBackward& args);
 int rms_norm_backward(const RmsNormBackward& args, Stream stream);
 
