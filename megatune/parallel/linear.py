@@ -232,8 +232,8 @@ def _grad_b(ctx: Any, grad: Tensor, low: Tensor, dtype: torch.dtype) -> Tensor |
 
 class _Row(torch.autograd.Function):
     """out = sum over the processes of (x @ weight^T + scale * low @ block^T), with low = dropped @ a^T and block as
-    in `_Column`; without an adapter the first term. In pieces: forward each part is sent behind the product of the next,
-    backward grad_x is computed of each part as it arrives.
+    in `_Column`; without an adapter the first term. In pieces: forward each part is sent behind the product of the
+    next, backward grad_x is computed of each part as it arrives.
 
     | tensor | shape | |
     | --- | --- | --- |
