@@ -8,7 +8,7 @@ from megatune.ops.embedding import embedding
 from megatune.ops.fp8 import Fp8Recipe, fp8_linear, fp8_products
 from megatune.ops.fp8_fused import fp8_add_norm_linear, fp8_glu_linear, fp8_norm_linear
 from megatune.ops.glu import clamped_glu, glu
-from megatune.ops.lora import LoraLayout, lora_linear, scaled_product
+from megatune.ops.lora import LoraLayout, block_grad, lora_linear, scaled_product
 from megatune.ops.norm import add_rms_norm, layer_norm, rms_norm
 from megatune.ops.optim import adamw_, adamw_8bit_, lion_, square_sum
 from megatune.ops.optim_bf16 import adamw_bf16_, parameter_key
@@ -34,6 +34,7 @@ __all__ = [
     "adamw_bf16_",
     "add_rms_norm",
     "attention",
+    "block_grad",
     "chosen",
     "clamped_glu",
     "configure",

@@ -225,7 +225,7 @@ def _grad_b(ctx: Any, grad: Tensor, low: Tensor, dtype: torch.dtype) -> Tensor |
     layout, scale = ctx.layout, ctx.scale
 
     def compute() -> Tensor:
-        return layout.gather(ops.scaled_product(low.t(), grad, scale).t()).to(dtype)
+        return layout.gather(ops.block_grad(grad, low, scale)).to(dtype)
 
     return deferred.defer(ctx.parameters[2], compute)
 
