@@ -137,8 +137,9 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& x
     torch::stable::parallel_for(0, shares, 1, [&](int64_t first, int64_t last) {
       for (int64_t share = first; share < last; ++share) {
         const cpu::RmsNormBackward<T> args{data<T>(grad), data<T>(x), rows, width, scale.data(), data<float>(rstd),
-                                           mutable_data<T>(grad_x), weight_grad ? &totals[share * width] : nullptr,
-                                           weight_grad ? &sums[share * width] : nullptr};
+                                           mutable_data<T>(grad_x),
+                                           weight_grad ? totals.data() + share * width : nullptr,
+                                           weight_grad ? sums.data() + share * width : nullptr};
         cpu::rms_norm_backward(args, count * share / shares, count * (share + 1) / shares);
       }
     });

@@ -134,8 +134,7 @@ INLINE f32x16 sigmoid(f32x16 x, f32x16& complement) {
 }
 
 // 1 - 2 / (exp(2 |x|) + 1) with the sign of x; near 0, where that would lose places, a polynomial of the Cephes
-// library.
-// `slope`: the derivative, of which 1 - tanh^2 would keep few places far from 0.
+// library. `slope`: the derivative, of which 1 - tanh^2 would keep few places far from 0.
 INLINE f32x16 tanh(f32x16 x, f32x16& slope) {
   const f32x16 size = x < 0.0f ? -x : x, square = x * x;
   const f32x16 e = exp(size > 40.0f ? splat(80.0f) : size + size), rest = 1.0f / (1.0f + e), far = 1.0f - 2.0f * rest;

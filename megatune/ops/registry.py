@@ -6,8 +6,7 @@ own kernels. The kernels with a compiled body are operators of the torch library
 with the reference as their implementation on every device; `_cpu.so` and `_cuda.so` add their own. So FakeTensor, meta
 tensors and torch.compile see one operator, whatever is built.
 
-Autograd is one `torch.autograd.Function` per op, in eager mode and under torch.compile alike: measured on a CPU, an
-operator called inside a Function costs 13 us, with `torch.library.register_autograd` 25 us.
+Autograd is one `torch.autograd.Function` per op, in eager mode and under torch.compile alike.
 """
 
 from __future__ import annotations

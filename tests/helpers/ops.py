@@ -25,7 +25,8 @@ def need_body(
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:
-    value, truth = value.detach().double().cpu(), truth.detach().double().cpu()
+    value = value.detach().double()
+    truth = truth.detach().to(value.device).double()
     return ((value - truth).norm() / truth.norm().clamp_min(1e-30)).item()
 
 

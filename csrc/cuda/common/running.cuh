@@ -5,8 +5,8 @@
 
 namespace megatune::cuda {
 
-// N sums of numbers made from T. For fp32 what rounding drops goes into the next addition (Kahan, CACM 1965): else a
-// hundred rows, one after the other, would cost twice what PyTorch's tree of sums costs. Beside the error that numbers
+// N sums of numbers made from T. For fp32 what rounding drops goes into the next addition (Kahan, CACM 1965): else
+// many rows, one after the other, would cost more than in PyTorch's tree of sums (tests/ops/test_numerics.py). Beside the error that numbers
 // of 16 bits bring along it does not show. (A sum that has become infinite is NaN with the next number.)
 template <class T, int N>
 struct Running {

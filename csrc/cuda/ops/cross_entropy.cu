@@ -138,8 +138,8 @@ struct Slopes {
   float shift, of_softmax, of_all, of_label;
 };
 
-// The derivative of tanh, from its value; the square would be rounded before the difference, which shows it near 1.
-__device__ inline float slope_of(float part) { return (1.0f - part) * (1.0f + part); }
+// The derivative of tanh, from its value, of whose square nothing is rounded: near 1 the difference would show it.
+__device__ inline float slope_of(float part) { return fmaf(-part, part, 1.0f); }
 
 template <class T, bool CAP>
 __device__ inline float gradient(float x, const Slopes& slopes, float cap) {
